@@ -1,0 +1,21 @@
+"""Sparse long-context attention: one op, one mask type, many ways to choose the mask."""
+
+from . import autograd, selectors
+from .api import explain, scaled_dot_product_attention, sparse_attention
+from .backends import Explanation
+from .layout import BlockLayout
+from .state import merge_states
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockLayout",
+    "Explanation",
+    "explain",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "selectors",
+    "sparse_attention",
+]
+
+del autograd

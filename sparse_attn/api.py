@@ -1,0 +1,223 @@
+"""The public attention functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import backends, ops, validation
+from .layout import BlockLayout
+
+Selector = Callable[..., BlockLayout]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout_or_selector: BlockLayout | Selector,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which each row sees only the keys that a layout names.
+
+    Equivalent PyTorch, for ``softcap=0`` and ``sinks=None``::
+
+        mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    With ``softcap > 0`` the scores are ``softcap * tanh(scale * q @ k.mT / softcap)``; with sinks,
+    ``exp(sinks[h])`` joins the softmax denominator of head ``h`` and carries no value.
+
+    Args:
+        q: ``[batch, num_heads, seqlen_q, head_dim]``, float32, bfloat16, float16 or float64; any strides.
+        k: ``[batch, num_kv_heads, seqlen_kv, head_dim]``; `num_kv_heads` divides `num_heads` (GQA, MQA): query
+            head ``h`` reads KV head ``h // (num_heads // num_kv_heads)``.
+        v: ``[batch, num_kv_heads, seqlen_kv, head_dim_v]``.
+        layout_or_selector: a `BlockLayout` for ``(seqlen_q, seqlen_kv)``, or a callable
+            ``selector(q, k, is_causal=..., scale=...)`` that returns one; it runs without gradients.
+        is_causal: whether row ``i`` sees no key after ``i + seqlen_kv - seqlen_q``, so that the last query
+            sees the last key (bottom-right alignment, what decoding and chunked prefill need). Default True.
+        scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
+        softcap: bound of the scores, 0 for none. Default 0.
+        sinks: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
+        return_lse: whether to return the log-sum-exp too. Default False.
+        backend: "auto", "cpu" or "reference". A named backend never falls back. Default "auto".
+
+    Returns:
+        Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no key. With
+        ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for float64) ``[batch, num_heads,
+        seqlen_q]``, the natural log of the softmax denominator (sink included), -inf in empty rows. Both are
+        differentiable with respect to q, k, v and sinks.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for a backend that cannot run the call, with its reasons.
+
+    Example:
+        >>> from sparse_attn import selectors
+        >>> q, k, v = torch.randn(3, 1, 4, 256, 64).unbind(0)
+        >>> sparse_attention(q, k, v, selectors.SinkWindow(sink=4, window=64)).shape
+        torch.Size([1, 4, 256, 64])
+    """
+    q, k, v = _autocast(q, k, v)
+    validation.check_qkv(q, k, v)
+    scale = validation.check_scalars(q, scale, softcap)
+    validation.check_sinks(sinks, q)
+    op = backends.op_for(backend, q, v)
+    layout = _layout(layout_or_selector, q, k, is_causal, scale)
+    if sinks is not None:
+        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = op(q, k, v, *ops.layout_args(layout, sinks, scale, float(softcap), is_causal))
+    return (out, lse) if return_lse else out
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the autocast dtype where autocast is on, as torch does for its own attention."""
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return cast(q), cast(k), cast(v)
+
+
+def _layout(
+    source: BlockLayout | Selector, q: Tensor, k: Tensor, is_causal: bool, scale: float
+) -> BlockLayout:
+    """The layout itself, or what the selector makes of q and k."""
+    if not isinstance(source, BlockLayout) and callable(source):
+        with torch.no_grad():
+            source = source(q.detach(), k.detach(), is_causal=is_causal, scale=scale)
+    validation.check_layout(source, q, k)
+    return source
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    selector: BlockLayout | Selector | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
+
+    Without a selector the result is torch's in every case: dense calls that a native kernel serves run
+    there, all others (masks, dropout, gradients, other ranks and dtypes) go to torch itself. With a selector,
+    row ``i`` sees only the keys that it selects, and what cannot be combined with it is refused by name.
+
+    Args:
+        query: ``[..., seqlen_q, head_dim]``; 4-D ``[batch, num_heads, seqlen_q, head_dim]`` with a selector.
+        key: ``[..., seqlen_kv, head_dim]``.
+        value: ``[..., seqlen_kv, head_dim_v]``.
+        attn_mask: bool (True = attend) or additive float mask, broadcastable to ``[..., seqlen_q, seqlen_kv]``;
+            not with a selector. Default None.
+        dropout_p: probability of dropping an attention weight; must be 0 with a selector. Default 0.
+        is_causal: whether row ``i`` sees only keys ``j <= i``: torch's top-left alignment, unlike
+            `sparse_attention`. Default False.
+        scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
+        enable_gqa: whether key and value may have fewer heads than query. Default False.
+        selector: a `BlockLayout` or a selector as in `sparse_attention`, or None for dense. Default None.
+        backend: "auto", "cpu" or "reference"; a named backend serves the call or refuses it. Default "auto".
+
+    Returns:
+        Tensor: ``[..., seqlen_q, head_dim_v]`` in query's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument that a selector or a named backend does not serve, and
+            whatever torch raises for the rest.
+
+    Example:
+        >>> from sparse_attn import selectors
+        >>> q, k, v = torch.randn(3, 1, 4, 256, 64).unbind(0)
+        >>> dense = scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> window = selectors.SlidingWindow(window=64)
+        >>> banded = scaled_dot_product_attention(q, k, v, is_causal=True, selector=window)
+    """
+    query, key, value = _autocast(query, key, value)
+    reasons = _sdpa_refusals(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    named = backend != "auto"
+    if selector is None and not named:
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if (
+            reasons
+            or needs_grad
+            or backends.choose("auto", query, value).backend in (None, "reference")
+        ):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
+    elif reasons:
+        asker = "a selector" if selector is not None else f"backend={backend!r}"
+        raise ValueError(f"scaled_dot_product_attention with {asker}: {'; '.join(reasons)}")
+    if is_causal:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if selector is None:
+        selector = BlockLayout.dense((query.shape[2], key.shape[2]), device=query.device)
+    return sparse_attention(
+        query, key, value, selector, is_causal=is_causal, scale=scale, backend=backend
+    )
+
+
+def _sdpa_refusals(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> list[str]:
+    """Why `sparse_attention` cannot serve a call of torch's function; one sentence for each argument."""
+    reasons = []
+    if attn_mask is not None:
+        reasons.append("attn_mask is not supported; express it as a BlockLayout")
+    if dropout_p != 0.0:
+        reasons.append(f"dropout_p must be 0, got {dropout_p}")
+    try:
+        validation.check_qkv(q, k, v)
+    except (TypeError, ValueError) as error:
+        return [*reasons, str(error)]
+    if not enable_gqa and q.shape[1] != k.shape[1]:
+        reasons.append(f"enable_gqa must be True for {q.shape[1]} query and {k.shape[1]} key heads")
+    if is_causal and q.shape[2] > k.shape[2]:
+        reasons.append(
+            "is_causal with more queries than keys is top-left aligned in torch, which has no causal layout: "
+            "use sparse_attention, whose alignment is bottom-right"
+        )
+    return reasons
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> backends.Explanation:
+    """Which backend `sparse_attention` would run a call on, and every reason against the others; runs nothing.
+
+    Args:
+        q: as in `sparse_attention`.
+        k: as in `sparse_attention`.
+        v: as in `sparse_attention`.
+        backend: as in `sparse_attention`. Default "auto".
+
+    Returns:
+        Explanation: `.backend` (str, or None if no backend can run it) and `.reasons` (dict from backend to
+        a list of sentences, empty if it can); ``print()`` shows both.
+
+    Raises:
+        TypeError, ValueError: if the tensors do not fit together, or `backend` is unknown.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4, 256, 64, dtype=torch.float64).unbind(0)
+        >>> explain(q, k, v).backend
+        'reference'
+    """
+    q, k, v = _autocast(q, k, v)
+    validation.check_qkv(q, k, v)
+    return backends.choose(backend, q, v)

@@ -1,0 +1,66 @@
+"""Gradients of the op pair, registered on torch's Autograd key: calling the op is differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import library
+
+
+def _differentiable(name: str):
+    """The Autograd kernel of ``sparse_attn::<name>``, whose gradient is ``sparse_attn::<name>_backward``."""
+    forward_op = getattr(torch.ops.sparse_attn, name).default
+    backward_op = getattr(torch.ops.sparse_attn, f"{name}_backward").default
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = forward_op(*args)
+            tensors, ctx.scalars = args[:10], args[10:]
+            ctx.save_for_backward(*tensors, out, lse)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx, dout: Tensor, dlse: Tensor):
+            q, k, v, *layout, sinks, out, lse = ctx.saved_tensors
+            dq, dk, dv, dsinks = backward_op(
+                dout, dlse, q, k, v, out, lse, *layout, sinks, *ctx.scalars
+            )
+            none = (None,) * len(layout)
+            return dq, dk, dv, *none, None if sinks is None else dsinks, *(None,) * len(ctx.scalars)
+
+    def call(*args):
+        q, k, v, sinks = *args[:3], args[9]
+        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            return Attention.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*args)
+
+    return call
+
+
+def _once(name: str):
+    """The Autograd kernel of a backward op: it runs, and refuses to be differentiated again."""
+    op = getattr(torch.ops.sparse_attn, name).default
+
+    class AttentionBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                "sparse_attn: attention is differentiable once; second derivatives are not supported"
+            )
+
+    return AttentionBackward.apply
+
+
+for _name in ("attention", "attention_reference"):
+    library.impl(_name, _differentiable(_name), "Autograd")
+    library.impl(f"{_name}_backward", _once(f"{_name}_backward"), "Autograd")

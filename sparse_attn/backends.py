@@ -1,0 +1,80 @@
+"""Which backend runs a call, and why another does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_MAX_HEAD_DIM = 256
+
+
+def _reference_reasons(q: Tensor, v: Tensor) -> list[str]:
+    return (
+        []
+        if q.is_floating_point()
+        else [f"the dtype is {q.dtype}; it takes floating-point tensors"]
+    )
+
+
+def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
+    reasons = []
+    if ops._C is None:
+        reasons.append(f"the C++ extension is not available: {ops.extension_error}")
+    if q.device.type != "cpu":
+        reasons.append(f"q is on {q.device}; it takes CPU tensors")
+    if q.dtype not in _CPU_DTYPES:
+        reasons.append(f"the dtype is {q.dtype}; it takes float32, bfloat16 and float16")
+    for name, x in (("head_dim", q), ("head_dim_v", v)):
+        if not 1 <= x.shape[-1] <= _CPU_MAX_HEAD_DIM:
+            reasons.append(f"{name} is {x.shape[-1]}; it takes 1 to {_CPU_MAX_HEAD_DIM}")
+    return reasons
+
+
+_REASONS = {"cpu": _cpu_reasons, "reference": _reference_reasons}
+_OPS = {"cpu": "attention", "reference": "attention_reference"}
+_AUTO = {"cpu": ("cpu", "reference")}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call would run on (`backend`, None if none can) and each other's `reasons` against it."""
+
+    backend: str | None
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend or 'none'}"]
+        for name, reasons in self.reasons.items():
+            lines += [f"  {name}: {reason}" for reason in reasons] or [
+                f"  {name}: can run this call"
+            ]
+        return "\n".join(lines)
+
+
+def choose(backend: str, q: Tensor, v: Tensor) -> Explanation:
+    """The first backend of the device's order that has no reason against the call, or the one asked for."""
+    if backend != "auto" and backend not in _REASONS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(_REASONS)}, got {backend!r}")
+    order = _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
+    reasons = {name: why(q, v) for name, why in _REASONS.items()}
+    return Explanation(next((name for name in order if not reasons[name]), None), reasons)
+
+
+def op_for(backend: str, q: Tensor, v: Tensor):
+    """The torch op that serves the call.
+
+    Raises:
+        ValueError: if `backend` is unknown, or cannot serve the call; the message holds every backend's reasons.
+    """
+    chosen = choose(backend, q, v)
+    if chosen.backend is None:
+        raise ValueError(
+            f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
+            f"v {list(v.shape)}:\n{chosen}"
+        )
+    return getattr(torch.ops.sparse_attn, _OPS[chosen.backend])

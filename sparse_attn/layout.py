@@ -1,0 +1,392 @@
+"""`BlockLayout`: which keys each query row may attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """The set of keys that each query row attends to, in O(kept) memory.
+
+    Row ``i`` of head ``h`` of batch element ``b`` stands at position ``p = i + seqlen_kv - seqlen_q`` (the
+    last query sees the last key). It sees key ``j`` iff ``0 <= j < seqlen_kv``, ``j <= p`` when attention is
+    causal, and any of these holds (a key seen through several counts once)::
+
+        j < sink[h]
+        window[h] == -1 or p - j < window[h]                      # not causal: abs(p - j) < window[h]
+        j // block_kv in kv_indices[b, h, m, :kv_num_blocks[b, h, m]]           # m = i // block_q
+        j in column_indices[b, h, g, :num_columns[b, h, g]]                     # g = m // column_group
+
+    Every tensor is int32. Its batch size is `batch` or 1; its head size is any divisor of the number of
+    query heads ``H`` (head ``h`` reads entry ``h // (H // size)``), so 1 is shared by all heads and the
+    number of KV heads is shared by a GQA group. Lists are strictly ascending; what lies behind the count
+    is ignored.
+
+    Args:
+        seqlens: ``(seqlen_q, seqlen_kv)``.
+        sink: ``[H']``, number of leading keys every row sees; 0 for none.
+        window: ``[H']``, number of trailing keys a row sees, itself included; 0 for none, -1 for no limit.
+        block_size: ``(block_q, block_kv)``, any positive sizes. Default ``(64, 64)``.
+        kv_num_blocks: ``[B', H', Mq]``, or None; ``Mq = ceil(seqlen_q / block_q)``.
+        kv_indices: ``[B', H', Mq, width]``, or None; entries in ``[0, ceil(seqlen_kv / block_kv))``.
+        num_columns: ``[B', H', Mg]``, or None; ``Mg = ceil(Mq / column_group)``.
+        column_indices: ``[B', H', Mg, width]``, or None; entries in ``[0, seqlen_kv)``.
+        column_group: number of consecutive query blocks that share one list of columns. Default 1.
+
+    Raises:
+        TypeError, ValueError: if a field has the wrong type, dtype, shape or device. Values are checked by
+            `validate` and by every backend.
+
+    Example:
+        >>> layout = BlockLayout.sink_window(seqlens=(6, 6), sink=1, window=2)
+        >>> layout.to_dense()[0, 0].int()
+        tensor([[1, 0, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0, 0],
+                [1, 1, 1, 0, 0, 0],
+                [1, 0, 1, 1, 0, 0],
+                [1, 0, 0, 1, 1, 0],
+                [1, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+
+    seqlens: tuple[int, int]
+    sink: Tensor
+    window: Tensor
+    block_size: tuple[int, int] = (64, 64)
+    kv_num_blocks: Tensor | None = None
+    kv_indices: Tensor | None = None
+    num_columns: Tensor | None = None
+    column_indices: Tensor | None = None
+    column_group: int = 1
+
+    def __post_init__(self) -> None:
+        seqlen_q, seqlen_kv = self.seqlens
+        block_q, block_kv = self.block_size
+        if min(seqlen_q, seqlen_kv) < 0 or seqlen_kv > _INT32_MAX:
+            raise ValueError(f"seqlens must lie in [0, 2**31 - 1], got {tuple(self.seqlens)}")
+        if min(block_q, block_kv) < 1:
+            raise ValueError(f"block_size must be positive, got {tuple(self.block_size)}")
+        if self.column_group < 1:
+            raise ValueError(f"column_group must be positive, got {self.column_group}")
+        self._check_field("sink", (None,))
+        self._check_field("window", (None,))
+        self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
+        self._check_lists("num_columns", "column_indices", self.num_column_groups)
+
+    def _check_field(self, name: str, shape: tuple[int | None, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {value.dtype}")
+        if value.device != self.sink.device:
+            raise ValueError(f"{name} is on {value.device}, but sink is on {self.sink.device}")
+        wrong = any(want not in (None, got) for want, got in zip(shape, value.shape, strict=False))
+        if value.dim() != len(shape) or wrong:
+            shown = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name} must have shape [{shown}], got {list(value.shape)}")
+        if 0 in value.shape[: 1 if len(shape) == 1 else 2]:
+            raise ValueError(f"{name} has a batch or head size of 0: {list(value.shape)}")
+
+    def _check_lists(self, counts_name: str, indices_name: str, rows: int) -> None:
+        counts, indices = getattr(self, counts_name), getattr(self, indices_name)
+        if counts is None and indices is None:
+            return
+        if counts is None or indices is None:
+            raise ValueError(f"{counts_name} and {indices_name} must be given together")
+        self._check_field(counts_name, (None, None, rows))
+        self._check_field(indices_name, (*counts.shape, None))
+
+    # ------------------------------------------------------------------------------------------- sizes
+
+    @property
+    def seqlen_q(self) -> int:
+        """Number of query rows."""
+        return self.seqlens[0]
+
+    @property
+    def seqlen_kv(self) -> int:
+        """Number of keys."""
+        return self.seqlens[1]
+
+    @property
+    def num_q_blocks(self) -> int:
+        """``Mq = ceil(seqlen_q / block_q)``."""
+        return -(-self.seqlens[0] // self.block_size[0])
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """``Mkv = ceil(seqlen_kv / block_kv)``."""
+        return -(-self.seqlens[1] // self.block_size[1])
+
+    @property
+    def num_column_groups(self) -> int:
+        """``Mg = ceil(Mq / column_group)``."""
+        return -(-self.num_q_blocks // self.column_group)
+
+    @property
+    def num_heads(self) -> int:
+        """The largest head size of its tensors (1 if every head shares everything)."""
+        sizes = [self.sink.shape[0], self.window.shape[0]]
+        sizes += [x.shape[1] for x in (self.kv_num_blocks, self.num_columns) if x is not None]
+        return max(sizes)
+
+    @property
+    def batch(self) -> int:
+        """The largest batch size of its tensors (1 if every batch element shares everything)."""
+        return max(
+            [1] + [x.shape[0] for x in (self.kv_num_blocks, self.num_columns) if x is not None]
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of every tensor in the layout."""
+        return self.sink.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """The same layout on another device."""
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+
+    def __repr__(self) -> str:
+        parts = [f"seqlens={tuple(self.seqlens)}, block_size={tuple(self.block_size)}"]
+        parts += [f"{name}={list(x.shape)}" for name, x in self.tensors().items()]
+        return f"BlockLayout({', '.join(parts)})"
+
+    # ---------------------------------------------------------------------------------------- builders
+
+    @staticmethod
+    def dense(seqlens: tuple[int, int], *, device: torch.device | str = "cpu") -> BlockLayout:
+        """Every key (every key up to the row's position when causal); holds two numbers."""
+        return BlockLayout.sink_window(seqlens, window=-1, device=device)
+
+    @staticmethod
+    def sink_window(
+        seqlens: tuple[int, int],
+        *,
+        sink: int | Tensor = 0,
+        window: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """The first `sink` keys and the last `window` keys, token-exact, per head if given as ``[H]`` tensors.
+
+        Args:
+            seqlens: ``(seqlen_q, seqlen_kv)``.
+            sink: number of leading keys, an int or an int tensor ``[H']``. Default 0.
+            window: number of trailing keys, itself included, an int or an int tensor ``[H']``; -1 is no limit. Default 0.
+            device: where to put the tensors. Default the CPU.
+
+        Returns:
+            BlockLayout: without blocks or columns.
+
+        Example:
+            >>> BlockLayout.sink_window((8192, 8192), sink=4, window=1024).density()  # doctest: +ELLIPSIS
+            0.235...
+        """
+
+        def per_head(value: int | Tensor) -> Tensor:
+            if isinstance(value, Tensor):
+                return value.to(device=device, dtype=torch.int32)
+            return torch.full((1,), value, dtype=torch.int32, device=device)
+
+        return BlockLayout(tuple(seqlens), per_head(sink), per_head(window))
+
+    @staticmethod
+    def from_dense(
+        block_mask: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
+    ) -> BlockLayout:
+        """The blocks that are True in a mask of blocks; ``block_size=(1, 1)`` takes a mask of tokens.
+
+        Args:
+            block_mask: bool ``[B|1, H', Mq, Mkv]``.
+            block_size: ``(block_q, block_kv)``.
+            seqlens: ``(seqlen_q, seqlen_kv)``.
+
+        Returns:
+            BlockLayout: blocks only.
+
+        Raises:
+            ValueError: if `block_mask` is not bool or its shape does not match.
+
+        Example:
+            >>> mask = torch.eye(4, dtype=torch.bool)[None, None]
+            >>> BlockLayout.from_dense(mask, block_size=(16, 16), seqlens=(64, 64)).kv_indices.flatten()
+            tensor([0, 1, 2, 3], dtype=torch.int32)
+        """
+        from .layout_formats import from_dense
+
+        return from_dense(block_mask, block_size=block_size, seqlens=seqlens)
+
+    @staticmethod
+    def from_topk(
+        indices: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
+    ) -> BlockLayout:
+        """The blocks listed in ``[B|1, H', Mq, k]`` integer indices; -1 pads; any order, duplicates count once."""
+        from .layout_formats import from_topk
+
+        return from_topk(indices, block_size=block_size, seqlens=seqlens)
+
+    @staticmethod
+    def from_csr(
+        csr: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
+    ) -> BlockLayout:
+        """The blocks stored in a torch sparse CSR tensor ``[Mq, Mkv]``, or in a BSR tensor of tokens; one for all heads."""
+        from .layout_formats import from_csr
+
+        return from_csr(csr, block_size=block_size, seqlens=seqlens)
+
+    @staticmethod
+    def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> BlockLayout:
+        """The full and partial blocks of FlexAttention's `BlockMask`.
+
+        A `mask_mod` is a program, which a layout cannot hold: unless it lets everything through it is
+        refused. Pass ``drop_mask_mod=True`` when it says only what `is_causal`, a sink or a window say too.
+        """
+        from .layout_formats import from_block_mask
+
+        return from_block_mask(block_mask, drop_mask_mod=drop_mask_mod)
+
+    # --------------------------------------------------------------------------------------- converters
+
+    def visible(
+        self, start: int, stop: int, *, is_causal: bool = True, num_heads: int | None = None
+    ) -> Tensor:
+        """The token mask of rows ``[start, stop)``: bool ``[B', H, stop - start, seqlen_kv]``."""
+        from .layout_formats import visible
+
+        return visible(self, start, stop, is_causal=is_causal, num_heads=num_heads)
+
+    def to_dense(self, *, is_causal: bool = True, num_heads: int | None = None) -> Tensor:
+        """The full token mask, bool ``[B', H, seqlen_q, seqlen_kv]``: O(S^2) memory, for tests and plots."""
+        return self.visible(0, self.seqlen_q, is_causal=is_causal, num_heads=num_heads)
+
+    def to_topk(self) -> Tensor:
+        """The block lists as int32 ``[B', H', Mq, width]`` padded with -1."""
+        from .layout_formats import to_topk
+
+        return to_topk(self)
+
+    def to_csr(self, batch: int = 0, head: int = 0) -> Tensor:
+        """The block lists of one head as a torch sparse CSR tensor of ones, float32 ``[Mq, Mkv]``."""
+        from .layout_formats import to_csr
+
+        return to_csr(self, batch, head)
+
+    def to_block_mask(self, *, is_causal: bool = True, num_heads: int | None = None) -> BlockMask:
+        """FlexAttention's `BlockMask` with the same visibility (full-width indices: ``Mq * Mkv`` memory)."""
+        from .layout_formats import to_block_mask
+
+        return to_block_mask(self, is_causal=is_causal, num_heads=num_heads)
+
+    # ----------------------------------------------------------------------------------------- algebra
+
+    def __or__(self, other: BlockLayout) -> BlockLayout:
+        """The union: a key seen through either side is seen, once."""
+        if not isinstance(other, BlockLayout):
+            return NotImplemented
+        from .layout_algebra import union
+
+        return union(self, other)
+
+    def __getitem__(self, index) -> BlockLayout:
+        """``layout[batch]`` or ``layout[batch, heads]``, each an int or a slice; broadcast sizes of 1 stay."""
+        from .layout_algebra import take
+
+        batch, heads = index if isinstance(index, tuple) else (index, slice(None))
+        return take(self, batch, heads)
+
+    def expand_heads(self, num_heads: int) -> BlockLayout:
+        """The same layout with every tensor spelled out for `num_heads` query heads."""
+        from .layout_algebra import expand_heads
+
+        return expand_heads(self, num_heads)
+
+    def refine(self, block_size: tuple[int, int]) -> BlockLayout:
+        """The same layout in smaller blocks; `block_size` must divide the present one."""
+        from .layout_algebra import refine
+
+        return refine(self, block_size)
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        """``(q_num_blocks, q_indices)``: for each key block the query blocks that list it, ascending; for backward."""
+        from .layout_algebra import transpose
+
+        return transpose(self)
+
+    # ---------------------------------------------------------------------------------------- measures
+
+    def density(self, *, is_causal: bool = True) -> float:
+        """Visible (query, key) pairs divided by all pairs (all causal pairs), averaged over batch and heads.
+
+        Counted by interval arithmetic in O(rows * width), never on an S x S array.
+
+        Args:
+            is_causal: whether the pairs behind the diagonal are excluded from both counts. Default True.
+
+        Returns:
+            float: in [0, 1]; 0.0 if there are no pairs.
+        """
+        from .layout_algebra import density
+
+        return density(self, is_causal=is_causal)
+
+    def validate(self) -> BlockLayout:
+        """Check every value: ranges of sinks and windows, counts, ranges, order and duplicates of the lists.
+
+        Returns:
+            BlockLayout: itself, so that it can be chained.
+
+        Raises:
+            ValueError: naming the tensor, the place and the value.
+        """
+        for name, low in (("sink", 0), ("window", -1)):
+            value = getattr(self, name)
+            if bool((value < low).any()):
+                raise ValueError(f"{name} must be at least {low}, got {int(value.min())}")
+        _validate_lists(self, "kv_num_blocks", "kv_indices", self.num_kv_blocks, "key blocks")
+        _validate_lists(self, "num_columns", "column_indices", self.seqlen_kv, "keys")
+        return self
+
+
+def _validate_lists(
+    layout: BlockLayout, counts_name: str, indices_name: str, limit: int, unit: str
+) -> None:
+    counts, indices = getattr(layout, counts_name), getattr(layout, indices_name)
+    if counts is None:
+        return
+    width = indices.shape[-1]
+
+    def fail_where(bad: Tensor, name: str, why: str) -> None:
+        if bool(bad.any()):
+            at = tuple(bad.nonzero()[0].tolist())
+            value = getattr(layout, name)[at].item()
+            raise ValueError(f"{name}{list(at)} = {value} {why}")
+
+    fail_where(
+        (counts < 0) | (counts > width),
+        counts_name,
+        f"is not in [0, {width}], the width of {indices_name}",
+    )
+    listed = torch.arange(width, device=counts.device) < counts[..., None]
+    outside = (indices < 0) | (indices >= limit)
+    fail_where(outside & listed, indices_name, f"is out of range: the layout has {limit} {unit}")
+    repeated = torch.zeros_like(listed)
+    repeated[..., 1:] = indices[..., 1:] <= indices[..., :-1]
+    fail_where(
+        repeated & listed, indices_name, "does not ascend: lists must be sorted, without duplicates"
+    )

@@ -1,0 +1,316 @@
+"""What can be done with layouts: union, slices, refinement, transposition, density."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+
+
+def listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """Which entries of ``indices [..., width]`` lie before their count."""
+    return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+
+
+def compact(rows: Tensor, cols: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Sorted (row, column) pairs as int32 lists ``(counts [num_rows], indices [num_rows, width])``."""
+    counts = torch.bincount(rows, minlength=num_rows)
+    width = int(counts.max()) if num_rows else 0
+    first = counts.cumsum(0) - counts
+    slots = torch.arange(len(rows), device=rows.device) - first[rows]
+    indices = torch.zeros(num_rows, width, dtype=torch.int32, device=rows.device)
+    indices[rows, slots] = cols.int()
+    return counts.int(), indices
+
+
+def common_heads(layout: BlockLayout, num_heads: int | None) -> int:
+    """`num_heads`, or the layout's own; every head size must divide it."""
+    num_heads = layout.num_heads if num_heads is None else num_heads
+    for name, value in layout.tensors().items():
+        size = value.shape[0 if value.dim() == 1 else 1]
+        if num_heads % size:
+            raise ValueError(
+                f"the head size of {name} is {size}, which does not divide {num_heads} heads"
+            )
+    return num_heads
+
+
+def spread_heads(x: Tensor, dim: int, num_heads: int) -> Tensor:
+    """Repeat each entry of the head dimension so that it has `num_heads`."""
+    times = num_heads // x.shape[dim]
+    return x if times == 1 else x.repeat_interleave(times, dim)
+
+
+def expand_heads(layout: BlockLayout, num_heads: int) -> BlockLayout:
+    common_heads(layout, num_heads)
+    return replace(
+        layout,
+        **{
+            name: spread_heads(x, 0 if x.dim() == 1 else 1, num_heads)
+            for name, x in layout.tensors().items()
+        },
+    )
+
+
+def take(layout: BlockLayout, batch: int | slice, heads: int | slice) -> BlockLayout:
+    def as_slice(index: int | slice, size: int, name: str) -> slice:
+        if isinstance(index, slice):
+            if not range(*index.indices(size)):
+                raise IndexError(f"{name} slice {index} is empty for size {size}")
+            return index
+        if not -size <= index < size:
+            raise IndexError(f"{name} index {index} is out of range for size {size}")
+        return slice(index % size, index % size + 1)
+
+    head_sizes = {x.shape[0 if x.dim() == 1 else 1] for x in layout.tensors().values()}
+    if len(head_sizes - {1}) > 1:
+        layout = expand_heads(layout, layout.num_heads)
+    by_batch = as_slice(batch, layout.batch, "batch")
+    by_head = as_slice(heads, layout.num_heads, "head")
+    taken = {}
+    for name, x in layout.tensors().items():
+        if x.dim() > 1 and x.shape[0] > 1:
+            x = x[by_batch]
+        dim = 0 if x.dim() == 1 else 1
+        if x.shape[dim] > 1:
+            x = x[(slice(None),) * dim + (by_head,)]
+        taken[name] = x
+    return replace(layout, **taken)
+
+
+def refine(layout: BlockLayout, block_size: tuple[int, int]) -> BlockLayout:
+    old, new = tuple(layout.block_size), tuple(block_size)
+    if min(new) < 1 or old[0] % new[0] or old[1] % new[1]:
+        raise ValueError(f"block_size {new} must divide the present block size {old}")
+    if old == new:
+        return layout
+    rows, parts = old[0] // new[0], old[1] // new[1]
+    counts, indices = layout.kv_num_blocks, layout.kv_indices
+    fields = {"block_size": new, "column_group": layout.column_group * rows}
+    if counts is not None:
+        num_q_blocks = -(-layout.seqlen_q // new[0])
+        num_kv_blocks = -(-layout.seqlen_kv // new[1])
+        indices = (
+            indices[..., None] * parts + torch.arange(parts, device=layout.device).int()
+        ).flatten(-2)
+        counts = counts * parts
+        counts = counts - ((indices >= num_kv_blocks) & listed(counts, indices)).sum(
+            -1, dtype=torch.int32
+        )
+        fields["kv_num_blocks"] = counts.repeat_interleave(rows, 2)[:, :, :num_q_blocks]
+        fields["kv_indices"] = indices.repeat_interleave(rows, 2)[:, :, :num_q_blocks]
+    return replace(layout, **fields)
+
+
+def _regroup(layout: BlockLayout, column_group: int) -> BlockLayout:
+    """Share column lists among fewer query blocks; `column_group` must divide the present one."""
+    if layout.num_columns is None:
+        return replace(layout, column_group=column_group)
+    times = layout.column_group // column_group
+    num_groups = -(-layout.num_q_blocks // column_group)
+    return replace(
+        layout,
+        column_group=column_group,
+        num_columns=layout.num_columns.repeat_interleave(times, 2)[:, :, :num_groups],
+        column_indices=layout.column_indices.repeat_interleave(times, 2)[:, :, :num_groups],
+    )
+
+
+def _has_lists(layout: BlockLayout) -> bool:
+    return layout.kv_num_blocks is not None or layout.num_columns is not None
+
+
+def align(layouts: list[BlockLayout]) -> list[BlockLayout]:
+    """The same layouts in one common block size and column group."""
+    if len({tuple(x.seqlens) for x in layouts}) > 1:
+        raise ValueError(f"layouts have different seqlens: {[tuple(x.seqlens) for x in layouts]}")
+    with_lists = [x for x in layouts if _has_lists(x)] or layouts[:1]
+    block_size = tuple(gcd(*(x.block_size[i] for x in with_lists)) for i in (0, 1))
+    layouts = [
+        refine(x, block_size)
+        if _has_lists(x)
+        else replace(x, block_size=block_size, column_group=1)
+        for x in layouts
+    ]
+    with_columns = [x.column_group for x in layouts if x.num_columns is not None]
+    group = gcd(*with_columns) if with_columns else 1
+    return [_regroup(x, group) for x in layouts]
+
+
+def union(a: BlockLayout, b: BlockLayout) -> BlockLayout:
+    a, b = align([a, b])
+    num_heads = max(a.num_heads, b.num_heads)
+    common_heads(a, num_heads)
+    common_heads(b, num_heads)
+    sinks = _match(a.sink, b.sink, 0)
+    windows = _match(a.window, b.window, 0)
+    longer = torch.maximum(*windows)
+    return replace(
+        a,
+        sink=torch.maximum(*sinks),
+        window=torch.where((windows[0] == -1) | (windows[1] == -1), -1, longer),
+        **_merge_lists(a, b, "kv_num_blocks", "kv_indices", a.num_kv_blocks),
+        **_merge_lists(a, b, "num_columns", "column_indices", a.seqlen_kv),
+    )
+
+
+def _match(x: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    heads = max(x.shape[dim], y.shape[dim])
+    return spread_heads(x, dim, heads), spread_heads(y, dim, heads)
+
+
+def _merge_lists(
+    a: BlockLayout, b: BlockLayout, counts_name: str, indices_name: str, size: int
+) -> dict:
+    sides = [(getattr(x, counts_name), getattr(x, indices_name)) for x in (a, b)]
+    sides = [side for side in sides if side[0] is not None]
+    if len(sides) < 2:
+        counts, indices = sides[0] if sides else (None, None)
+        return {counts_name: counts, indices_name: indices}
+    (count_a, index_a), (count_b, index_b) = sides
+    count_a, count_b = _match(count_a, count_b, 1)
+    index_a, index_b = _match(index_a, index_b, 1)
+    batch = max(count_a.shape[0], count_b.shape[0])
+    lead = (batch, *count_a.shape[1:])
+    stride = max(size, 1)
+    pairs = []
+    for counts, indices in ((count_a, index_a), (count_b, index_b)):
+        keep = listed(counts, indices).expand(*lead, -1).flatten(0, 2)
+        rows, slots = keep.nonzero(as_tuple=True)
+        pairs.append(rows * stride + indices.expand(*lead, -1).flatten(0, 2)[rows, slots])
+    merged = torch.unique(torch.cat(pairs))
+    rows = lead[0] * lead[1] * lead[2]
+    counts, indices = compact(merged // stride, merged % stride, rows)
+    return {counts_name: counts.view(lead), indices_name: indices.view(*lead, indices.shape[-1])}
+
+
+def assemble_heads(
+    layouts: list[BlockLayout], heads: list[list[int]], num_heads: int
+) -> BlockLayout:
+    """One layout in which ``heads[n]`` follow ``layouts[n]``; `heads` must partition ``range(num_heads)``."""
+    layouts = [expand_heads(x, len(h)) for x, h in zip(align(layouts), heads, strict=True)]
+    order = torch.tensor([h for group in heads for h in group]).argsort().to(layouts[0].device)
+    if sorted(h for group in heads for h in group) != list(range(num_heads)):
+        raise ValueError(f"heads must name each of {num_heads} heads once, got {heads}")
+    first = layouts[0]
+    return replace(
+        first,
+        sink=torch.cat([x.sink for x in layouts])[order],
+        window=torch.cat([x.window for x in layouts])[order],
+        **_cat_lists(layouts, order, "kv_num_blocks", "kv_indices", first.num_q_blocks),
+        **_cat_lists(layouts, order, "num_columns", "column_indices", first.num_column_groups),
+    )
+
+
+def _cat_lists(
+    layouts: list[BlockLayout], order: Tensor, counts_name: str, indices_name: str, rows: int
+) -> dict:
+    present = [getattr(x, indices_name) for x in layouts if getattr(x, indices_name) is not None]
+    if not present:
+        return {counts_name: None, indices_name: None}
+    batch = max(x.shape[0] for x in present)
+    width = max(x.shape[-1] for x in present)
+    counts, indices = [], []
+    for x in layouts:
+        count, index = getattr(x, counts_name), getattr(x, indices_name)
+        if count is None:
+            count = torch.zeros(1, len(x.sink), rows, dtype=torch.int32, device=x.device)
+            index = count[..., None][..., :0]
+        counts.append(count.expand(batch, -1, -1))
+        padded = torch.nn.functional.pad(index, (0, width - index.shape[-1]))
+        indices.append(padded.expand(batch, -1, -1, -1))
+    return {
+        counts_name: torch.cat(counts, 1)[:, order],
+        indices_name: torch.cat(indices, 1)[:, order],
+    }
+
+
+def transpose(layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    if layout.kv_num_blocks is None:
+        raise ValueError("the layout has no block lists (kv_num_blocks is None)")
+    batch, heads, num_q = layout.kv_num_blocks.shape
+    num_kv = layout.num_kv_blocks
+    keep = listed(layout.kv_num_blocks, layout.kv_indices).flatten(0, 1)
+    bh, m, slot = keep.nonzero(as_tuple=True)
+    n = layout.kv_indices.flatten(0, 1)[bh, m, slot]
+    pairs = torch.sort((bh * num_kv + n) * num_q + m).values
+    stride = max(num_q, 1)
+    counts, indices = compact(pairs // stride, pairs % stride, batch * heads * num_kv)
+    return counts.view(batch, heads, num_kv), indices.view(batch, heads, num_kv, indices.shape[-1])
+
+
+def density(layout: BlockLayout, *, is_causal: bool) -> float:
+    num_heads = layout.num_heads
+    total = kept = 0
+    widths = [x.shape[-1] for x in (layout.kv_indices, layout.column_indices) if x is not None]
+    rows = max(1, 2**22 // (layout.batch * num_heads * max(widths, default=1) or 1))
+    for start in range(0, layout.seqlen_q, rows):
+        stop = min(start + rows, layout.seqlen_q)
+        row_kept, row_total = _count_pairs(layout, start, stop, is_causal, num_heads)
+        kept += row_kept
+        total += row_total
+    total *= layout.batch * num_heads
+    return kept / total if total else 0.0
+
+
+def _count_pairs(
+    layout: BlockLayout, start: int, stop: int, is_causal: bool, num_heads: int
+) -> tuple[int, int]:
+    """(visible pairs over batch and heads, pairs of one head) in rows ``[start, stop)``."""
+    block_q, block_kv = layout.block_size
+    rows = torch.arange(start, stop, device=layout.device)
+    position = rows + (layout.seqlen_kv - layout.seqlen_q)
+    limit = (
+        (position + 1).clamp(0, layout.seqlen_kv)
+        if is_causal
+        else torch.full_like(position, layout.seqlen_kv)
+    )
+    sink = torch.minimum(spread_heads(layout.sink, 0, num_heads)[:, None], limit)
+    width = spread_heads(layout.window, 0, num_heads)[:, None].long()
+    low = torch.where(width == -1, 0, position + 1 - width).clamp(min=0)
+    high = (
+        limit
+        if is_causal
+        else torch.where(width == -1, limit, torch.minimum(position + width, limit))
+    )
+    low, high = torch.broadcast_tensors(low, high)
+    batch = layout.batch
+    kept = batch * int((sink + (high - torch.maximum(low, sink)).clamp(min=0)).sum())
+    q_blocks = rows // block_q
+    sink, low, high, limit = (x[..., None] for x in (sink, low, high, limit))
+    if layout.kv_num_blocks is not None:
+        counts = spread_heads(layout.kv_num_blocks, 1, num_heads)[:, :, q_blocks]
+        indices = spread_heads(layout.kv_indices, 1, num_heads)[:, :, q_blocks]
+        begin = torch.maximum(indices.long() * block_kv, sink)
+        end = torch.minimum(indices.long() * block_kv + block_kv, limit)
+        seen = (torch.minimum(end, high) - torch.maximum(begin, low)).clamp(min=0)
+        new = ((end - begin).clamp(min=0) - seen) * listed(counts, indices)
+        kept += int(new.sum()) * (batch // new.shape[0])
+    if layout.num_columns is not None:
+        groups = q_blocks // layout.column_group
+        counts = spread_heads(layout.num_columns, 1, num_heads)[:, :, groups]
+        columns = spread_heads(layout.column_indices, 1, num_heads)[:, :, groups]
+        new = (columns >= sink) & (columns < limit) & ~((columns >= low) & (columns < high))
+        new = new & listed(counts, columns)
+        if layout.kv_num_blocks is not None:
+            new = new & ~_in_blocks(layout, columns, q_blocks, num_heads)
+        kept += int(new.sum()) * (batch // new.shape[0])
+    return kept, int(limit.sum())
+
+
+def _in_blocks(layout: BlockLayout, columns: Tensor, q_blocks: Tensor, num_heads: int) -> Tensor:
+    """Whether each of ``columns [B', H, rows, width]`` lies in a listed block of its row."""
+    counts = spread_heads(layout.kv_num_blocks, 1, num_heads)[:, :, q_blocks]
+    indices = spread_heads(layout.kv_indices, 1, num_heads)[:, :, q_blocks]
+    if indices.shape[-1] == 0:
+        return torch.zeros_like(columns, dtype=torch.bool)
+    ascending = torch.where(listed(counts, indices), indices, layout.num_kv_blocks)
+    batch = max(len(columns), len(ascending))
+    ascending = ascending.expand(batch, -1, -1, -1).contiguous()
+    blocks = (columns // layout.block_size[1]).expand(batch, -1, -1, -1).contiguous()
+    slots = torch.searchsorted(ascending, blocks).clamp(max=indices.shape[-1] - 1)
+    return ascending.gather(-1, slots) == blocks

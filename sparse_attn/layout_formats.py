@@ -1,0 +1,229 @@
+"""A `BlockLayout` from and to other notations of the same mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+from .layout_algebra import common_heads, compact, listed, spread_heads
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def _blocks_only(
+    counts: Tensor, indices: Tensor, block_size: tuple[int, int], seqlens: tuple[int, int]
+) -> BlockLayout:
+    none = torch.zeros(1, dtype=torch.int32, device=counts.device)
+    return BlockLayout(tuple(seqlens), none, none, tuple(block_size), counts, indices)
+
+
+def _expect_blocks(name: str, shape: tuple[int, int], block_size, seqlens) -> None:
+    expected = tuple(-(-s // b) for s, b in zip(seqlens, block_size, strict=True))
+    if tuple(shape) != expected:
+        raise ValueError(
+            f"{name} has {tuple(shape)} blocks, but seqlens={tuple(seqlens)} with "
+            f"block_size={tuple(block_size)} make {expected}"
+        )
+
+
+def from_dense(block_mask: Tensor, *, block_size, seqlens) -> BlockLayout:
+    if block_mask.dtype != torch.bool or block_mask.dim() != 4:
+        raise ValueError(
+            "block_mask must be bool [B, H, Mq, Mkv], got "
+            f"{block_mask.dtype} {list(block_mask.shape)}"
+        )
+    _expect_blocks("block_mask", block_mask.shape[2:], block_size, seqlens)
+    lead = block_mask.shape[:3]
+    rows, cols = block_mask.reshape(-1, block_mask.shape[-1]).nonzero(as_tuple=True)
+    counts, indices = compact(rows, cols, lead.numel())
+    return _blocks_only(counts.view(lead), indices.view(*lead, -1), block_size, seqlens)
+
+
+def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
+    if indices.dim() != 4 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"indices must be int32 or int64 [B, H, Mq, k], got {indices.dtype} {list(indices.shape)}"
+        )
+    num_kv_blocks = -(-seqlens[1] // block_size[1])
+    _expect_blocks("indices", (indices.shape[2], num_kv_blocks), block_size, seqlens)
+    if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < num_kv_blocks):
+        raise ValueError(
+            f"indices must be -1 or in [0, {num_kv_blocks}), got values in "
+            f"[{int(indices.min())}, {int(indices.max())}]"
+        )
+    lead = indices.shape[:3]
+    flat = indices.reshape(lead.numel(), -1).long()
+    rows, slots = (flat >= 0).nonzero(as_tuple=True)
+    pairs = torch.unique(rows * num_kv_blocks + flat[rows, slots])
+    stride = max(num_kv_blocks, 1)
+    counts, compacted = compact(pairs // stride, pairs % stride, lead.numel())
+    return _blocks_only(counts.view(lead), compacted.view(*lead, -1), block_size, seqlens)
+
+
+def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
+    if csr.layout not in (torch.sparse_csr, torch.sparse_bsr) or csr.dim() != 2:
+        raise ValueError(
+            f"csr must be a 2-D sparse CSR or BSR tensor, got {csr.layout} {list(csr.shape)}"
+        )
+    crow, cols = csr.crow_indices().long(), csr.col_indices().long()
+    num_kv_blocks = -(-seqlens[1] // block_size[1])
+    shape = tuple(csr.shape)
+    if csr.layout is torch.sparse_bsr:
+        inner = tuple(csr.values().shape[1:])
+        if inner != tuple(block_size):
+            raise ValueError(f"csr stores blocks of {inner}, but block_size={tuple(block_size)}")
+        shape = (len(crow) - 1, shape[1] // inner[1])
+    _expect_blocks("csr", shape, block_size, seqlens)
+    rows = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff())
+    pairs = torch.unique(rows * num_kv_blocks + cols)
+    stride = max(num_kv_blocks, 1)
+    counts, indices = compact(pairs // stride, pairs % stride, len(crow) - 1)
+    return _blocks_only(counts[None, None], indices[None, None], block_size, seqlens)
+
+
+def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> BlockLayout:
+    from torch.nn.attention.flex_attention import noop_mask
+
+    partial = block_mask.kv_num_blocks
+    has_program = block_mask.mask_mod not in (None, noop_mask)
+    if has_program and not drop_mask_mod and bool((partial > 0).any()):
+        raise ValueError(
+            "block_mask has partial blocks whose mask_mod a layout cannot hold; state it through is_causal, "
+            "sink or window and pass drop_mask_mod=True"
+        )
+    seqlens = tuple(block_mask.seq_lengths)
+    mask = _dense_blocks(partial, block_mask.kv_indices, block_mask, seqlens)
+    if block_mask.full_kv_num_blocks is not None:
+        mask |= _dense_blocks(
+            block_mask.full_kv_num_blocks, block_mask.full_kv_indices, block_mask, seqlens
+        )
+    return from_dense(mask, block_size=tuple(block_mask.BLOCK_SIZE), seqlens=seqlens)
+
+
+def _dense_blocks(counts: Tensor, indices: Tensor, block_mask: BlockMask, seqlens) -> Tensor:
+    return _table(counts, indices, -(-seqlens[1] // block_mask.BLOCK_SIZE[1]))
+
+
+def _table(counts: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Lists ``[..., width]`` as a bool table ``[..., size]``."""
+    table = torch.zeros(*counts.shape, size + 1, dtype=torch.bool, device=counts.device)
+    safe = torch.where(listed(counts, indices), indices, size).long()
+    return table.scatter_(-1, safe, True)[..., :size]
+
+
+def visible(
+    layout: BlockLayout, start: int, stop: int, *, is_causal: bool, num_heads: int | None
+) -> Tensor:
+    num_heads = common_heads(layout, num_heads)
+    device = layout.device
+    rows = torch.arange(start, stop, device=device)
+    keys = torch.arange(layout.seqlen_kv, device=device)
+    position = rows + (layout.seqlen_kv - layout.seqlen_q)
+    distance = position[:, None] - keys
+    sink = spread_heads(layout.sink, 0, num_heads)[:, None, None]
+    window = spread_heads(layout.window, 0, num_heads)[:, None, None]
+    near = (distance if is_causal else distance.abs()) < window
+    mask = ((keys < sink) | near | (window == -1))[None]
+    q_blocks = rows // layout.block_size[0]
+    if layout.kv_num_blocks is not None and len(rows):
+        first, last = int(q_blocks[0]), int(q_blocks[-1]) + 1
+        table = _table(
+            layout.kv_num_blocks[:, :, first:last],
+            layout.kv_indices[:, :, first:last],
+            layout.num_kv_blocks,
+        )
+        picked = table[:, :, q_blocks - first][..., keys // layout.block_size[1]]
+        mask = mask | spread_heads(picked, 1, num_heads)
+    if layout.num_columns is not None and len(rows):
+        groups = q_blocks // layout.column_group
+        first, last = int(groups[0]), int(groups[-1]) + 1
+        table = _table(
+            layout.num_columns[:, :, first:last],
+            layout.column_indices[:, :, first:last],
+            layout.seqlen_kv,
+        )
+        mask = mask | spread_heads(table[:, :, groups - first], 1, num_heads)
+    return mask & (distance >= 0) if is_causal else mask
+
+
+def to_topk(layout: BlockLayout) -> Tensor:
+    _require_blocks(layout)
+    return torch.where(listed(layout.kv_num_blocks, layout.kv_indices), layout.kv_indices, -1)
+
+
+def to_csr(layout: BlockLayout, batch: int, head: int) -> Tensor:
+    _require_blocks(layout)
+    counts, indices = layout.kv_num_blocks[batch, head], layout.kv_indices[batch, head]
+    crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    cols = indices[listed(counts, indices)].long()
+    values = torch.ones(len(cols), device=cols.device)
+    return torch.sparse_csr_tensor(crow, cols, values, (layout.num_q_blocks, layout.num_kv_blocks))
+
+
+def _require_blocks(layout: BlockLayout) -> None:
+    if layout.kv_num_blocks is None:
+        raise ValueError("the layout has no block lists (kv_num_blocks is None)")
+
+
+def to_block_mask(layout: BlockLayout, *, is_causal: bool, num_heads: int | None) -> BlockMask:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_heads = common_heads(layout, num_heads)
+    block_q, block_kv = layout.block_size
+    touched = torch.stack(
+        [
+            _touched_blocks(layout, m, is_causal=is_causal, num_heads=num_heads)
+            for m in range(layout.num_q_blocks)
+        ],
+        dim=2,
+    )
+    order = touched.int().argsort(dim=-1, descending=True, stable=True).int()
+    counts = touched.sum(-1, dtype=torch.int32)
+    batch = touched.shape[0]
+    sink = spread_heads(layout.sink, 0, num_heads)
+    window = spread_heads(layout.window, 0, num_heads)
+    off = layout.seqlen_kv - layout.seqlen_q
+    blocks = columns = None
+    if layout.kv_num_blocks is not None:
+        blocks = _table(layout.kv_num_blocks, layout.kv_indices, layout.num_kv_blocks)
+        blocks = spread_heads(blocks, 1, num_heads).expand(batch, -1, -1, -1)
+    if layout.num_columns is not None:
+        columns = _table(layout.num_columns, layout.column_indices, layout.seqlen_kv)
+        columns = spread_heads(columns, 1, num_heads).expand(batch, -1, -1, -1)
+
+    def mask_mod(b, h, i, j):
+        distance = i + off - j
+        b = b if batch > 1 else b * 0
+        near = distance if is_causal else distance.abs()
+        seen = (j < sink[h]) | (near < window[h]) | (window[h] == -1)
+        if blocks is not None:
+            seen = seen | blocks[b, h, i // block_q, j // block_kv]
+        if columns is not None:
+            seen = seen | columns[b, h, i // (block_q * layout.column_group), j]
+        return seen & (distance >= 0) if is_causal else seen
+
+    return BlockMask.from_kv_blocks(
+        counts,
+        order,
+        BLOCK_SIZE=(block_q, block_kv),
+        mask_mod=mask_mod,
+        seq_lengths=tuple(layout.seqlens),
+    )
+
+
+def _touched_blocks(layout: BlockLayout, m: int, *, is_causal: bool, num_heads: int) -> Tensor:
+    """Which key blocks hold a key that a row of query block `m` sees: bool ``[B', H, Mkv]``."""
+    block_q, block_kv = layout.block_size
+    rows = visible(
+        layout,
+        m * block_q,
+        min((m + 1) * block_q, layout.seqlen_q),
+        is_causal=is_causal,
+        num_heads=num_heads,
+    ).any(dim=2)
+    padded = torch.nn.functional.pad(rows, (0, layout.num_kv_blocks * block_kv - layout.seqlen_kv))
+    return padded.unflatten(-1, (layout.num_kv_blocks, block_kv)).any(dim=-1)

@@ -1,0 +1,116 @@
+"""The op pair as torch sees it: schemas, fakes, and the reference as the implementation for every device.
+
+A compiled extension overrides ``sparse_attn::attention`` on its dispatch key. The pair
+``sparse_attn::attention_reference[_backward]`` has the same schema and no override.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .layout import BlockLayout
+
+_LAYOUT = (
+    "Tensor sink, Tensor window, Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? num_columns, "
+    "Tensor? column_indices, Tensor? sinks, int block_q, int block_kv, int column_group, "
+    "float scale, float softcap, bool is_causal"
+)
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+library = torch.library.Library("sparse_attn", "DEF")
+
+
+def layout_args(
+    layout: BlockLayout, sinks: Tensor | None, scale: float, softcap: float, is_causal: bool
+) -> tuple:
+    """The arguments of both ops from `sink` on, in the schema's order."""
+    return (
+        layout.sink,
+        layout.window,
+        layout.kv_num_blocks,
+        layout.kv_indices,
+        layout.num_columns,
+        layout.column_indices,
+        sinks,
+        *layout.block_size,
+        layout.column_group,
+        scale,
+        softcap,
+        is_causal,
+    )
+
+
+def _reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
+    """The schema's arguments from `sink` on as the reference takes them, with the layout validated."""
+    sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks = args[:7]
+    block_q, block_kv, column_group, scale, softcap, is_causal = args[7:]
+    layout = BlockLayout(
+        (q.shape[2], k.shape[2]),
+        sink,
+        window,
+        (block_q, block_kv),
+        kv_num_blocks,
+        kv_indices,
+        num_columns,
+        column_indices,
+        column_group,
+    ).validate()
+    return (layout, sinks), {"scale": scale, "softcap": softcap, "is_causal": is_causal}
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    rest, scalars = _reference_args(q, k, args)
+    return reference.attention(q, k, v, *rest, **scalars)
+
+
+def _attention_backward(dout, dlse, q, k, v, out, lse, *args) -> tuple[Tensor, ...]:
+    rest, scalars = _reference_args(q, k, args)
+    return reference.attention_backward(dout, dlse, q, k, v, out, lse, *rest, **scalars)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=reference.compute_dtype(q.dtype))
+    return reference.empty_out(q, v), lse
+
+
+def _fake_attention_backward(dout, dlse, q, k, v, out, lse, *args) -> tuple[Tensor, ...]:
+    sinks = args[6]
+    contiguous = torch.contiguous_format
+    dsinks = q.new_empty(0, dtype=reference.compute_dtype(q.dtype))
+    return (
+        torch.empty_like(q, memory_format=contiguous),
+        torch.empty_like(k, memory_format=contiguous),
+        torch.empty_like(v, memory_format=contiguous),
+        dsinks if sinks is None else torch.empty_like(sinks),
+    )
+
+
+for _name in ("attention", "attention_reference"):
+    for _suffix, _schema, _impl, _fake in (
+        ("", _FORWARD, _attention, _fake_attention),
+        ("_backward", _BACKWARD, _attention_backward, _fake_attention_backward),
+    ):
+        library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(_name + _suffix, _impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sparse_attn::{_name}{_suffix}", _fake, lib=library)
+
+try:
+    _C = importlib.import_module("sparse_attn._C")
+    extension_error: str | None = None
+except ImportError as error:
+    _C = None
+    extension_error = str(error)
+    logging.getLogger("sparse_attn").warning(
+        "the C++ extension is not available (%s): CPU tensors use the reference backend, which is right but slow. "
+        "Install a C++20 compiler and reinstall sparse-attn to build it.",
+        error,
+    )

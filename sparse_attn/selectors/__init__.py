@@ -1,0 +1,7 @@
+"""Selectors: callables that look at q and k and say which keys each head attends to."""
+
+from .base import PerHead, Selector, Union
+from .block_topk import BlockTopK
+from .static import Dense, SinkWindow, SlidingWindow
+
+__all__ = ["BlockTopK", "Dense", "PerHead", "Selector", "SinkWindow", "SlidingWindow", "Union"]

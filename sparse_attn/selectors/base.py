@@ -1,0 +1,116 @@
+"""What a selector is, and how selectors combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+from ..layout_algebra import assemble_heads
+
+
+class Selector:
+    """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass.
+
+    ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q, seqlen_kv)``;
+    ``a | b`` selects what either selects.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        """The layout for ``q [B, H, Sq, D]`` and ``k [B, Hkv, Skv, D]``; scale as in `sparse_attention`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__")
+
+    def __or__(self, other: Selector) -> Union:
+        if not isinstance(other, Selector):
+            return NotImplemented
+        mine = self.selectors if isinstance(self, Union) else (self,)
+        return Union(mine + (other.selectors if isinstance(other, Union) else (other,)))
+
+
+@dataclass(frozen=True)
+class Union(Selector):
+    """Every key that any of several selectors selects; written ``a | b``.
+
+    Args:
+        selectors: the selectors, at least one.
+    """
+
+    selectors: tuple[Selector, ...]
+
+    def __post_init__(self) -> None:
+        if not self.selectors:
+            raise ValueError("selectors must hold at least one selector")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        first, *others = self.selectors
+        layout = first(q, k, is_causal=is_causal, scale=scale)
+        for other in others:
+            layout = layout | other(q, k, is_causal=is_causal, scale=scale)
+        return layout
+
+
+@dataclass(frozen=True)
+class PerHead(Selector):
+    """A selector of its own for each query head, e.g. dense retrieval heads among streaming ones.
+
+    Args:
+        selectors: mapping from a query head, or a tuple of query heads, to its selector.
+        default: the selector of heads not named, or None if every head is. Default None.
+
+    Raises:
+        ValueError: when called, if a head is out of range, named twice, or has no selector.
+
+    Example:
+        >>> retrieval = PerHead({(0, 3): Dense()}, default=SinkWindow(sink=16, window=256))
+    """
+
+    selectors: Mapping[int | tuple[int, ...], Selector]
+    default: Selector | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        layouts, heads = [], []
+        for named, selector in self._assignments(num_heads):
+            queries, keys = q[:, named], k[:, [h // group for h in named]]
+            layouts.append(selector(queries, keys, is_causal=is_causal, scale=scale))
+            heads.append(named)
+        return assemble_heads(layouts, heads, num_heads)
+
+    def _assignments(self, num_heads: int) -> list[tuple[list[int], Selector]]:
+        """(heads, selector) pairs that together name each head once."""
+        pairs = [([h] if isinstance(h, int) else list(h), s) for h, s in self.selectors.items()]
+        named = [h for heads, _ in pairs for h in heads]
+        for h in named:
+            if not 0 <= h < num_heads:
+                raise ValueError(f"selectors names head {h}, but there are {num_heads} query heads")
+        if len(set(named)) < len(named):
+            raise ValueError(f"selectors names a head twice: {sorted(named)}")
+        rest = [h for h in range(num_heads) if h not in set(named)]
+        if rest and self.default is None:
+            raise ValueError(f"heads {rest} have no selector; name them or give a default")
+        return pairs + ([(rest, self.default)] if rest else [])
+
+
+def seqlens(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """``(seqlen_q, seqlen_kv)`` of q and k."""
+    return q.shape[2], k.shape[2]
+
+
+def pool_mean(x: Tensor, block: int) -> Tensor:
+    """Mean over consecutive blocks of rows: ``[B, H, S, D]`` to float32 ``[B, H, ceil(S / block), D]``; a short last block counts its rows only."""
+    seqlen = x.shape[2]
+    whole = seqlen // block
+    pooled = x[:, :, : whole * block].unflatten(2, (whole, block)).mean(3, dtype=torch.float32)
+    if whole * block == seqlen:
+        return pooled
+    tail = x[:, :, whole * block :].mean(2, keepdim=True, dtype=torch.float32)
+    return torch.cat([pooled, tail], 2)

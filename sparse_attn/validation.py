@@ -1,0 +1,107 @@
+"""Checks of the public functions' arguments, each with a message that names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Types, devices, dtypes and shapes of q, k, v.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be [batch, heads, seqlen, head_dim], got shape {list(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(
+            f"v must have k's heads and seqlen {list(k.shape[1:3])}, got {list(v.shape[1:3])}"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
+    if min(q.shape[0], q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]) < 1:
+        raise ValueError(
+            "batch, heads and head dims must be positive, got "
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {k.shape[1]} heads of k")
+
+
+def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
+    """Whether the layout was made for these tensors. Its values are checked by the backend.
+
+    Raises:
+        TypeError, ValueError: naming the field that does not fit.
+    """
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(
+            f"layout_or_selector must be a BlockLayout or a selector that returns one, got {type(layout).__name__}"
+        )
+    if tuple(layout.seqlens) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have {(q.shape[2], k.shape[2])}"
+        )
+    if layout.device != q.device:
+        raise ValueError(f"the layout is on {layout.device}, but q is on {q.device}")
+    for name, x in layout.tensors().items():
+        heads = x.shape[0 if x.dim() == 1 else 1]
+        if q.shape[1] % heads:
+            raise ValueError(
+                f"{name} has {heads} heads, which does not divide the {q.shape[1]} heads of q"
+            )
+        if x.dim() > 1 and x.shape[0] not in (1, q.shape[0]):
+            raise ValueError(
+                f"{name} has batch size {x.shape[0]}, it must be 1 or q's {q.shape[0]}"
+            )
+
+
+def check_scalars(q: Tensor, scale: float | None, softcap: float) -> float:
+    """The softmax scale, ``1 / sqrt(head_dim)`` if None.
+
+    Raises:
+        ValueError: if scale is not finite, or softcap is negative or not finite.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be finite and at least 0 (0 is off), got {softcap}")
+    return scale
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Learnable sink logits: a floating-point ``[H]`` tensor on q's device, or None.
+
+    Raises:
+        TypeError, ValueError: if they are not.
+    """
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a tensor, got {type(sinks).__name__}")
+    if sinks.shape != (q.shape[1],) or not torch.is_floating_point(sinks):
+        raise ValueError(
+            f"sinks must be a float tensor [{q.shape[1]}], got {sinks.dtype} {list(sinks.shape)}"
+        )
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
