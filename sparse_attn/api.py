@@ -38,14 +38,17 @@ def sparse_attention(
     ``exp(sinks[h])`` joins the softmax denominator of head ``h`` and carries no value.
 
     Args:
-        q: ``[batch, num_heads, seqlen_q, head_dim]``, float32, bfloat16, float16 or float64; any strides.
-        k: ``[batch, num_kv_heads, seqlen_kv, head_dim]``; `num_kv_heads` divides `num_heads` (GQA, MQA): query
-            head ``h`` reads KV head ``h // (num_heads // num_kv_heads)``.
+        q: ``[batch, num_heads, seqlen_q, head_dim]``, float32, bfloat16, float16 or float64; any
+            strides.
+        k: ``[batch, num_kv_heads, seqlen_kv, head_dim]``; `num_kv_heads` divides `num_heads` (GQA,
+            MQA): query head ``h`` reads KV head ``h // (num_heads // num_kv_heads)``.
         v: ``[batch, num_kv_heads, seqlen_kv, head_dim_v]``.
         layout_or_selector: a `BlockLayout` for ``(seqlen_q, seqlen_kv)``, or a callable
-            ``selector(q, k, is_causal=..., scale=...)`` that returns one; it runs without gradients.
-        is_causal: whether row ``i`` sees no key after ``i + seqlen_kv - seqlen_q``, so that the last query
-            sees the last key (bottom-right alignment, what decoding and chunked prefill need). Default True.
+            ``selector(q, k, is_causal=..., scale=...)`` that returns one; it runs without
+            gradients.
+        is_causal: whether row ``i`` sees no key after ``i + seqlen_kv - seqlen_q``, so that the
+            last query sees the last key (bottom-right alignment, what decoding and chunked prefill
+            need). Default True.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         softcap: bound of the scores, 0 for none. Default 0.
         sinks: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
@@ -53,13 +56,14 @@ def sparse_attention(
         backend: "auto", "cpu" or "reference". A named backend never falls back. Default "auto".
 
     Returns:
-        Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no key. With
-        ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for float64) ``[batch, num_heads,
-        seqlen_q]``, the natural log of the softmax denominator (sink included), -inf in empty rows. Both are
-        differentiable with respect to q, k, v and sinks.
+        Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no
+        key. With ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for float64)
+        ``[batch, num_heads, seqlen_q]``, the natural log of the softmax denominator (sink
+        included), -inf in empty rows. Both are differentiable with respect to q, k, v and sinks.
 
     Raises:
-        TypeError, ValueError: naming the argument; for a backend that cannot run the call, with its reasons.
+        TypeError, ValueError: naming the argument; for a backend that cannot run the call, with its
+        reasons.
 
     Example:
         >>> from sparse_attn import selectors
@@ -119,30 +123,35 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
 
-    Without a selector the result is torch's in every case: dense calls that a native kernel serves run
-    there, all others (masks, dropout, gradients, other ranks and dtypes) go to torch itself. With a selector,
-    row ``i`` sees only the keys that it selects, and what cannot be combined with it is refused by name.
+    Without a selector the result is torch's in every case: dense calls that a native kernel serves
+    run there, all others (masks, dropout, gradients, other ranks and dtypes) go to torch itself.
+    With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
+    it is refused by name.
 
     Args:
-        query: ``[..., seqlen_q, head_dim]``; 4-D ``[batch, num_heads, seqlen_q, head_dim]`` with a selector.
+        query: ``[..., seqlen_q, head_dim]``; 4-D ``[batch, num_heads, seqlen_q, head_dim]`` with a
+            selector.
         key: ``[..., seqlen_kv, head_dim]``.
         value: ``[..., seqlen_kv, head_dim_v]``.
-        attn_mask: bool (True = attend) or additive float mask, broadcastable to ``[..., seqlen_q, seqlen_kv]``;
-            not with a selector. Default None.
-        dropout_p: probability of dropping an attention weight; must be 0 with a selector. Default 0.
+        attn_mask: bool (True = attend) or additive float mask, broadcastable to ``[..., seqlen_q,
+            seqlen_kv]``; not with a selector. Default None.
+        dropout_p: probability of dropping an attention weight; must be 0 with a selector. Default
+            0.
         is_causal: whether row ``i`` sees only keys ``j <= i``: torch's top-left alignment, unlike
             `sparse_attention`. Default False.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         enable_gqa: whether key and value may have fewer heads than query. Default False.
-        selector: a `BlockLayout` or a selector as in `sparse_attention`, or None for dense. Default None.
-        backend: "auto", "cpu" or "reference"; a named backend serves the call or refuses it. Default "auto".
+        selector: a `BlockLayout` or a selector as in `sparse_attention`, or None for dense. Default
+            None.
+        backend: "auto", "cpu" or "reference"; a named backend serves the call or refuses it.
+            Default "auto".
 
     Returns:
         Tensor: ``[..., seqlen_q, head_dim_v]`` in query's dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument that a selector or a named backend does not serve, and
-            whatever torch raises for the rest.
+        TypeError, ValueError: naming the argument that a selector or a named backend does not
+            serve, and whatever torch raises for the rest.
 
     Example:
         >>> from sparse_attn import selectors
@@ -177,7 +186,9 @@ def scaled_dot_product_attention(
 
 
 def _sdpa_refusals(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> list[str]:
-    """Why `sparse_attention` cannot serve a call of torch's function; one sentence for each argument."""
+    """Why `sparse_attention` cannot serve a call of torch's function; one sentence for each
+    argument.
+    """
     reasons = []
     if attn_mask is not None:
         reasons.append("attn_mask is not supported; express it as a BlockLayout")
@@ -191,14 +202,15 @@ def _sdpa_refusals(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> list
         reasons.append(f"enable_gqa must be True for {q.shape[1]} query and {k.shape[1]} key heads")
     if is_causal and q.shape[2] > k.shape[2]:
         reasons.append(
-            "is_causal with more queries than keys is top-left aligned in torch, which has no causal layout: "
-            "use sparse_attention, whose alignment is bottom-right"
+            "is_causal with more queries than keys is top-left aligned in torch, which no layout "
+            "says: use sparse_attention, whose alignment is bottom-right"
         )
     return reasons
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> backends.Explanation:
-    """Which backend `sparse_attention` would run a call on, and every reason against the others; runs nothing.
+    """Which backend `sparse_attention` would run a call on, and every reason against the others;
+    runs nothing.
 
     Args:
         q: as in `sparse_attention`.
@@ -207,8 +219,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> backen
         backend: as in `sparse_attention`. Default "auto".
 
     Returns:
-        Explanation: `.backend` (str, or None if no backend can run it) and `.reasons` (dict from backend to
-        a list of sentences, empty if it can); ``print()`` shows both.
+        Explanation: `.backend` (str, or None if no backend can run it) and `.reasons` (dict from
+        backend to a list of sentences, empty if it can); ``print()`` shows both.
 
     Raises:
         TypeError, ValueError: if the tensors do not fit together, or `backend` is unknown.

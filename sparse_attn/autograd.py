@@ -1,4 +1,4 @@
-"""Gradients of the op pair, registered on torch's Autograd key: calling the op is differentiable."""
+"""Gradients of the op pair, on torch's Autograd key: the op itself is differentiable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .ops import library
 
 
 def _differentiable(name: str):
-    """The Autograd kernel of ``sparse_attn::<name>``, whose gradient is ``sparse_attn::<name>_backward``."""
+    """The Autograd kernel of the op `name`, whose gradient is the op ``<name>_backward``."""
     forward_op = getattr(torch.ops.sparse_attn, name).default
     backward_op = getattr(torch.ops.sparse_attn, f"{name}_backward").default
 
@@ -54,9 +54,7 @@ def _once(name: str):
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(
-                "sparse_attn: attention is differentiable once; second derivatives are not supported"
-            )
+            raise RuntimeError("sparse_attn: attention has no second derivative")
 
     return AttentionBackward.apply
 

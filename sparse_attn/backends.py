@@ -42,7 +42,9 @@ _AUTO = {"cpu": ("cpu", "reference")}
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call would run on (`backend`, None if none can) and each other's `reasons` against it."""
+    """Which backend a call would run on (`backend`, None if none can) and each other's `reasons`
+    against it.
+    """
 
     backend: str | None
     reasons: dict[str, list[str]]
@@ -57,7 +59,9 @@ class Explanation:
 
 
 def choose(backend: str, q: Tensor, v: Tensor) -> Explanation:
-    """The first backend of the device's order that has no reason against the call, or the one asked for."""
+    """The first backend of the device's order that has no reason against the call, or the one asked
+    for.
+    """
     if backend != "auto" and backend not in _REASONS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(_REASONS)}, got {backend!r}")
     order = _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
@@ -69,7 +73,8 @@ def op_for(backend: str, q: Tensor, v: Tensor):
     """The torch op that serves the call.
 
     Raises:
-        ValueError: if `backend` is unknown, or cannot serve the call; the message holds every backend's reasons.
+        ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
+            backend's reasons.
     """
     chosen = choose(backend, q, v)
     if chosen.backend is None:

@@ -19,34 +19,36 @@ _INT32_MAX = 2**31 - 1
 class BlockLayout:
     """The set of keys that each query row attends to, in O(kept) memory.
 
-    Row ``i`` of head ``h`` of batch element ``b`` stands at position ``p = i + seqlen_kv - seqlen_q`` (the
-    last query sees the last key). It sees key ``j`` iff ``0 <= j < seqlen_kv``, ``j <= p`` when attention is
-    causal, and any of these holds (a key seen through several counts once)::
+    Row ``i`` of head ``h`` of batch element ``b`` stands at ``p = i + seqlen_kv - seqlen_q`` (the
+    last query sees the last key). It sees key ``j`` iff ``0 <= j < seqlen_kv``, ``j <= p`` when
+    attention is causal, and any of these holds (a key seen through several counts once)::
 
         j < sink[h]
-        window[h] == -1 or p - j < window[h]                      # not causal: abs(p - j) < window[h]
-        j // block_kv in kv_indices[b, h, m, :kv_num_blocks[b, h, m]]           # m = i // block_q
-        j in column_indices[b, h, g, :num_columns[b, h, g]]                     # g = m // column_group
+        window[h] == -1 or p - j < window[h]              # not causal: abs(p - j) < window[h]
+        j // block_kv in kv_indices[b, h, m, :kv_num_blocks[b, h, m]]      # m = i // block_q
+        j in column_indices[b, h, g, :num_columns[b, h, g]]                # g = m // column_group
 
-    Every tensor is int32. Its batch size is `batch` or 1; its head size is any divisor of the number of
-    query heads ``H`` (head ``h`` reads entry ``h // (H // size)``), so 1 is shared by all heads and the
-    number of KV heads is shared by a GQA group. Lists are strictly ascending; what lies behind the count
-    is ignored.
+    Every tensor is int32. Its batch size is `batch` or 1; its head size is any divisor of the
+    number of query heads ``H`` (head ``h`` reads entry ``h // (H // size)``), so 1 is shared by all
+    heads and the number of KV heads is shared by a GQA group. Lists are strictly ascending; what
+    lies behind the count is ignored.
 
     Args:
         seqlens: ``(seqlen_q, seqlen_kv)``.
         sink: ``[H']``, number of leading keys every row sees; 0 for none.
-        window: ``[H']``, number of trailing keys a row sees, itself included; 0 for none, -1 for no limit.
+        window: ``[H']``, number of trailing keys a row sees, itself included; 0 for none, -1 for no
+            limit.
         block_size: ``(block_q, block_kv)``, any positive sizes. Default ``(64, 64)``.
         kv_num_blocks: ``[B', H', Mq]``, or None; ``Mq = ceil(seqlen_q / block_q)``.
-        kv_indices: ``[B', H', Mq, width]``, or None; entries in ``[0, ceil(seqlen_kv / block_kv))``.
+        kv_indices: ``[B', H', Mq, width]``, or None; entries in ``[0, ceil(seqlen_kv /
+            block_kv))``.
         num_columns: ``[B', H', Mg]``, or None; ``Mg = ceil(Mq / column_group)``.
         column_indices: ``[B', H', Mg, width]``, or None; entries in ``[0, seqlen_kv)``.
         column_group: number of consecutive query blocks that share one list of columns. Default 1.
 
     Raises:
-        TypeError, ValueError: if a field has the wrong type, dtype, shape or device. Values are checked by
-            `validate` and by every backend.
+        TypeError, ValueError: if a field has the wrong type, dtype, shape or device. Values are
+            checked by `validate` and by every backend.
 
     Example:
         >>> layout = BlockLayout.sink_window(seqlens=(6, 6), sink=1, window=2)
@@ -107,7 +109,7 @@ class BlockLayout:
         self._check_field(counts_name, (None, None, rows))
         self._check_field(indices_name, (*counts.shape, None))
 
-    # ------------------------------------------------------------------------------------------- sizes
+    # --- sizes
 
     @property
     def seqlen_q(self) -> int:
@@ -167,7 +169,7 @@ class BlockLayout:
         parts += [f"{name}={list(x.shape)}" for name, x in self.tensors().items()]
         return f"BlockLayout({', '.join(parts)})"
 
-    # ---------------------------------------------------------------------------------------- builders
+    # --- builders
 
     @staticmethod
     def dense(seqlens: tuple[int, int], *, device: torch.device | str = "cpu") -> BlockLayout:
@@ -182,12 +184,14 @@ class BlockLayout:
         window: int | Tensor = 0,
         device: torch.device | str = "cpu",
     ) -> BlockLayout:
-        """The first `sink` keys and the last `window` keys, token-exact, per head if given as ``[H]`` tensors.
+        """The first `sink` keys and the last `window` keys, token-exact, per head if given as
+        ``[H]`` tensors.
 
         Args:
             seqlens: ``(seqlen_q, seqlen_kv)``.
             sink: number of leading keys, an int or an int tensor ``[H']``. Default 0.
-            window: number of trailing keys, itself included, an int or an int tensor ``[H']``; -1 is no limit. Default 0.
+            window: number of trailing keys, itself included, an int or an int tensor ``[H']``; -1
+                is no limit. Default 0.
             device: where to put the tensors. Default the CPU.
 
         Returns:
@@ -209,7 +213,8 @@ class BlockLayout:
     def from_dense(
         block_mask: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
     ) -> BlockLayout:
-        """The blocks that are True in a mask of blocks; ``block_size=(1, 1)`` takes a mask of tokens.
+        """The blocks that are True in a mask of blocks; ``block_size=(1, 1)`` takes a mask of
+        tokens.
 
         Args:
             block_mask: bool ``[B|1, H', Mq, Mkv]``.
@@ -235,7 +240,9 @@ class BlockLayout:
     def from_topk(
         indices: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
     ) -> BlockLayout:
-        """The blocks listed in ``[B|1, H', Mq, k]`` integer indices; -1 pads; any order, duplicates count once."""
+        """The blocks listed in ``[B|1, H', Mq, k]`` integer indices; -1 pads; any order, duplicates
+        count once.
+        """
         from .layout_formats import from_topk
 
         return from_topk(indices, block_size=block_size, seqlens=seqlens)
@@ -244,7 +251,9 @@ class BlockLayout:
     def from_csr(
         csr: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
     ) -> BlockLayout:
-        """The blocks stored in a torch sparse CSR tensor ``[Mq, Mkv]``, or in a BSR tensor of tokens; one for all heads."""
+        """The blocks stored in a torch sparse CSR tensor ``[Mq, Mkv]``, or in a BSR tensor of
+        tokens; one for all heads.
+        """
         from .layout_formats import from_csr
 
         return from_csr(csr, block_size=block_size, seqlens=seqlens)
@@ -253,14 +262,15 @@ class BlockLayout:
     def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> BlockLayout:
         """The full and partial blocks of FlexAttention's `BlockMask`.
 
-        A `mask_mod` is a program, which a layout cannot hold: unless it lets everything through it is
-        refused. Pass ``drop_mask_mod=True`` when it says only what `is_causal`, a sink or a window say too.
+        A `mask_mod` is a program, which a layout cannot hold: unless it lets everything through it
+        is refused. Pass ``drop_mask_mod=True`` when it says only what `is_causal`, a sink or a
+        window say too.
         """
         from .layout_formats import from_block_mask
 
         return from_block_mask(block_mask, drop_mask_mod=drop_mask_mod)
 
-    # --------------------------------------------------------------------------------------- converters
+    # --- converters
 
     def visible(
         self, start: int, stop: int, *, is_causal: bool = True, num_heads: int | None = None
@@ -271,7 +281,9 @@ class BlockLayout:
         return visible(self, start, stop, is_causal=is_causal, num_heads=num_heads)
 
     def to_dense(self, *, is_causal: bool = True, num_heads: int | None = None) -> Tensor:
-        """The full token mask, bool ``[B', H, seqlen_q, seqlen_kv]``: O(S^2) memory, for tests and plots."""
+        """The full token mask, bool ``[B', H, seqlen_q, seqlen_kv]``: O(S^2) memory, for tests and
+        plots.
+        """
         return self.visible(0, self.seqlen_q, is_causal=is_causal, num_heads=num_heads)
 
     def to_topk(self) -> Tensor:
@@ -281,18 +293,22 @@ class BlockLayout:
         return to_topk(self)
 
     def to_csr(self, batch: int = 0, head: int = 0) -> Tensor:
-        """The block lists of one head as a torch sparse CSR tensor of ones, float32 ``[Mq, Mkv]``."""
+        """The block lists of one head as a torch sparse CSR tensor of ones, float32 ``[Mq,
+        Mkv]``.
+        """
         from .layout_formats import to_csr
 
         return to_csr(self, batch, head)
 
     def to_block_mask(self, *, is_causal: bool = True, num_heads: int | None = None) -> BlockMask:
-        """FlexAttention's `BlockMask` with the same visibility (full-width indices: ``Mq * Mkv`` memory)."""
+        """FlexAttention's `BlockMask` with the same visibility (full-width indices: ``Mq * Mkv``
+        memory).
+        """
         from .layout_formats import to_block_mask
 
         return to_block_mask(self, is_causal=is_causal, num_heads=num_heads)
 
-    # ----------------------------------------------------------------------------------------- algebra
+    # --- algebra
 
     def __or__(self, other: BlockLayout) -> BlockLayout:
         """The union: a key seen through either side is seen, once."""
@@ -303,7 +319,9 @@ class BlockLayout:
         return union(self, other)
 
     def __getitem__(self, index) -> BlockLayout:
-        """``layout[batch]`` or ``layout[batch, heads]``, each an int or a slice; broadcast sizes of 1 stay."""
+        """``layout[batch]`` or ``layout[batch, heads]``, each an int or a slice; broadcast sizes of
+        1 stay.
+        """
         from .layout_algebra import take
 
         batch, heads = index if isinstance(index, tuple) else (index, slice(None))
@@ -323,20 +341,24 @@ class BlockLayout:
 
     @cached_property
     def transposed(self) -> tuple[Tensor, Tensor]:
-        """``(q_num_blocks, q_indices)``: for each key block the query blocks that list it, ascending; for backward."""
+        """``(q_num_blocks, q_indices)``: for each key block the query blocks that list it,
+        ascending; for backward.
+        """
         from .layout_algebra import transpose
 
         return transpose(self)
 
-    # ---------------------------------------------------------------------------------------- measures
+    # --- measures
 
     def density(self, *, is_causal: bool = True) -> float:
-        """Visible (query, key) pairs divided by all pairs (all causal pairs), averaged over batch and heads.
+        """Visible (query, key) pairs divided by all pairs (all causal pairs), averaged over batch
+        and heads.
 
         Counted by interval arithmetic in O(rows * width), never on an S x S array.
 
         Args:
-            is_causal: whether the pairs behind the diagonal are excluded from both counts. Default True.
+            is_causal: whether the pairs behind the diagonal are excluded from both counts. Default
+                True.
 
         Returns:
             float: in [0, 1]; 0.0 if there are no pairs.
@@ -346,7 +368,8 @@ class BlockLayout:
         return density(self, is_causal=is_causal)
 
     def validate(self) -> BlockLayout:
-        """Check every value: ranges of sinks and windows, counts, ranges, order and duplicates of the lists.
+        """Check every value: ranges of sinks and windows, counts, ranges, order and duplicates of
+        the lists.
 
         Returns:
             BlockLayout: itself, so that it can be chained.

@@ -17,7 +17,9 @@ def listed(counts: Tensor, indices: Tensor) -> Tensor:
 
 
 def compact(rows: Tensor, cols: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Sorted (row, column) pairs as int32 lists ``(counts [num_rows], indices [num_rows, width])``."""
+    """Sorted (row, column) pairs as int32 lists ``(counts [num_rows], indices [num_rows,
+    width])``.
+    """
     counts = torch.bincount(rows, minlength=num_rows)
     width = int(counts.max()) if num_rows else 0
     first = counts.cumsum(0) - counts
@@ -191,7 +193,9 @@ def _merge_lists(
 def assemble_heads(
     layouts: list[BlockLayout], heads: list[list[int]], num_heads: int
 ) -> BlockLayout:
-    """One layout in which ``heads[n]`` follow ``layouts[n]``; `heads` must partition ``range(num_heads)``."""
+    """One layout in which ``heads[n]`` follow ``layouts[n]``; `heads` must partition
+    ``range(num_heads)``.
+    """
     layouts = [expand_heads(x, len(h)) for x, h in zip(align(layouts), heads, strict=True)]
     order = torch.tensor([h for group in heads for h in group]).argsort().to(layouts[0].device)
     if sorted(h for group in heads for h in group) != list(range(num_heads)):

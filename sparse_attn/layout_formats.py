@@ -46,7 +46,8 @@ def from_dense(block_mask: Tensor, *, block_size, seqlens) -> BlockLayout:
 def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
     if indices.dim() != 4 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"indices must be int32 or int64 [B, H, Mq, k], got {indices.dtype} {list(indices.shape)}"
+            "indices must be int32 or int64 [B, H, Mq, k], got "
+            f"{indices.dtype} {list(indices.shape)}"
         )
     num_kv_blocks = -(-seqlens[1] // block_size[1])
     _expect_blocks("indices", (indices.shape[2], num_kv_blocks), block_size, seqlens)
@@ -92,8 +93,8 @@ def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> Bl
     has_program = block_mask.mask_mod not in (None, noop_mask)
     if has_program and not drop_mask_mod and bool((partial > 0).any()):
         raise ValueError(
-            "block_mask has partial blocks whose mask_mod a layout cannot hold; state it through is_causal, "
-            "sink or window and pass drop_mask_mod=True"
+            "block_mask has partial blocks whose mask_mod a layout cannot hold; state it through "
+            "is_causal, sink or window and pass drop_mask_mod=True"
         )
     seqlens = tuple(block_mask.seq_lengths)
     mask = _dense_blocks(partial, block_mask.kv_indices, block_mask, seqlens)

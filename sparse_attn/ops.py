@@ -1,4 +1,5 @@
-"""The op pair as torch sees it: schemas, fakes, and the reference as the implementation for every device.
+"""The op pair as torch sees it: schemas, fakes, and the reference as the implementation for every
+device.
 
 A compiled extension overrides ``sparse_attn::attention`` on its dispatch key. The pair
 ``sparse_attn::attention_reference[_backward]`` has the same schema and no override.
@@ -50,7 +51,9 @@ def layout_args(
 
 
 def _reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
-    """The schema's arguments from `sink` on as the reference takes them, with the layout validated."""
+    """The schema's arguments from `sink` on as the reference takes them, with the layout
+    validated.
+    """
     sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks = args[:7]
     block_q, block_kv, column_group, scale, softcap, is_causal = args[7:]
     layout = BlockLayout(
@@ -110,7 +113,7 @@ except ImportError as error:
     _C = None
     extension_error = str(error)
     logging.getLogger("sparse_attn").warning(
-        "the C++ extension is not available (%s): CPU tensors use the reference backend, which is right but slow. "
-        "Install a C++20 compiler and reinstall sparse-attn to build it.",
+        "the C++ extension is not available (%s): CPU tensors use the reference backend, which is "
+        "right but slow. Install a C++20 compiler and reinstall sparse-attn to build it.",
         error,
     )

@@ -1,7 +1,8 @@
-"""The executable specification of the op pair, in pure torch: any device, any float dtype, float64 exact.
+"""The executable specification of the op pair, in pure torch: any device, any float dtype, float64
+exact.
 
-Both functions walk over chunks of query rows, so that memory stays O(seqlen_kv) times a bounded number of
-rows. Scores are computed in float32 (float64 for float64 inputs).
+Both functions walk over chunks of query rows, so that memory stays O(seqlen_kv) times a bounded
+number of rows. Scores are computed in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def attention(
     softcap: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``out = softmax(scores over the visible keys and the sink logit) @ v`` and ``lse``, its log denominator.
+    """``out = softmax(scores over the visible keys and the sink logit) @ v`` and ``lse``, its log
+    denominator.
 
     Shapes as in `sparse_attn::attention`; the layout's values must have been validated.
     """
@@ -94,10 +96,12 @@ def attention_backward(
     softcap: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and sinks (an empty tensor without sinks), from ``p = exp(scores - lse)``.
+    """Gradients of q, k, v and sinks (an empty tensor without sinks), from ``p = exp(scores -
+    lse)``.
 
-    ``delta = rowsum(dout * out) - dlse``, ``ds = p * (dout @ v.T - delta)``, ``dq = scale * ds @ k``,
-    ``dk = scale * ds.T @ q``, ``dv = p.T @ dout``, ``dsinks = -sum(exp(sinks - lse) * delta)``.
+    ``delta = rowsum(dout * out) - dlse``, ``ds = p * (dout @ v.T - delta)``, ``dq = scale * ds @
+    k``, ``dk = scale * ds.T @ q``, ``dv = p.T @ dout``, ``dsinks = -sum(exp(sinks - lse) *
+    delta)``.
     """
     dtype = compute_dtype(q.dtype)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]

@@ -55,11 +55,13 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
     """
     if not isinstance(layout, BlockLayout):
         raise TypeError(
-            f"layout_or_selector must be a BlockLayout or a selector that returns one, got {type(layout).__name__}"
+            "layout_or_selector must be a BlockLayout or a selector that returns one, got "
+            f"{type(layout).__name__}"
         )
     if tuple(layout.seqlens) != (q.shape[2], k.shape[2]):
         raise ValueError(
-            f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have {(q.shape[2], k.shape[2])}"
+            f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have "
+            f"{(q.shape[2], k.shape[2])}"
         )
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, but q is on {q.device}")

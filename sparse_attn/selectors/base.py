@@ -15,14 +15,16 @@ from ..layout_algebra import assemble_heads
 class Selector:
     """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass.
 
-    ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q, seqlen_kv)``;
-    ``a | b`` selects what either selects.
+    ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q,
+    seqlen_kv)``; ``a | b`` selects what either selects.
     """
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
-        """The layout for ``q [B, H, Sq, D]`` and ``k [B, Hkv, Skv, D]``; scale as in `sparse_attention`."""
+        """The layout for ``q [B, H, Sq, D]`` and ``k [B, Hkv, Skv, D]``; scale as in
+        `sparse_attention`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     def __or__(self, other: Selector) -> Union:
@@ -106,7 +108,9 @@ def seqlens(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def pool_mean(x: Tensor, block: int) -> Tensor:
-    """Mean over consecutive blocks of rows: ``[B, H, S, D]`` to float32 ``[B, H, ceil(S / block), D]``; a short last block counts its rows only."""
+    """Mean over consecutive blocks of rows: ``[B, H, S, D]`` to float32 ``[B, H, ceil(S / block),
+    D]``; a short last block counts its rows only.
+    """
     seqlen = x.shape[2]
     whole = seqlen // block
     pooled = x[:, :, : whole * block].unflatten(2, (whole, block)).mean(3, dtype=torch.float32)

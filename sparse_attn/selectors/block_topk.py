@@ -17,15 +17,17 @@ _CHUNK_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class BlockTopK(Selector):
-    """For each query block and head, the `top_k` key blocks whose mean key best matches its mean query.
+    """For each query block and head, the `top_k` key blocks whose mean key best matches its mean
+    query.
 
-    With ``Q = mean of q over the rows of query block m`` and ``K = mean of k over key block n`` (a short last
-    block counts its rows only) the score is ``Q @ K``. Candidates are the blocks that hold a key up to the
-    block's last row (all blocks if not causal), less those which the sink or the window already shows to
-    every row. The block-sparse pattern of MInference (arXiv 2407.02490), with a sink and a window, per head.
+    With ``Q = mean of q over the rows of query block m`` and ``K = mean of k over key block n`` (a
+    short last block counts its rows only) the score is ``Q @ K``. Candidates are the blocks that
+    hold a key up to the block's last row (all blocks if not causal), less those which the sink or
+    the window already shows to every row. The block-sparse pattern of MInference (arXiv
+    2407.02490), with a sink and a window, per head.
 
-    The rows of one query block share its selection, so a row's blocks may depend on later rows of its own block,
-    never on rows after it.
+    The rows of one query block share its selection, so a row's blocks may depend on later rows of
+    its own block, never on rows after it.
 
     Args:
         top_k: number of key blocks for each query block, at least 1. Default 16.
@@ -34,8 +36,8 @@ class BlockTopK(Selector):
         window: number of trailing keys every row sees, itself included, at least 1. Default 256.
 
     Example:
-        >>> layout = BlockTopK(top_k=2, block_size=32, sink=4, window=32)(
-        ...     torch.randn(1, 4, 256, 64), torch.randn(1, 2, 256, 64))
+        >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+        >>> layout = BlockTopK(top_k=2, block_size=32, sink=4, window=32)(q, k)
     """
 
     top_k: int = 16
@@ -68,7 +70,9 @@ class BlockTopK(Selector):
         return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
 
     def _candidates(self, q: Tensor, k: Tensor, start: int, rows: int, is_causal: bool) -> Tensor:
-        """Which key blocks the query blocks ``start .. start + rows`` may choose: bool ``[rows, Mkv]``."""
+        """Which key blocks the query blocks ``start .. start + rows`` may choose: bool ``[rows,
+        Mkv]``.
+        """
         seqlen_q, seqlen_kv = seqlens(q, k)
         off, size = seqlen_kv - seqlen_q, self.block_size
         m = torch.arange(start, start + rows, device=q.device)[:, None]

@@ -14,8 +14,9 @@ def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         top_k: blocks to keep, at least 1; rows with fewer finite scores keep those they have.
 
     Returns:
-        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [..., Mq], kv_indices [..., Mq, min(top_k, Mkv)])``,
-        ascending in each row. Among equal scores at the boundary the choice is `torch.topk`'s.
+        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [..., Mq], kv_indices [..., Mq, min(top_k,
+        Mkv)])``, ascending in each row. Among equal scores at the boundary the choice is
+        `torch.topk`'s.
     """
     width = min(top_k, scores.shape[-1])
     values, picked = scores.topk(width, dim=-1, sorted=False)

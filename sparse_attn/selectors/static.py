@@ -20,7 +20,8 @@ class Dense(Selector):
     """Every key: ordinary attention.
 
     Example:
-        >>> layout = Dense()(torch.randn(1, 4, 256, 64), torch.randn(1, 4, 256, 64))
+        >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+        >>> layout = Dense()(q, k)
     """
 
     def __call__(
@@ -31,13 +32,16 @@ class Dense(Selector):
 
 @dataclass(frozen=True)
 class SlidingWindow(Selector):
-    """The last `window` keys, itself included (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825).
+    """The last `window` keys, itself included (Longformer, arXiv 2004.05150; Mistral, arXiv
+    2310.06825).
 
     Args:
-        window: number of keys, at least 1; not causal: keys closer than `window` on both sides. Default 1024.
+        window: number of keys, at least 1; not causal: keys closer than `window` on both sides.
+            Default 1024.
 
     Example:
-        >>> layout = SlidingWindow(window=64)(torch.randn(1, 4, 256, 64), torch.randn(1, 4, 256, 64))
+        >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+        >>> layout = SlidingWindow(window=64)(q, k)
     """
 
     window: int = 1024
@@ -62,7 +66,8 @@ class SinkWindow(Selector):
         window: number of trailing keys, itself included, at least 1. Default 1024.
 
     Example:
-        >>> layout = SinkWindow(sink=4, window=64)(torch.randn(1, 4, 256, 64), torch.randn(1, 4, 256, 64))
+        >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+        >>> layout = SinkWindow(sink=4, window=64)(q, k)
     """
 
     sink: int = 64
