@@ -1,0 +1,285 @@
+"""The attention function registered with transformers: what each layer's call runs on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..api import sparse_attention
+from ..selectors import Dense, SlidingWindow
+from . import masks
+
+NAME = "sparse_attn"
+ROUTERS = "_sparse_attn_routers"  # on each module of a patched model: its patches, innermost last
+
+# Keyword arguments of attention calls that change nothing about the result.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+# They tell where packed sequences start, which the mask made from `position_ids` tells too.
+PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+
+
+@dataclass(eq=False)
+class Router:
+    """Which selector each layer of one patch uses, and how many calls went where.
+
+    `before` holds, by ``id(config)``, the implementation that the config had without any patch.
+    """
+
+    selector: Any
+    exclude_layers: frozenset[int] = frozenset()
+    backend: str = "auto"
+    stats: Counter = field(default_factory=Counter)
+    before: dict[int, str | None] = field(default_factory=dict)
+
+    def selector_for(self, layer: int | None) -> Any:
+        """The selector of a full-attention layer: `Dense()` if excluded or not in the dict."""
+        if layer in self.exclude_layers:
+            return Dense()
+        if isinstance(self.selector, dict):
+            return self.selector.get(layer, Dense())
+        return self.selector
+
+    def count(self, path: str) -> None:
+        """Add a call to `stats`, except in compiled code: it would recompile at every call."""
+        if not torch.compiler.is_compiling():
+            self.stats[path] += 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention call with the arguments that every way of serving it needs."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None
+    dropout: float
+    softcap: float
+    sinks: Tensor | None
+
+    @property
+    def layer(self) -> int | None:
+        return getattr(self.module, "layer_idx", None)
+
+    def refuse(self, what: str, instead: str) -> None:
+        name = type(self.module).__name__
+        raise ValueError(f"sparse_attn cannot serve {what} ({name}, layer {self.layer}): {instead}")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Serve one attention call of a patched model.
+
+    Args are those of transformers' attention interface: query ``[B, H, Sq, D]``, key and value
+    ``[B, Hkv, Skv, D or Dv]``, a mask of `masks.mask_function` or given by the user.
+
+    Returns:
+        ``(out [B, Sq, H, Dv], None)``.
+
+    Raises:
+        ValueError: for arguments that would have to be ignored, naming them and the layer.
+    """
+    call = _Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux)
+    routers = getattr(module, ROUTERS, ())
+    if not routers:
+        remedy = "models that share a config object need their own, with copy.deepcopy(config)"
+        call.refuse("a layer outside the patched model", remedy)
+    router = routers[-1]
+    _check_kwargs(call, kwargs, has_mask=attention_mask is not None)
+    _check_mask(call, attention_mask)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal:
+        router.count("not_causal")
+        return _explicit(call, attention_mask, window=0, is_causal=False), None
+    visible = masks.read(attention_mask, query.shape[0], query.shape[2], key.shape[2])
+    if visible is None:
+        _check_explicit(call, router, own_window=bool(sliding_window))
+        router.count("explicit_mask")
+        return _explicit(call, attention_mask, window=0, is_causal=True), None
+    return _causal(call, router, attention_mask, visible, sliding_window or 0), None
+
+
+def _causal(
+    call: _Call, router: Router, mask: Tensor | None, visible: masks.Visible, sliding_window: int
+) -> Tensor:
+    """A causal call whose mask is known as segments."""
+    window = 0 if visible.exact else min(filter(None, (visible.window, sliding_window)), default=0)
+    if sliding_window or visible.window or visible.local:
+        path, selector = "window", SlidingWindow(window=window) if window else Dense()
+    else:
+        selector = router.selector_for(call.layer)
+        path = "dense" if isinstance(selector, Dense) else "sparse"
+    if call.dropout and path == "sparse":
+        remedy = "set it to 0 in the config, or use Dense()"
+        call.refuse(f"attention dropout {call.dropout} with {selector}", remedy)
+    router.count(path)
+    # A segment's keys are put side by side: in a window that would let in keys from too far back.
+    holes_in_window = window and visible.scattered
+    if call.dropout or holes_in_window or _torch_is_faster(call, selector, router.backend):
+        return _explicit(call, mask, window, is_causal=True)
+    return _by_segments(call, visible, selector, router.backend)
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def _check_kwargs(call: _Call, kwargs: dict, has_mask: bool) -> None:
+    for name, value in kwargs.items():
+        if value is None or value is False or name in HARMLESS:
+            continue
+        if name == "output_attentions":
+            call.refuse("output_attentions=True", "no weights are formed; use 'eager' attention")
+        if name not in PACKING:
+            remedy = "it may change the result, and nothing here acts on it"
+            call.refuse(f"the argument {name!r}", remedy)
+        if not has_mask:
+            remedy = "say where sequences start by position_ids that restart at 0"
+            call.refuse(f"the argument {name!r}", remedy)
+
+
+def _check_mask(call: _Call, mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    seqlen_q, seqlen_kv = call.query.shape[2], call.key.shape[2]
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        call.refuse(f"an attention mask of {shape}", "it must be a 4-D tensor")
+    if mask.shape[-1] != seqlen_kv:
+        call.refuse(f"an attention mask of {list(mask.shape)}", f"there are {seqlen_kv} keys")
+    if masks.is_key_mask(mask):
+        return
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        call.refuse(f"an attention mask of {mask.dtype}", "it must be bool or floating point")
+    if mask.shape[2] != seqlen_q:
+        rows = f"it needs a row for each of {seqlen_q} queries"
+        call.refuse(f"an attention mask of {list(mask.shape)}", rows)
+
+
+def _check_explicit(call: _Call, router: Router, own_window: bool) -> None:
+    selector = router.selector_for(call.layer)
+    if own_window or isinstance(selector, Dense):
+        return
+    remedy = "pass a 2-D padding mask, patch with Dense(), or name the layer in exclude_layers"
+    call.refuse(f"an explicit attention mask with {selector}", remedy)
+
+
+# ----------------------------------------------------------------------- through the library's op
+
+
+def _by_segments(call: _Call, visible: masks.Visible, selector: Any, backend: str) -> Tensor:
+    """Each segment with its own queries and keys, ``[B, Sq, H, Dv]``; other rows are zero."""
+    query, key, value = call.query, call.key, call.value
+    batch, num_heads, seqlen_q, _ = query.shape
+    everything = (slice(0, batch), slice(0, seqlen_q))
+    out = None
+    for rows, segments in visible.groups:
+        for segment in segments:
+            part = sparse_attention(
+                query[rows][:, :, segment.queries],
+                key[rows][:, :, segment.keys],
+                value[rows][:, :, segment.keys],
+                selector,
+                scale=call.scale,
+                softcap=call.softcap,
+                sinks=call.sinks,
+                backend=backend,
+            ).transpose(1, 2)
+            if isinstance(segment.queries, slice) and (rows, segment.queries) == everything:
+                return part.contiguous()
+            if out is None:
+                out = part.new_zeros(batch, seqlen_q, num_heads, value.shape[-1])
+            out[rows, segment.queries] = part
+    return query.new_zeros(batch, seqlen_q, num_heads, value.shape[-1]) if out is None else out
+
+
+def _torch_is_faster(call: _Call, selector: Any, backend: str) -> bool:
+    """Whether dense attention would fall to the slow reference, with the choice left to us."""
+    if backend != "auto" or not isinstance(selector, Dense):
+        return False
+    if call.softcap or call.sinks is not None:
+        return False
+    return backends.choose(backend, call.query, call.value).backend == "reference"
+
+
+# ---------------------------------------------------------------------- through an explicit mask
+
+
+def _explicit(call: _Call, mask: Tensor | None, window: int, is_causal: bool) -> Tensor:
+    """Dense attention ``[B, Sq, H, Dv]`` through torch; the mask is written out if need be."""
+    seqlen_q, seqlen_kv = call.query.shape[2], call.key.shape[2]
+    plain = not call.softcap and call.sinks is None
+    flag_says_it = seqlen_q == 1 or (seqlen_q == seqlen_kv and plain)
+    if masks.is_key_mask(mask) or (mask is None and is_causal and (window or not flag_says_it)):
+        mask = masks.to_dense(mask, seqlen_q, seqlen_kv, window, call.query.device)
+    if not plain:
+        return _eager(call, mask)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(
+        call.module,
+        call.query,
+        call.key,
+        call.value,
+        mask,
+        dropout=call.dropout,
+        scaling=call.scale,
+        is_causal=is_causal,
+    )[0]
+
+
+def _eager(call: _Call, mask: Tensor | None) -> Tensor:
+    """The same with softcap and sinks, which torch's SDPA lacks; it forms the scores."""
+    query, key, value = call.query, call.key, call.value
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    lowest = torch.finfo(scores.dtype).min
+    hides = mask is not None and mask.dtype == torch.bool
+    if hides:
+        scores = scores.masked_fill(~mask, lowest)
+    elif mask is not None:
+        scores = (scores + mask).clamp(min=lowest)
+    if call.sinks is not None:
+        sinks = call.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    if hides:
+        weights = weights * mask.any(-1, keepdim=True)  # rows that see nothing are zero
+    weights = torch.nn.functional.dropout(weights.to(value.dtype), call.dropout)
+    return (weights @ value).transpose(1, 2).contiguous()
