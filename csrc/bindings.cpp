@@ -1,0 +1,292 @@
+// The torch side of the CPU kernels: checks tensors, describes them as plain structs, allocates the
+// results. Only torch's stable ABI and Python's limited API are used.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/forward.h"
+#include "cpu/kernel.h"
+
+namespace sparse_attn {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::atomic<cpu::Isa>& active_isa() {
+  static std::atomic<cpu::Isa> isa{cpu::best_isa()};
+  return isa;
+}
+
+template <class... Parts>
+void require(bool condition, const Parts&... message) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
+}
+
+void require_shape(const Tensor& tensor, const char* name, int64_t dim) {
+  require(tensor.is_cpu(), name, " must be a CPU tensor");
+  require(tensor.dim() == dim, name, " must have ", dim, " dimensions, but has shape ",
+          shape_of(tensor));
+}
+
+DType dtype_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      require(false, "q must be float32, bfloat16 or float16 for the CPU kernels");
+      return DType::kFloat32;
+  }
+}
+
+Strides strides_of(const Tensor& tensor, const char* name) {
+  require(tensor.stride(3) == 1 || tensor.size(3) <= 1 || tensor.numel() == 0, name,
+          " must have unit stride in its last dimension");
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+void describe_qkv(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams& params) {
+  require_shape(q, "q", 4);
+  require_shape(k, "k", 4);
+  require_shape(v, "v", 4);
+  params.dtype = dtype_of(q);
+  require(k.scalar_type() == q.scalar_type(), "k must have the dtype of q");
+  require(v.scalar_type() == q.scalar_type(), "v must have the dtype of q");
+  params.batch = q.size(0);
+  params.num_heads = q.size(1);
+  params.seqlen_q = q.size(2);
+  params.head_dim = q.size(3);
+  params.num_kv_heads = k.size(1);
+  params.seqlen_kv = k.size(2);
+  params.head_dim_v = v.size(3);
+  require(k.size(0) == params.batch && k.size(3) == params.head_dim, "k has shape ", shape_of(k),
+          ", which does not match q of shape ", shape_of(q));
+  require(v.size(0) == params.batch && v.size(1) == params.num_kv_heads &&
+              v.size(2) == params.seqlen_kv,
+          "v has shape ", shape_of(v), ", which does not match k of shape ", shape_of(k));
+  require(params.num_heads == 0 ||
+              (params.num_kv_heads > 0 && params.num_heads % params.num_kv_heads == 0),
+          "k has ", params.num_kv_heads, " heads, which do not divide the ", params.num_heads,
+          " heads of q");
+  require(params.head_dim >= 1 && params.head_dim <= cpu::kMaxHeadDim,
+          "q must have a head dimension of 1 to 256, but has ", params.head_dim);
+  require(params.head_dim_v >= 1 && params.head_dim_v <= cpu::kMaxHeadDim,
+          "v must have a head dimension of 1 to 256, but has ", params.head_dim_v);
+  constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() / 2;
+  require(params.seqlen_kv <= kMaxLength, "k has more than ", kMaxLength, " keys");
+  require(params.seqlen_q <= kMaxLength, "q has more than ", kMaxLength, " rows");
+  params.q_stride = strides_of(q, "q");
+  params.k_stride = strides_of(k, "k");
+  params.v_stride = strides_of(v, "v");
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+}
+
+void require_int32(const Tensor& tensor, const char* name, int64_t dim) {
+  require_shape(tensor, name, dim);
+  require(tensor.scalar_type() == ScalarType::Int, name, " must be int32");
+  require(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+void require_heads(int64_t heads, const char* name, const AttentionParams& params) {
+  require(heads >= 1 && params.num_heads % heads == 0, name, " has ", heads,
+          " heads, which do not divide the ", params.num_heads, " heads of q");
+}
+
+PerHead describe_per_head(const Tensor& tensor, const char* name, const AttentionParams& params) {
+  require_int32(tensor, name, 1);
+  require_heads(tensor.size(0), name, params);
+  return {static_cast<const int32_t*>(tensor.const_data_ptr()), tensor.size(0)};
+}
+
+IndexLists describe_lists(const std::optional<Tensor>& counts, const char* counts_name,
+                          const std::optional<Tensor>& indices, const char* indices_name,
+                          int64_t rows, const AttentionParams& params) {
+  require(counts.has_value() == indices.has_value(), counts_name, " and ", indices_name,
+          " must be given together");
+  if (!counts.has_value()) return {};
+  require_int32(*counts, counts_name, 3);
+  require_int32(*indices, indices_name, 4);
+  IndexLists lists;
+  lists.batch = counts->size(0);
+  lists.heads = counts->size(1);
+  lists.rows = rows;
+  lists.width = indices->size(3);
+  require(lists.batch == params.batch || lists.batch == 1, counts_name, " has batch size ",
+          lists.batch, ", but q has ", params.batch);
+  require_heads(lists.heads, counts_name, params);
+  require(counts->size(2) == rows, counts_name, " has ", counts->size(2),
+          " rows, but the layout has ", rows);
+  require(indices->size(0) == lists.batch && indices->size(1) == lists.heads &&
+              indices->size(2) == rows,
+          indices_name, " has shape ", shape_of(*indices), ", which does not match ", counts_name,
+          " of shape ", shape_of(*counts));
+  // Empty tensors may have null pointers; a present list must not look absent.
+  static const int32_t kNothing = 0;
+  const void* data = counts->const_data_ptr();
+  lists.counts = data != nullptr ? static_cast<const int32_t*>(data) : &kNothing;
+  lists.indices = static_cast<const int32_t*>(indices->const_data_ptr());
+  return lists;
+}
+
+int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
+
+Tensor allocate_out(const Tensor& q, const AttentionParams& params) {
+  if (q.stride(1) < q.stride(2)) {
+    const Tensor rows_first = torch::stable::new_empty(
+        q, {params.batch, params.seqlen_q, params.num_heads, params.head_dim_v});
+    return torch::stable::transpose(rows_first, 1, 2);
+  }
+  return torch::stable::new_empty(
+      q, {params.batch, params.num_heads, params.seqlen_q, params.head_dim_v});
+}
+
+cpu::Parallel torch_threads() {
+  cpu::Parallel parallel;
+  parallel.num_threads = torch::stable::get_num_threads();
+  parallel.run = [](int64_t n, const std::function<void(int64_t)>& f) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+  };
+  return parallel;
+}
+
+std::tuple<Tensor, Tensor> attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sink, const Tensor& window,
+    const std::optional<Tensor>& kv_num_blocks, const std::optional<Tensor>& kv_indices,
+    const std::optional<Tensor>& num_columns, const std::optional<Tensor>& column_indices,
+    const std::optional<Tensor>& sinks, int64_t block_q, int64_t block_kv, int64_t column_group,
+    double scale, double softcap, bool is_causal) {
+  AttentionParams params;
+  describe_qkv(q, k, v, params);
+  constexpr int64_t kMaxBlock = std::numeric_limits<int32_t>::max();
+  require(block_q >= 1 && block_q <= kMaxBlock, "block_q must be positive, but is ", block_q);
+  require(block_kv >= 1 && block_kv <= kMaxBlock, "block_kv must be positive, but is ", block_kv);
+  require(column_group >= 1 && column_group <= kMaxBlock, "column_group must be positive, but is ",
+          column_group);
+  require(softcap >= 0, "softcap must not be negative, but is ", softcap);
+  params.block_q = block_q;
+  params.block_kv = block_kv;
+  params.column_group = column_group;
+  params.scale = static_cast<float>(scale);
+  params.softcap = static_cast<float>(softcap);
+  params.is_causal = is_causal;
+  params.sink = describe_per_head(sink, "sink", params);
+  params.window = describe_per_head(window, "window", params);
+  const int64_t query_blocks = ceil_div(params.seqlen_q, block_q);
+  params.blocks = describe_lists(kv_num_blocks, "kv_num_blocks", kv_indices, "kv_indices",
+                                 query_blocks, params);
+  params.columns = describe_lists(num_columns, "num_columns", column_indices, "column_indices",
+                                  ceil_div(query_blocks, column_group), params);
+  if (sinks.has_value()) {
+    require_shape(*sinks, "sinks", 1);
+    require(sinks->scalar_type() == ScalarType::Float, "sinks must be float32");
+    require(sinks->is_contiguous(), "sinks must be contiguous");
+    require(sinks->size(0) == params.num_heads, "sinks has ", sinks->size(0),
+            " entries, but q has ", params.num_heads, " heads");
+    params.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  }
+
+  Tensor out = allocate_out(q, params);
+  Tensor lse = torch::stable::new_empty(q, {params.batch, params.num_heads, params.seqlen_q},
+                                        ScalarType::Float);
+  params.out = out.mutable_data_ptr();
+  params.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  cpu::forward(params, active_isa(), torch_threads());
+  return {out, lse};
+}
+
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(cpu::isa_name(active_isa()));
+}
+
+PyObject* supported_cpu_isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  for (int level = 0; level < cpu::kNumIsas; ++level) {
+    const cpu::Isa isa = static_cast<cpu::Isa>(level);
+    if (!cpu::is_supported(isa)) continue;
+    PyObject* name = PyUnicode_FromString(cpu::isa_name(isa));
+    const int failed = name == nullptr || PyList_Append(names, name) != 0;
+    Py_XDECREF(name);
+    if (failed) {
+      Py_DECREF(names);
+      return nullptr;
+    }
+  }
+  PyObject* result = PyList_AsTuple(names);
+  Py_DECREF(names);
+  return result;
+}
+
+PyObject* set_cpu_isa(PyObject*, PyObject* name) {
+  if (name == Py_None) {
+    active_isa() = cpu::best_isa();
+    Py_RETURN_NONE;
+  }
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (text == nullptr) return nullptr;
+  for (int level = 0; level < cpu::kNumIsas; ++level) {
+    const cpu::Isa isa = static_cast<cpu::Isa>(level);
+    if (std::string(text) != cpu::isa_name(isa)) continue;
+    if (!cpu::is_supported(isa)) {
+      PyErr_Format(PyExc_ValueError, "this processor does not support '%s'", text);
+      return nullptr;
+    }
+    active_isa() = isa;
+    Py_RETURN_NONE;
+  }
+  PyErr_Format(PyExc_ValueError,
+               "unknown instruction set '%s': expected generic, avx2, avx512 or amx", text);
+  return nullptr;
+}
+
+PyMethodDef kMethods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the instruction set that kernels may use now."},
+    {"supported_cpu_isas", supported_cpu_isas, METH_NOARGS,
+     "Names of all instruction sets that this processor supports and kernels exist for."},
+    {"set_cpu_isa", set_cpu_isa, METH_O,
+     "Limit kernels to the named instruction set; None means the best supported one."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef kModule = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+}  // namespace sparse_attn
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+  m.impl("attention", TORCH_BOX(&sparse_attn::attention));
+}
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&sparse_attn::kModule); }

@@ -1,0 +1,47 @@
+// Memory aligned to cache lines, or to huge pages when it is large.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sparse_attn::cpu {
+
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  explicit AlignedBuffer(int64_t bytes) { reserve(bytes); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  ~AlignedBuffer() { std::free(data_); }
+
+  std::byte* data() const { return data_; }
+
+  // Makes room for at least `bytes`; what was stored is lost when the buffer has to grow.
+  void reserve(int64_t bytes) {
+    if (bytes <= capacity_) return;
+    constexpr int64_t kHugePage = int64_t{1} << 21;
+    const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+    std::free(data_);
+    capacity_ = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<std::byte*>(std::aligned_alloc(alignment, capacity_));
+    if (data_ == nullptr) {
+      capacity_ = 0;
+      throw std::bad_alloc();
+    }
+#if defined(__linux__)
+    if (alignment == kHugePage) madvise(data_, capacity_, MADV_HUGEPAGE);
+#endif
+  }
+
+ private:
+  std::byte* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+}  // namespace sparse_attn::cpu

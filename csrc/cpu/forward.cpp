@@ -1,0 +1,186 @@
+#include "forward.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "kernel.h"
+#include "key_cursor.h"
+#include "layout_check.h"
+
+namespace sparse_attn::cpu {
+
+namespace {
+
+const TileKernel& select_kernel(Isa isa, DType dtype) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_bf16_kernel();
+  if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
+  if (isa == Isa::kAvx2) return avx2_kernel(dtype);
+#endif
+  return generic_kernel(dtype);
+}
+
+const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const std::byte*>(base) + elements * element_size(dtype);
+}
+
+// One query tile and an estimate of its work.
+struct Task {
+  TileIndex tile;
+  int64_t kv_head = 0;  // counted over the whole batch
+  int64_t weight = 0;
+};
+
+// Cuts the rows of every head into tiles, none of which spans two rows of an index list.
+std::vector<Task> make_tasks(const AttentionParams& params, int64_t block_m) {
+  int64_t unit = params.seqlen_q;
+  if (params.columns.present()) unit = std::min(unit, params.block_q * params.column_group);
+  if (params.blocks.present()) unit = std::min(unit, params.block_q);
+  std::vector<Task> tasks;
+  const int64_t group_size = params.num_heads / params.num_kv_heads;
+  for (int64_t b = 0; b < params.batch; ++b) {
+    for (int64_t h = 0; h < params.num_heads; ++h) {
+      for (int64_t begin = 0; begin < params.seqlen_q; begin += unit) {
+        const int64_t end = std::min(begin + unit, params.seqlen_q);
+        for (int64_t row = begin; row < end; row += block_m) {
+          Task task;
+          task.tile = {b, h, row, std::min(block_m, end - row)};
+          task.kv_head = b * params.num_kv_heads + h / group_size;
+          task.weight = candidate_estimate(params, task.tile);
+          tasks.push_back(task);
+        }
+      }
+    }
+  }
+  return tasks;
+}
+
+// Heavy KV heads first, and heavy tiles first within one: tiles that share keys stay together,
+// and what is left for the end is light.
+void sort_tasks(const AttentionParams& params, std::vector<Task>& tasks) {
+  std::vector<int64_t> head_weight(params.batch * params.num_kv_heads);
+  for (const Task& task : tasks) head_weight[task.kv_head] += task.weight;
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
+    if (a.kv_head == b.kv_head) return a.weight > b.weight;
+    const int64_t weight_a = head_weight[a.kv_head], weight_b = head_weight[b.kv_head];
+    return weight_a != weight_b ? weight_a > weight_b : a.kv_head < b.kv_head;
+  });
+}
+
+// All keys of all KV heads as granules.
+class PackedKeys {
+ public:
+  PackedKeys(const AttentionParams& params, const TileKernel& kernel)
+      : params_(params),
+        kernel_(kernel),
+        granules_((params.seqlen_kv + kGranule - 1) / kGranule),
+        k_bytes_(kernel.k_granule_bytes(params.head_dim)),
+        v_bytes_(kernel.v_granule_bytes(params.head_dim_v)) {}
+
+  void pack_all(const Parallel& parallel) {
+    const int64_t total = params_.batch * params_.num_kv_heads * granules_;
+    k_.reserve(total * k_bytes_);
+    v_.reserve(total * v_bytes_);
+    constexpr int64_t kPerTask = 16;
+    parallel.run((total + kPerTask - 1) / kPerTask, [&](int64_t task) {
+      const uint32_t saved = kernel_.enter();
+      const int64_t end = std::min(total, (task + 1) * kPerTask);
+      for (int64_t i = task * kPerTask; i < end; ++i) pack(i / granules_, i % granules_, i);
+      kernel_.leave(saved);
+    });
+  }
+
+  KeySource source(int64_t kv_head) const {
+    KeySource source;
+    const int64_t b = kv_head / params_.num_kv_heads, h = kv_head % params_.num_kv_heads;
+    source.k = byte_offset(params_.k, b * params_.k_stride.batch + h * params_.k_stride.head,
+                           params_.dtype);
+    source.v = byte_offset(params_.v, b * params_.v_stride.batch + h * params_.v_stride.head,
+                           params_.dtype);
+    if (k_.data() != nullptr) {
+      source.packed_k = k_.data() + kv_head * granules_ * k_bytes_;
+      source.packed_v = v_.data() + kv_head * granules_ * v_bytes_;
+    }
+    return source;
+  }
+
+ private:
+  void pack(int64_t kv_head, int64_t granule, int64_t slot) {
+    alignas(64) static const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
+    const KeySource head = source(kv_head);
+    const int64_t size = element_size(params_.dtype);
+    const void* k_rows[kGranule];
+    const void* v_rows[kGranule];
+    for (int64_t i = 0; i < kGranule; ++i) {
+      const int64_t j = granule * kGranule + i;
+      const bool exists = j < params_.seqlen_kv;
+      k_rows[i] = exists ? head.k + j * params_.k_stride.row * size : kZeroRow;
+      v_rows[i] = exists ? head.v + j * params_.v_stride.row * size : kZeroRow;
+    }
+    kernel_.pack_k(k_rows, params_.head_dim, k_.data() + slot * k_bytes_);
+    kernel_.pack_v(v_rows, params_.head_dim_v, v_.data() + slot * v_bytes_);
+  }
+
+  const AttentionParams& params_;
+  const TileKernel& kernel_;
+  int64_t granules_, k_bytes_, v_bytes_;
+  AlignedBuffer k_, v_;
+};
+
+void run_task(const AttentionParams& params, const TileKernel& kernel, const Task& task,
+              const PackedKeys& keys, std::byte* scratch) {
+  const auto [b, h, row, rows] = task.tile;
+  QueryTile tile;
+  tile.q = byte_offset(
+      params.q, b * params.q_stride.batch + h * params.q_stride.head + row * params.q_stride.row,
+      params.dtype);
+  tile.out = const_cast<std::byte*>(byte_offset(
+      params.out,
+      b * params.out_stride.batch + h * params.out_stride.head + row * params.out_stride.row,
+      params.dtype));
+  tile.lse = params.lse + (b * params.num_heads + h) * params.seqlen_q + row;
+  tile.q_row_stride = params.q_stride.row;
+  tile.out_row_stride = params.out_stride.row;
+  tile.rows = rows;
+  tile.head_dim = params.head_dim;
+  tile.head_dim_v = params.head_dim_v;
+  tile.scale = params.scale;
+  tile.softcap = params.softcap;
+  tile.sink_logit = params.sinks != nullptr ? params.sinks + h : nullptr;
+  KeyCursor cursor(params, kernel, task.tile, keys.source(task.kv_head), scratch);
+  kernel.run_tile(tile, cursor, scratch + KeyCursor::scratch_bytes(params, kernel));
+}
+
+}  // namespace
+
+void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
+  check_layout(params, parallel);
+  const TileKernel& kernel = select_kernel(isa, params.dtype);
+  std::vector<Task> tasks = make_tasks(params, kernel.block_m);
+  if (tasks.empty()) return;
+  sort_tasks(params, tasks);
+
+  // Packing pays when keys are read more than once; otherwise tiles pack what they read.
+  PackedKeys keys(params, kernel);
+  int64_t keys_read = 0;
+  for (const Task& task : tasks) keys_read += task.weight;
+  if (keys_read > params.batch * params.num_kv_heads * params.seqlen_kv) keys.pack_all(parallel);
+
+  const int64_t scratch_bytes = KeyCursor::scratch_bytes(params, kernel) +
+                                kernel.scratch_bytes(params.head_dim, params.head_dim_v);
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  std::atomic<int64_t> next_task{0};
+  parallel.run(std::min(num_tasks, parallel.num_threads), [&](int64_t) {
+    thread_local AlignedBuffer scratch;
+    scratch.reserve(scratch_bytes);
+    const uint32_t saved = kernel.enter();
+    for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
+      run_task(params, kernel, tasks[i], keys, scratch.data());
+    }
+    kernel.leave(saved);
+  });
+}
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,14 @@
+// The instruction sets that kernels are compiled for, and which of them this machine can run.
+#pragma once
+
+namespace sparse_attn::cpu {
+
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+inline constexpr int kNumIsas = 4;
+
+const char* isa_name(Isa isa);
+bool is_supported(Isa isa);
+Isa best_isa();
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,64 @@
+// What a kernel of one instruction set offers, and the granules of keys that it consumes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace sparse_attn::cpu {
+
+inline constexpr int kGranule = 32;   // keys in one packed unit of K and V
+inline constexpr int kMaxRows = 128;  // rows in the largest query tile
+inline constexpr int kMaxGranules = 16;
+inline constexpr int64_t kMaxHeadDim = 256;
+
+class KeyCursor;
+
+// 32 packed keys as one query tile sees them.
+struct Granule {
+  const void* k = nullptr;
+  const void* v = nullptr;
+  // One word for each row of the tile: bit j says whether the row sees key j. Null: all do.
+  const uint32_t* visible = nullptr;
+};
+
+// Consecutive rows of one head that share one list of candidate keys.
+struct QueryTile {
+  const void* q = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;
+  int64_t q_row_stride = 0, out_row_stride = 0;
+  int64_t rows = 0;
+  int64_t head_dim = 0, head_dim_v = 0;
+  float scale = 1.0f;
+  float softcap = 0.0f;
+  const float* sink_logit = nullptr;
+};
+
+struct TileKernel {
+  int64_t block_m;            // most rows in a tile
+  int64_t granules_per_step;  // most granules taken from the cursor at once
+
+  int64_t (*k_granule_bytes)(int64_t head_dim);
+  int64_t (*v_granule_bytes)(int64_t head_dim_v);
+  // Pack 32 rows, given by pointers to their first elements.
+  void (*pack_k)(const void* const* rows, int64_t head_dim, void* granule);
+  void (*pack_v)(const void* const* rows, int64_t head_dim_v, void* granule);
+
+  int64_t (*scratch_bytes)(int64_t head_dim, int64_t head_dim_v);
+  void (*run_tile)(const QueryTile& tile, KeyCursor& keys, std::byte* scratch);
+
+  // Put the calling thread into the state that the kernel needs, and back.
+  uint32_t (*enter)();
+  void (*leave)(uint32_t saved);
+};
+
+const TileKernel& generic_kernel(DType dtype);
+#if defined(__x86_64__)
+const TileKernel& avx2_kernel(DType dtype);
+const TileKernel& avx512_kernel(DType dtype);
+const TileKernel& amx_bf16_kernel();
+#endif
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,355 @@
+// The bfloat16 tile kernel on AMX.
+//
+// Packed K: for each half of the granule (16 keys), [head_dim / 32] tiles of [16 pairs][16
+// keys][2]. Packed V: [head_dim_v / 16] tiles of [16 key pairs][16 dims][2]. Head dims are rounded
+// up to 32 with zeros.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernel.h"
+#include "key_cursor.h"
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+
+#define SPARSE_ATTN_ISA amx
+#define SPARSE_ATTN_VECTOR_BYTES 64
+#include "softmax_state.h"
+
+namespace sparse_attn::cpu {
+
+namespace amx {
+
+constexpr int64_t kBlockM = 64;
+constexpr int64_t kStepGranules = 8;
+constexpr int64_t kStepKeys = kStepGranules * kGranule;
+constexpr int64_t kTile = 512;  // bfloat16 elements in one tile
+
+inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
+
+// Orders ordinary memory accesses against tile loads and stores.
+inline void fence_compiler() { asm volatile("" ::: "memory"); }
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+uint32_t enter_kernel() {
+  const uint32_t saved = _mm_getcsr();
+  _mm_setcsr(saved | 0x8000);  // flush denormal results to zero
+  static constexpr TileConfig kConfig;
+  _tile_loadconfig(&kConfig);
+  return saved;
+}
+
+void leave_kernel(uint32_t saved) {
+  _tile_release();
+  _mm_setcsr(saved);
+}
+
+int64_t granule_bytes(int64_t dim) { return padded_dim(dim) * kGranule * 2; }
+
+// Lanes of the 32 elements from `d` on that lie inside a row of n.
+inline __mmask32 lanes_within(int64_t d, int64_t n) {
+  return n - d >= 32 ? ~__mmask32{0} : (__mmask32{1} << (n - d)) - 1;
+}
+
+inline void transpose_16x16(__m512i* x) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+  }
+}
+
+void pack_k(const void* const* rows, int64_t head_dim, void* granule) {
+  uint16_t* dest = static_cast<uint16_t*>(granule);
+  for (int half = 0; half < 2; ++half) {
+    for (int64_t d = 0; d < head_dim; d += 32, dest += kTile) {
+      const __mmask32 mask = lanes_within(d, head_dim);
+      __m512i x[16];
+      for (int i = 0; i < 16; ++i) {
+        const uint16_t* row = static_cast<const uint16_t*>(rows[half * 16 + i]);
+        x[i] = _mm512_maskz_loadu_epi16(mask, row + d);
+      }
+      transpose_16x16(x);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(dest + i * 32, x[i]);
+    }
+  }
+}
+
+void pack_v(const void* const* rows, int64_t head_dim_v, void* granule) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t d = 0; d < head_dim_v; d += 32) {
+    const __mmask32 mask = lanes_within(d, head_dim_v);
+    uint16_t* dest = static_cast<uint16_t*>(granule) + d / 16 * kTile;
+    for (int i = 0; i < 16; ++i) {
+      const __m512i even =
+          _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[2 * i]) + d);
+      const __m512i odd =
+          _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[2 * i + 1]) + d);
+      _mm512_store_si512(dest + i * 32, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_store_si512(dest + kTile + i * 32, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+}
+
+struct Scratch {
+  float* scores;      // [kBlockM][kStepKeys]
+  uint16_t* weights;  // [kBlockM][kStepKeys]
+  float* acc;         // [kBlockM][padded head_dim_v]
+  uint16_t* q;        // [kBlockM][padded head_dim]
+  float* m;           // [kBlockM] running maximum, base 2
+  float* l;           // [kBlockM] running sum
+};
+
+Scratch divide_scratch(std::byte* memory, int64_t head_dim, int64_t head_dim_v) {
+  Scratch scratch;
+  scratch.scores = reinterpret_cast<float*>(memory);
+  scratch.acc = scratch.scores + kBlockM * kStepKeys;
+  scratch.m = scratch.acc + kBlockM * padded_dim(head_dim_v);
+  scratch.l = scratch.m + kBlockM;
+  scratch.weights = reinterpret_cast<uint16_t*>(scratch.l + kBlockM);
+  scratch.q = scratch.weights + kBlockM * kStepKeys;
+  (void)head_dim;
+  return scratch;
+}
+
+int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
+  return kBlockM * (kStepKeys * 6 + padded_dim(head_dim_v) * 4 + padded_dim(head_dim) * 2 + 8);
+}
+
+// scores[32][32] = q[32][head_dim] k[32][head_dim]^T
+inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const uint16_t* k_high = k + 16 * dim;
+  for (int64_t d = 0; d < dim; d += 32) {
+    _tile_loadd(4, q + d, dim * 2);
+    _tile_loadd(6, k + d * 16, 64);
+    _tile_loadd(7, k_high + d * 16, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, q + 16 * dim + d, dim * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, scores, kStepKeys * 4);
+  _tile_stored(1, scores + 16, kStepKeys * 4);
+  _tile_stored(2, scores + 16 * kStepKeys, kStepKeys * 4);
+  _tile_stored(3, scores + 16 * kStepKeys + 16, kStepKeys * 4);
+}
+
+// acc[32][32] += weights[32][keys] v[keys][32]
+inline void value_block(const uint16_t* weights, const Granule* granules, int num_granules,
+                        int64_t d, float* acc, int64_t acc_stride) {
+  _tile_loadd(0, acc, acc_stride * 4);
+  _tile_loadd(1, acc + 16, acc_stride * 4);
+  _tile_loadd(2, acc + 16 * acc_stride, acc_stride * 4);
+  _tile_loadd(3, acc + 16 * acc_stride + 16, acc_stride * 4);
+  for (int g = 0; g < num_granules; ++g) {
+    const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
+    _tile_loadd(4, weights + g * kGranule, kStepKeys * 2);
+    _tile_loadd(6, v, 64);
+    _tile_loadd(7, v + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, weights + 16 * kStepKeys + g * kGranule, kStepKeys * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, acc, acc_stride * 4);
+  _tile_stored(1, acc + 16, acc_stride * 4);
+  _tile_stored(2, acc + 16 * acc_stride, acc_stride * 4);
+  _tile_stored(3, acc + 16 * acc_stride + 16, acc_stride * 4);
+}
+
+// 2^x to 4e-6; exactly 0 for -inf.
+inline __m512 exp2_bf16(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(1.3534166722e-2f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.2011462904e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4144275554e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9300383472e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000025934f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// Hides the keys that row r does not see: their scores become -inf.
+inline void mask_row(float* scores, const Granule* granules, int num_granules, int64_t r) {
+  const __m512 hidden = _mm512_set1_ps(kMinusInfinity);
+  for (int g = 0; g < num_granules; ++g, scores += kGranule) {
+    if (granules[g].visible == nullptr) continue;
+    const uint32_t bits = ~granules[g].visible[r];
+    _mm512_mask_storeu_ps(scores, static_cast<__mmask16>(bits), hidden);
+    _mm512_mask_storeu_ps(scores + 16, static_cast<__mmask16>(bits >> 16), hidden);
+  }
+}
+
+// scores = softcap * tanh(scores * factor)
+inline void cap_row(float* scores, int64_t n, float factor, float softcap) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    store(scores + j, tanh(load(scores + j) * factor) * softcap);
+  }
+}
+
+inline float row_max(const float* scores, int64_t n) {
+  __m512 top0 = _mm512_loadu_ps(scores), top1 = _mm512_loadu_ps(scores + 16);
+  for (int64_t j = 32; j < n; j += 32) {
+    top0 = _mm512_max_ps(_mm512_loadu_ps(scores + j), top0);
+    top1 = _mm512_max_ps(_mm512_loadu_ps(scores + j + 16), top1);
+  }
+  return _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
+}
+
+// weights = 2^(scores * scale - m) in bfloat16; returns their sum.
+inline float exp_row(const float* scores, int64_t n, float scale, float m, uint16_t* weights) {
+  const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-m);
+  __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < n; j += 32) {
+    const __m512 p0 = exp2_bf16(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset));
+    const __m512 p1 = exp2_bf16(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j + 16), factor, offset));
+    sum0 = _mm512_add_ps(sum0, p0);
+    sum1 = _mm512_add_ps(sum1, p1);
+    _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
+}
+
+// Turns the raw scores of one row into weights and brings (m, l, acc) up to date.
+inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scale,
+                        int64_t acc_stride) {
+  const float* scores = scratch.scores + r * kStepKeys;
+  const float m_old = scratch.m[r];
+  const float m_new = std::max(m_old, row_max(scores, n) * scale);
+  if (m_new > m_old) {
+    if (m_old != kMinusInfinity) {
+      const float factor = std::exp2(m_old - m_new);
+      scratch.l[r] *= factor;
+      float* acc = scratch.acc + r * acc_stride;
+      for (int64_t d = 0; d < acc_stride; d += kLanes) store(acc + d, load(acc + d) * factor);
+    }
+    scratch.m[r] = m_new;
+  }
+  const float base = m_new == kMinusInfinity ? 0.0f : m_new;
+  scratch.l[r] += exp_row(scores, n, scale, base, scratch.weights + r * kStepKeys);
+}
+
+void load_q(const QueryTile& tile, float factor, uint16_t* q) {
+  const int64_t dim = padded_dim(tile.head_dim);
+  const uint16_t flip = factor < 0 ? 0x8000 : 0, keep = factor == 0 ? 0 : 0xffff;
+  const __m512i flips = _mm512_set1_epi16(flip), keeps = _mm512_set1_epi16(keep);
+  std::memset(q, 0, kBlockM * dim * 2);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const uint16_t* row = static_cast<const uint16_t*>(tile.q) + r * tile.q_row_stride;
+    for (int64_t d = 0; d < tile.head_dim; d += 32) {
+      const __mmask32 mask = lanes_within(d, tile.head_dim);
+      const __m512i x = _mm512_maskz_loadu_epi16(mask, row + d);
+      _mm512_mask_storeu_epi16(q + r * dim + d, mask,
+                               _mm512_and_si512(_mm512_xor_si512(x, flips), keeps));
+    }
+  }
+}
+
+void write_rows(const QueryTile& tile, const Scratch& scratch) {
+  const int64_t acc_stride = padded_dim(tile.head_dim_v);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const RowEnd end = finish_row(scratch.m[r], scratch.l[r], tile.sink_logit);
+    const __m512 factor = _mm512_set1_ps(end.factor);
+    const float* acc = scratch.acc + r * acc_stride;
+    uint16_t* out = static_cast<uint16_t*>(tile.out) + r * tile.out_row_stride;
+    for (int64_t d = 0; d < tile.head_dim_v; d += 32) {
+      const __m512 x0 = _mm512_mul_ps(_mm512_loadu_ps(acc + d), factor);
+      const __m512 x1 = _mm512_mul_ps(_mm512_loadu_ps(acc + d + 16), factor);
+      _mm512_mask_storeu_epi16(out + d, lanes_within(d, tile.head_dim_v),
+                               (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
+    }
+    tile.lse[r] = end.lse;
+  }
+}
+
+// Attention of one query tile over all keys that the cursor hands out.
+void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
+  const Scratch scratch = divide_scratch(memory, tile.head_dim, tile.head_dim_v);
+  const int64_t dim = padded_dim(tile.head_dim), acc_stride = padded_dim(tile.head_dim_v);
+  const int64_t rows = (tile.rows + 31) / 32 * 32;
+  const ScoreScale scaling = split_scale(tile.scale);
+  const float scale = tile.softcap > 0 ? kLog2e : scaling.scale * kLog2e;
+  load_q(tile, scaling.q_factor, scratch.q);
+  std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
+  std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
+  std::fill(scratch.l, scratch.l + rows, 0.0f);
+
+  Granule granules[kStepGranules];
+  while (const int n = keys.next(granules)) {
+    fence_compiler();
+    bool any_masked = false;
+    for (int g = 0; g < n; ++g) {
+      any_masked |= granules[g].visible != nullptr;
+      for (int64_t r = 0; r < rows; r += 32) {
+        score_block(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
+                    scratch.scores + r * kStepKeys + g * kGranule);
+      }
+    }
+    fence_compiler();
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      float* scores = scratch.scores + r * kStepKeys;
+      if (tile.softcap > 0) {
+        cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
+      }
+      if (any_masked) mask_row(scores, granules, n, r);
+      softmax_row(scratch, r, n * kGranule, scale, acc_stride);
+    }
+    fence_compiler();
+    for (int64_t r = 0; r < rows; r += 32) {
+      for (int64_t d = 0; d < acc_stride; d += 32) {
+        value_block(scratch.weights + r * kStepKeys, granules, n, d,
+                    scratch.acc + r * acc_stride + d, acc_stride);
+      }
+    }
+    fence_compiler();
+  }
+  write_rows(tile, scratch);
+}
+
+}  // namespace amx
+
+const TileKernel& amx_bf16_kernel() {
+  static constexpr TileKernel kKernel = {
+      amx::kBlockM, amx::kStepGranules, amx::granule_bytes, amx::granule_bytes, amx::pack_k,
+      amx::pack_v,  amx::scratch_bytes, amx::run_tile,      amx::enter_kernel,  amx::leave_kernel};
+  return kKernel;
+}
+
+}  // namespace sparse_attn::cpu
+#endif

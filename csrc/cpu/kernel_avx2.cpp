@@ -1,0 +1,24 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "kernel.h"
+#include "key_cursor.h"
+
+#pragma GCC target("avx2,fma")
+
+#define SPARSE_ATTN_ISA avx2
+#define SPARSE_ATTN_VECTOR_BYTES 32
+#include "fma_kernel.h"
+
+namespace sparse_attn::cpu {
+
+const TileKernel& avx2_kernel(DType dtype) { return avx2::fma_kernel(dtype); }
+
+}  // namespace sparse_attn::cpu
+#endif

@@ -1,0 +1,24 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "kernel.h"
+#include "key_cursor.h"
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+
+#define SPARSE_ATTN_ISA avx512
+#define SPARSE_ATTN_VECTOR_BYTES 64
+#include "fma_kernel.h"
+
+namespace sparse_attn::cpu {
+
+const TileKernel& avx512_kernel(DType dtype) { return avx512::fma_kernel(dtype); }
+
+}  // namespace sparse_attn::cpu
+#endif

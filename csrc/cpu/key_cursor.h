@@ -1,0 +1,76 @@
+// Which keys a query tile sees, handed out as packed granules of 32.
+#pragma once
+
+#include "kernel.h"
+
+namespace sparse_attn::cpu {
+
+// The keys of one KV head: raw rows, and packed granules if the call packed them beforehand.
+struct KeySource {
+  const std::byte* k = nullptr;
+  const std::byte* v = nullptr;
+  const std::byte* packed_k = nullptr;
+  const std::byte* packed_v = nullptr;
+};
+
+struct TileIndex {
+  int64_t batch = 0, head = 0, row = 0, rows = 0;
+};
+
+// An upper estimate of how many keys the tile looks at.
+int64_t candidate_estimate(const AttentionParams& params, const TileIndex& tile);
+
+// Walks the union of sink, window, blocks and columns in ascending order of 32-key granules.
+// A granule all of whose keys are candidates is used as it lies in memory; candidates of partly
+// listed granules are gathered, so a key that no row of the tile sees is never touched.
+class KeyCursor {
+ public:
+  KeyCursor(const AttentionParams& params, const TileKernel& kernel, const TileIndex& tile,
+            const KeySource& source, std::byte* scratch);
+
+  static int64_t scratch_bytes(const AttentionParams& params, const TileKernel& kernel);
+
+  // Fills up to kernel.granules_per_step granules, valid until the next call; 0 at the end.
+  int next(Granule* granules);
+
+ private:
+  struct Range {
+    int64_t begin = 0, end = 0;
+  };
+  // Candidates among keys [begin, begin + 32): visible to every row, or through the window only.
+  struct Candidates {
+    int64_t begin = 0;
+    uint32_t always = 0, window = 0;
+  };
+
+  bool next_candidates(Candidates& found);
+  Range block_range(int64_t i) const;
+  bool seen_by_all_rows(const Candidates& found) const;
+  Granule use_aligned(const Candidates& found, int slot);
+  Granule use_gathered(int count, int slot);
+  void pack(const int32_t* positions, int count, int slot, Granule& granule);
+  const uint32_t* row_masks(const int32_t* positions, int count, uint32_t always, uint32_t window,
+                            int slot);
+
+  const AttentionParams& params_;
+  const TileKernel& kernel_;
+  KeySource source_;
+  int64_t rows_, first_position_, limit_, window_size_;
+
+  Range always_, window_;
+  const int32_t* blocks_ = nullptr;
+  int64_t num_blocks_ = 0, next_block_ = 0, block_resume_ = 0;
+  const int32_t* columns_ = nullptr;
+  int64_t num_columns_ = 0, next_column_ = 0;
+
+  // Candidates of partly listed granules that wait for company.
+  int32_t pending_[2 * kGranule];
+  uint64_t pending_always_ = 0;
+  int num_pending_ = 0;
+
+  int64_t k_bytes_, v_bytes_;
+  std::byte* packed_scratch_;
+  uint32_t* mask_scratch_;
+};
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,70 @@
+// Float vectors of one instruction set and the functions of one variable that attention needs.
+//
+// Every including file defines SPARSE_ATTN_ISA (a namespace of its own, so that functions compiled
+// for different instruction sets never share a symbol) and SPARSE_ATTN_VECTOR_BYTES, and includes
+// the standard headers before it switches the target.
+#pragma once
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+inline constexpr int kLanes = SPARSE_ATTN_VECTOR_BYTES / sizeof(float);
+
+typedef float Vec __attribute__((vector_size(SPARSE_ATTN_VECTOR_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(SPARSE_ATTN_VECTOR_BYTES)));
+typedef Vec UnalignedVec __attribute__((aligned(4), may_alias));
+
+#define SPARSE_ATTN_INLINE static inline __attribute__((always_inline))
+
+SPARSE_ATTN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+SPARSE_ATTN_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+SPARSE_ATTN_INLINE Vec broadcast(float x) { return x - Vec{}; }
+SPARSE_ATTN_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+SPARSE_ATTN_INLINE float reduce_max(Vec x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+SPARSE_ATTN_INLINE float reduce_add(Vec x) {
+  float result = 0;
+  for (int i = 0; i < kLanes; ++i) result += x[i];
+  return result;
+}
+
+// 2^x for x <= 0 to about one ulp; exactly 0 below 2^-126, and for -inf. NaN stays NaN.
+SPARSE_ATTN_INLINE Vec exp2_nonpositive(Vec x) {
+  const Vec clamped = x < -126.0f ? broadcast(-126.0f) : x;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const Vec shifted = clamped + kRound;
+  const Vec r = clamped - (shifted - kRound);
+  Vec p = broadcast(1.5345811278e-4f);
+  p = p * r + 1.3399931213e-3f;
+  p = p * r + 9.6184889598e-3f;
+  p = p * r + 5.5503287770e-2f;
+  p = p * r + 2.4022646891e-1f;
+  p = p * r + 6.9314720574e-1f;
+  p = p * r + 1.0f;
+  const IntVec exponent = (IntVec)shifted - (0x4b400000 - 127);
+  const Vec result = p * (Vec)(exponent << 23);
+  return x < -126.0f ? Vec{} : result;
+}
+
+// tanh(x): a series near 0, where relative error counts, and 1 - 2 / (exp(2x) + 1) elsewhere.
+SPARSE_ATTN_INLINE Vec tanh(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec square = x * x;
+  Vec series = broadcast(3.5921280365724810e-3f);
+  series = series * square - 8.8632355299021966e-3f;
+  series = series * square + 2.1869488536155203e-2f;
+  series = series * square - 5.3968253968253971e-2f;
+  series = series * square + 1.3333333333333333e-1f;
+  series = series * square - 3.3333333333333333e-1f;
+  series = x + x * square * series;
+  constexpr float kMinusTwoLog2e = -2.8853900817779268f;
+  const Vec e = exp2_nonpositive(magnitude * kMinusTwoLog2e);
+  const Vec far = (1.0f - e) / (1.0f + e);
+  return magnitude < 0.35f ? series : x < 0.0f ? -far : far;
+}
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

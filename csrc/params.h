@@ -1,0 +1,62 @@
+// Plain descriptions of one attention call: raw pointers, strides in elements, sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_attn {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Strides of a [batch, head, row, dim] tensor whose last stride is 1.
+struct Strides {
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t row = 0;
+};
+
+// int32 [heads]; head h reads entry h / (num_heads / heads).
+struct PerHead {
+  const int32_t* data = nullptr;
+  int64_t heads = 1;
+};
+
+// Contiguous counts [batch, heads, rows] and indices [batch, heads, rows, width].
+// Absent when counts is null.
+struct IndexLists {
+  const int32_t* counts = nullptr;
+  const int32_t* indices = nullptr;
+  int64_t batch = 1;
+  int64_t heads = 1;
+  int64_t rows = 0;
+  int64_t width = 0;
+
+  bool present() const { return counts != nullptr; }
+};
+
+struct AttentionParams {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;  // contiguous [batch, num_heads, seqlen_q]
+  Strides q_stride, k_stride, v_stride, out_stride;
+  DType dtype = DType::kFloat32;
+
+  int64_t batch = 0, num_heads = 0, num_kv_heads = 0;
+  int64_t seqlen_q = 0, seqlen_kv = 0;
+  int64_t head_dim = 0, head_dim_v = 0;
+
+  PerHead sink, window;
+  IndexLists blocks;   // rows are query blocks, values are key blocks
+  IndexLists columns;  // rows are groups of column_group query blocks, values are keys
+  int64_t block_q = 1, block_kv = 1, column_group = 1;
+
+  const float* sinks = nullptr;  // [num_heads] learnable logits, or null
+  float scale = 1.0f;
+  float softcap = 0.0f;
+  bool is_causal = false;
+};
+
+}  // namespace sparse_attn

@@ -1,0 +1,374 @@
+"""The C++ CPU kernels, each instruction set forced in turn, against float64 with a dense mask."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import sparse_attn  # noqa: F401 - defines the ops
+
+_C = pytest.importorskip("sparse_attn._C")
+
+ISAS = _C.supported_cpu_isas()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(None)
+
+
+@dataclass
+class Case:
+    """One call: the inputs, and a layout written as the op's arguments."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sink: list[int] = field(default_factory=lambda: [0])
+    window: list[int] = field(default_factory=lambda: [0])
+    blocks: tuple[torch.Tensor, torch.Tensor] | None = None
+    columns: tuple[torch.Tensor, torch.Tensor] | None = None
+    sinks: torch.Tensor | None = None
+    block: tuple[int, int] = (1, 1)
+    column_group: int = 1
+    scale: float | None = None
+    softcap: float = 0.0
+    is_causal: bool = True
+
+    def run(self):
+        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return torch.ops.sparse_attn.attention(
+            self.q,
+            self.k,
+            self.v,
+            torch.tensor(self.sink, dtype=torch.int32),
+            torch.tensor(self.window, dtype=torch.int32),
+            *(self.blocks or (None, None)),
+            *(self.columns or (None, None)),
+            self.sinks,
+            *self.block,
+            self.column_group,
+            scale,
+            self.softcap,
+            self.is_causal,
+        )
+
+    def mask(self) -> torch.Tensor:
+        """Dense bool [batch, num_heads, seqlen_q, seqlen_kv], straight from the definition."""
+        batch, heads, seqlen_q, _ = self.q.shape
+        seqlen_kv = self.k.shape[2]
+        p = torch.arange(seqlen_q)[:, None] + seqlen_kv - seqlen_q
+        j = torch.arange(seqlen_kv)[None, :]
+        mask = torch.zeros(batch, heads, seqlen_q, seqlen_kv, dtype=torch.bool)
+        for h in range(heads):
+            sink = self.sink[h * len(self.sink) // heads]
+            window = self.window[h * len(self.window) // heads]
+            mask[:, h] |= j < sink
+            distance = p - j if self.is_causal else (p - j).abs()
+            mask[:, h] |= (distance < window) if window >= 0 else torch.ones_like(distance) > 0
+            if self.is_causal and window > 0:
+                mask[:, h] &= (j <= p) | (j < sink)
+        lists = [(self.blocks, self.block[0], self.block[1])]
+        lists += [(self.columns, self.block[0] * self.column_group, 1)]
+        for pair, rows, width in lists:
+            if pair is None:
+                continue
+            counts, indices = pair
+            for b in range(batch):
+                for h in range(heads):
+                    entry = (b % counts.shape[0], h * counts.shape[1] // heads)
+                    for i in range(counts.shape[2]):
+                        listed = indices[entry][i, : counts[entry][i]].long()
+                        seen = torch.isin(torch.arange(seqlen_kv) // width, listed)
+                        mask[b, h, i * rows : (i + 1) * rows] |= seen
+        return mask & (j <= p) if self.is_causal else mask
+
+    def dense(self, dtype):
+        """The definition in `dtype`, step by step as eager torch would do it."""
+        group = self.q.shape[1] // max(self.k.shape[1], 1)
+        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.softcap > 0:
+            s = self.softcap * torch.tanh(s / self.softcap)
+        s = s.masked_fill(~self.mask(), -math.inf)
+        logits = s
+        if self.sinks is not None:
+            column = self.sinks.to(dtype)[None, :, None, None].expand(*s.shape[:3], 1)
+            logits = torch.cat([s, column], -1)
+        lse = torch.logsumexp(logits.double(), -1)
+        if logits.shape[-1] == 0:
+            lse = torch.full(s.shape[:3], -math.inf, dtype=torch.float64)
+        weights = torch.softmax(logits, -1)[..., : s.shape[-1]].nan_to_num(0.0)
+        return weights @ v, lse
+
+
+def random_lists(batch, heads, rows, num_values, density, generator):
+    keep = torch.rand(batch, heads, rows, num_values, generator=generator) < density
+    counts = keep.sum(-1).to(torch.int32)
+    width = int(counts.max()) + 1 if counts.numel() else 1
+    indices = torch.full((batch, heads, rows, width), -12345, dtype=torch.int32)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
+        indices[b, h, i, : counts[b, h, i]] = keep[b, h, i].nonzero()[:, 0].to(torch.int32)
+    return counts, indices
+
+
+def make_qkv(shape_q, kv_heads, seqlen_kv, dim_v, dtype, generator):
+    batch, _, _, dim = shape_q
+    return tuple(
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in (
+            shape_q,
+            (batch, kv_heads, seqlen_kv, dim),
+            (batch, kv_heads, seqlen_kv, dim_v),
+        )
+    )
+
+
+def check(case: Case):
+    out, lse = case.run()
+    expected, expected_lse = case.dense(torch.float64)
+    eager, _ = case.dense(case.q.dtype)
+    allowed = 2 * (eager.double() - expected).abs().max() if eager.numel() else 0.0
+    allowed += (
+        4
+        * ULP[case.q.dtype]
+        * max(1.0, float(case.v.double().abs().max()) if case.v.numel() else 1.0)
+    )
+    assert out.dtype == case.q.dtype and out.shape == expected.shape
+    assert lse.dtype == torch.float32 and lse.shape == expected_lse.shape
+    if out.numel():
+        assert not out.isnan().any()
+        assert (out.double() - expected).abs().max() <= allowed
+    empty = expected_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    assert (out[empty] == 0).all()
+    lse_error = (lse.double() - expected_lse)[~empty].abs()
+    if lse_error.numel():
+        scale = max(1.0, float(expected_lse[~empty].abs().max()))
+        assert lse_error.max() <= scale * (2e-6 if case.q.dtype == torch.float32 else 2e-5)
+
+
+SIZES = [  # (batch, heads, kv_heads, seqlen_q, seqlen_kv, dim, dim_v)
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 65, 131, 64, 64),
+    (1, 2, 1, 200, 77, 40, 96),
+    (1, 8, 2, 3, 300, 128, 128),
+    (1, 1, 1, 130, 257, 256, 17),
+    (1, 2, 2, 0, 16, 32, 32),
+    (1, 2, 2, 16, 0, 32, 32),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("is_causal", (True, False))
+def test_dense(isa, dtype, size, is_causal):
+    batch, heads, kv_heads, seqlen_q, seqlen_kv, dim, dim_v = size
+    generator = torch.Generator().manual_seed(0)
+    qkv = make_qkv((batch, heads, seqlen_q, dim), kv_heads, seqlen_kv, dim_v, dtype, generator)
+    check(Case(*qkv, window=[-1], is_causal=is_causal))
+
+
+@pytest.mark.parametrize(
+    "block", [(1, 1), (16, 16), (48, 48), (64, 64), (128, 128), (64, 16), (16, 64)], ids=str
+)
+@pytest.mark.parametrize("parts", ["blocks", "columns", "window", "all"])
+@pytest.mark.parametrize("is_causal", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_layouts(isa, dtype, block, parts, is_causal):
+    generator = torch.Generator().manual_seed(block[0] * 7 + block[1] + len(parts))
+    batch, heads, kv_heads, seqlen_q, seqlen_kv = 2, 4, 2, 150, 211
+    case = Case(
+        *make_qkv((batch, heads, seqlen_q, 48), kv_heads, seqlen_kv, 32, dtype, generator),
+        block=block,
+        is_causal=is_causal,
+        sink=[0, 5],
+    )
+    rows = -(-seqlen_q // block[0])
+    if parts in ("blocks", "all"):
+        case.blocks = random_lists(1, 2, rows, -(-seqlen_kv // block[1]), 0.3, generator)
+    if parts in ("columns", "all"):
+        case.column_group = 2
+        case.columns = random_lists(batch, 4, -(-rows // 2), seqlen_kv, 0.2, generator)
+    if parts in ("window", "all"):
+        case.window = [1, 40, 0, 2**31 - 1] if parts == "window" else [17]
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", (0.0, 5.0))
+@pytest.mark.parametrize("sinks", (False, True))
+@pytest.mark.parametrize("scale", (None, -0.3, 0.0, 2.0))
+def test_score_options(isa, dtype, softcap, sinks, scale):
+    generator = torch.Generator().manual_seed(1)
+    case = Case(*make_qkv((1, 4, 90, 64), 2, 70, 64, dtype, generator), window=[-1])
+    case.softcap, case.scale = softcap, scale
+    case.sinks = torch.tensor([-math.inf, 0.0, 3.0, 20.0]) if sinks else None
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(isa, dtype):
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = make_qkv((2, 4, 70, 64), 2, 90, 32, dtype, generator)
+    plain = Case(q, k, v, window=[-1])
+    expected, expected_lse = plain.run()
+    assert expected.is_contiguous()
+    transposed = Case(
+        *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), window=[-1]
+    )
+    out, lse = transposed.run()
+    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    wide = Case(*(torch.cat([x, x + 1], -1)[..., : x.shape[-1]] for x in (q, k, v)), window=[-1])
+    assert torch.equal(wide.run()[0], expected)
+    expanded = Case(
+        q, k[:, :1].expand(-1, 2, -1, -1), v[:, :, :1].expand(-1, -1, 90, -1), window=[-1]
+    )
+    assert expanded.k.stride(1) == 0 and expanded.v.stride(2) == 0
+    check(expanded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlen_q", (1, 128))
+def test_unselected_keys_and_slack_are_never_used(isa, dtype, seqlen_q):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = make_qkv((1, 2, seqlen_q, 64), 1, 128 + 37, 64, dtype, generator)
+    case = Case(q, k, v, sink=[3], block=(64, 16))
+    rows = -(-seqlen_q // 64)
+    case.blocks = random_lists(1, 1, 1, 11, 0.3, generator)
+    case.blocks = tuple(x.expand(-1, -1, rows, *x.shape[3:]).contiguous() for x in case.blocks)
+    case.columns = random_lists(1, 1, 1, 165, 0.05, generator)
+    case.columns = tuple(x.expand(-1, -1, rows, *x.shape[3:]).contiguous() for x in case.columns)
+    expected, expected_lse = case.run()
+    unseen = ~case.mask()[0].any(0).any(0)
+    assert 20 < unseen.sum() < 160
+    for poison in (math.nan, math.inf):
+        slack = torch.full((1, 1, 300, 96), poison, dtype=dtype)
+        case.k, case.v = slack.clone()[:, :, 60:225, 16:80], slack.clone()[:, :, 60:225, 16:80]
+        case.k[:, :, ~unseen], case.v[:, :, ~unseen] = k[:, :, ~unseen], v[:, :, ~unseen]
+        out, lse = case.run()
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+def _case_with_lists():
+    generator = torch.Generator().manual_seed(4)
+    case = Case(*make_qkv((1, 4, 128, 32), 2, 200, 32, torch.float32, generator), block=(32, 16))
+    case.blocks = random_lists(1, 4, 4, 13, 0.5, generator)
+    case.columns = random_lists(1, 2, 4, 200, 0.1, generator)
+    case.sinks = torch.zeros(4)
+    return case
+
+
+def _break_blocks(index, value):
+    def change(case):
+        case.blocks[1][index] = value
+
+    return change
+
+
+def _break_columns(index, value):
+    def change(case):
+        case.columns[1][index] = value
+
+    return change
+
+
+BROKEN = {
+    "count too large": (
+        lambda c: c.blocks[0].__setitem__((0, 1, 2), 99),
+        r"kv_num_blocks\[0, 1, 2\] = 99",
+    ),
+    "count negative": (
+        lambda c: c.columns[0].__setitem__((0, 1, 2), -1),
+        r"num_columns\[0, 1, 2\] = -1",
+    ),
+    "block beyond": (
+        _break_blocks((0, 3, 1, 0), 13),
+        r"kv_indices\[0, 3, 1, 0\] = 13 is out of range: the layout has 13 key blocks",
+    ),
+    "block negative": (_break_blocks((0, 0, 0, 0), -2), r"kv_indices\[0, 0, 0, 0\] = -2"),
+    "block huge": (_break_blocks((0, 0, 0, 0), 2**31 - 1), r"kv_indices\[0, 0, 0, 0\]"),
+    "blocks repeated": (
+        lambda c: c.blocks[1].__setitem__((0, 2, 0, 1), int(c.blocks[1][0, 2, 0, 0])),
+        r"kv_indices\[0, 2, 0, 1\].*ascending",
+    ),
+    "column beyond": (
+        _break_columns((0, 1, 3, 0), 200),
+        r"column_indices\[0, 1, 3, 0\] = 200 .*200 keys",
+    ),
+    "columns descending": (
+        _break_columns((0, 0, 0, 0), 199),
+        r"column_indices\[0, 0, 0, 1\].*ascending",
+    ),
+    "sink negative": (lambda c: setattr(c, "sink", [0, -1]), r"sink\[1\] = -1"),
+    "window negative": (lambda c: setattr(c, "window", [-2]), r"window\[0\] = -2"),
+    "heads do not divide": (lambda c: setattr(c, "window", [1, 1, 1]), r"window has 3 heads"),
+    "counts alone": (
+        lambda c: setattr(c, "blocks", (c.blocks[0], None)),
+        "kv_indices must be given together",
+    ),
+    "counts not int32": (
+        lambda c: setattr(c, "blocks", (c.blocks[0].long(), c.blocks[1])),
+        "kv_num_blocks must be int32",
+    ),
+    "indices not contiguous": (
+        lambda c: setattr(c, "columns", (c.columns[0], c.columns[1].mT.contiguous().mT)),
+        "column_indices must be contiguous",
+    ),
+    "rows do not match": (lambda c: setattr(c, "block", (64, 16)), "kv_num_blocks has 4 rows"),
+    "sinks too short": (lambda c: setattr(c, "sinks", torch.zeros(3)), "sinks has 3 entries"),
+    "k of another dtype": (lambda c: setattr(c, "k", c.k.half()), "k must have the dtype of q"),
+    "v of another length": (lambda c: setattr(c, "v", c.v[:, :, :-1]), "v has shape"),
+    "q not unit stride": (
+        lambda c: setattr(c, "q", c.q.mT.contiguous().mT),
+        "q must have unit stride",
+    ),
+    "head_dim too large": (
+        lambda c: (
+            setattr(c, "q", torch.zeros(1, 4, 128, 257)),
+            setattr(c, "k", torch.zeros(1, 2, 200, 257)),
+        ),
+        "q must have a head dimension",
+    ),
+    "block size zero": (lambda c: setattr(c, "block", (0, 16)), "block_q must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_untrusted_layouts_are_refused(isa, name):
+    case = _case_with_lists()
+    case.run()
+    breakage, message = BROKEN[name]
+    breakage(case)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        case.run()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_are_bitwise_equal(isa, dtype):
+    generator = torch.Generator().manual_seed(5)
+    case = Case(
+        *make_qkv((1, 4, 300, 64), 2, 300, 64, dtype, generator), block=(64, 64), window=[33]
+    )
+    case.blocks = random_lists(1, 4, 5, 5, 0.5, generator)
+    first = case.run()
+    for _ in range(3):
+        again = case.run()
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_choice_of_instruction_set():
+    assert _C.cpu_isa() == ISAS[-1]
+    assert ISAS[0] == "generic"
+    with pytest.raises(ValueError, match="unknown instruction set"):
+        _C.set_cpu_isa("mmx")
+    assert _C.cpu_isa() == ISAS[-1]
