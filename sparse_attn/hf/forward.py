@@ -119,7 +119,9 @@ def attention_forward(
     router = routers[-1]
     _check_kwargs(call, kwargs, has_mask=attention_mask is not None)
     _check_mask(call, attention_mask)
-    if is_causal is None:
+    if masks.is_key_mask(attention_mask):  # only causal masks are told that way
+        is_causal = True
+    elif is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if not is_causal:
         router.count("not_causal")

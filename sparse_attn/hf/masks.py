@@ -29,6 +29,7 @@ _MARK = 1 << 62
 _SHIFT = 31
 _FUTURE = (1 << _SHIFT) - 1
 _CHUNK = 1 << 30
+_READ = "_sparse_attn_read"  # on a mask that a layer has read: what it says, for the next layer
 
 # --------------------------------------------------------------------------- called by transformers
 
@@ -51,9 +52,10 @@ def mask_function(
     Args are those of transformers' mask interface.
 
     Returns:
-        None for plain causal attention where the last query sees the last key; the int64 tensor
-        described above for the patterns it can hold; else the bool mask ``[batch, 1, q_length,
-        kv_length]`` of transformers' ``sdpa_mask``.
+        The int64 tensor described above for the patterns it can hold, even for plain causal
+        attention: some models tell causality by the mask alone. Otherwise, and in compiled code,
+        what transformers' ``sdpa_mask`` returns: a bool mask ``[batch, 1, q_length, kv_length]``,
+        or None for plain attention.
     """
     given = {
         "batch_size": batch_size,
@@ -76,8 +78,6 @@ def mask_function(
     if not q_length <= seen <= kv_length:
         return _dense(given, rules)
     padding = _padding(attention_mask, kv_offset, kv_length)
-    if not rules and seen == kv_length and (padding is None or bool(padding.all())):
-        return None
     ids = _sequence_ids(rules, batch_size, kv_length, kv_offset, device)
     if padding is not None:
         ids = torch.where(padding.to(ids.device), ids, 0)
@@ -190,7 +190,7 @@ def is_key_mask(mask: Tensor | None) -> bool:
     """Whether `mask` is one that `mask_function` encoded."""
     if mask is None or mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return False
-    return mask.numel() > 0 and bool((mask[0, 0, 0, 0] & _MARK) != 0)
+    return hasattr(mask, _READ) or bool((mask & _MARK != 0).all())  # or the model changed it
 
 
 def read(mask: Tensor | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Visible | None:
@@ -208,11 +208,11 @@ def read(mask: Tensor | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Visi
         queries = slice(max(seqlen_q - seqlen_kv, 0), seqlen_q)
         return Visible(((slice(0, batch), (Segment(queries, slice(0, seqlen_kv)),)),))
     if is_key_mask(mask):
-        cached = getattr(mask, "_sparse_attn_visible", None)  # read by an earlier layer
-        if cached is None or cached[0] != (batch, seqlen_q):
-            cached = (batch, seqlen_q), _segments(mask, batch, seqlen_q)
-            mask._sparse_attn_visible = cached
-        return cached[1]
+        sizes, visible = getattr(mask, _READ, (None, None))
+        if sizes != (batch, seqlen_q):
+            visible = _segments(mask, batch, seqlen_q)
+            setattr(mask, _READ, ((batch, seqlen_q), visible))
+        return visible
     one_row = seqlen_q == 1 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
     if one_row and not torch.compiler.is_compiling():
         return _row(mask[:, 0, 0].expand(batch, -1), getattr(mask, "_sparse_attn_local", False))
