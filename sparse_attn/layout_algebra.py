@@ -16,6 +16,40 @@ def listed(counts: Tensor, indices: Tensor) -> Tensor:
     return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
 
 
+def check_lists(
+    layout: BlockLayout, counts_name: str, indices_name: str, limit: int, unit: str
+) -> None:
+    """Counts within the width, indices in ``[0, limit)``, strictly ascending.
+
+    Raises:
+        ValueError: naming the tensor, the place and the value.
+    """
+    counts, indices = getattr(layout, counts_name), getattr(layout, indices_name)
+    if counts is None:
+        return
+    width = indices.shape[-1]
+
+    def fail_where(bad: Tensor, name: str, why: str) -> None:
+        if bool(bad.any()):
+            at = tuple(bad.nonzero()[0].tolist())
+            value = getattr(layout, name)[at].item()
+            raise ValueError(f"{name}{list(at)} = {value} {why}")
+
+    fail_where(
+        (counts < 0) | (counts > width),
+        counts_name,
+        f"is not in [0, {width}], the width of {indices_name}",
+    )
+    inside = listed(counts, indices)
+    outside = (indices < 0) | (indices >= limit)
+    fail_where(outside & inside, indices_name, f"is out of range: the layout has {limit} {unit}")
+    repeated = torch.zeros_like(inside)
+    repeated[..., 1:] = indices[..., 1:] <= indices[..., :-1]
+    fail_where(
+        repeated & inside, indices_name, "does not ascend: lists must be sorted, without duplicates"
+    )
+
+
 def compact(rows: Tensor, cols: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Sorted (row, column) pairs as int32 lists ``(counts [num_rows], indices [num_rows,
     width])``.

@@ -162,7 +162,9 @@ def to_csr(layout: BlockLayout, batch: int, head: int) -> Tensor:
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     cols = indices[listed(counts, indices)].long()
     values = torch.ones(len(cols), device=cols.device)
-    return torch.sparse_csr_tensor(crow, cols, values, (layout.num_q_blocks, layout.num_kv_blocks))
+    return torch.sparse_csr_tensor(
+        crow, cols, values, (layout.num_q_blocks, layout.num_kv_blocks), check_invariants=True
+    )
 
 
 def _require_blocks(layout: BlockLayout) -> None:

@@ -77,7 +77,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 def _attention_backward(dout, dlse, q, k, v, out, lse, *args) -> tuple[Tensor, ...]:
     rest, scalars = _reference_args(q, k, args)
-    return reference.attention_backward(dout, dlse, q, k, v, out, lse, *rest, **scalars)
+    return reference.attention_backward(dout, dlse, q, k, v, *rest, **scalars)
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,25 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
 
 
+def _per_row(sinks: Tensor, scores: Tensor) -> Tensor:
+    """Sink logits ``[H]`` as a column beside ``scores [B, Hkv, group, rows, keys]``."""
+    return _grouped(sinks.to(scores.dtype)[None], scores.shape[1])[..., None, None]
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension, the sink logit in its denominator, and the log of that."""
+    column = scores.new_full((1,) * scores.dim(), -torch.inf)
+    column = column if sinks is None else _per_row(sinks, scores)
+    column = column.expand(*scores.shape[:-1], 1)
+    peak = torch.cat([scores, column], -1).amax(-1, keepdim=True)
+    peak = torch.where(peak == -torch.inf, 0, peak)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True) + torch.exp(column - peak)
+    empty = total == 0
+    lse = torch.where(empty, -torch.inf, peak + torch.log(total))
+    return weights / torch.where(empty, 1, total), lse.squeeze(-1)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -69,13 +88,7 @@ def attention(
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
         scores = _scores(queries, keys, scale, softcap)
         scores = scores.masked_fill(~_grouped(mask, num_kv_heads), -torch.inf)
-        norm = (
-            scores.logsumexp(-1) if k.shape[2] else scores.new_full(scores.shape[:-1], -torch.inf)
-        )
-        if sinks is not None:
-            norm = torch.logaddexp(norm, _grouped(sinks.to(dtype)[None, :, None], num_kv_heads))
-        finite = torch.where(norm == -torch.inf, 0, norm)
-        probs = torch.exp(scores - finite[..., None])
+        probs, norm = _softmax(scores, sinks)
         out[:, :, start:stop] = (probs @ values).flatten(1, 2).to(q.dtype)
         lse[:, :, start:stop] = norm.flatten(1, 2)
     return out, lse
@@ -87,8 +100,6 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     layout: BlockLayout,
     sinks: Tensor | None,
     *,
@@ -96,12 +107,18 @@ def attention_backward(
     softcap: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and sinks (an empty tensor without sinks), from ``p = exp(scores -
-    lse)``.
+    """Gradients of q, k, v and sinks (an empty tensor without sinks).
 
-    ``delta = rowsum(dout * out) - dlse``, ``ds = p * (dout @ v.T - delta)``, ``dq = scale * ds @
-    k``, ``dk = scale * ds.T @ q``, ``dv = p.T @ dout``, ``dsinks = -sum(exp(sinks - lse) *
-    delta)``.
+    With the probabilities ``p`` of the forward pass and ``delta = rowsum(p * dp) - dlse``::
+
+        dv = p.T @ dout
+        dp = dout @ v.T
+        ds = p * (dp - delta)                    # times 1 - (scores / softcap)**2 with a softcap
+        dq = scale * ds @ k
+        dk = scale * ds.T @ q
+        dsinks = -sum(exp(sinks - lse) * delta)
+
+    The probabilities are computed anew from whole rows, more exactly than from out and lse.
     """
     dtype = compute_dtype(q.dtype)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
@@ -111,24 +128,22 @@ def attention_backward(
     dsinks = torch.zeros(0 if sinks is None else num_heads, dtype=dtype, device=q.device)
     keys, values = k.to(dtype).unsqueeze(2), v.to(dtype).unsqueeze(2)
     for start, stop in _chunks(q, k):
-        rows = slice(start, stop)
-        queries, grads, outputs, norm, dnorm = (
-            _grouped(x[:, :, rows].to(dtype), num_kv_heads) for x in (q, dout, out, lse, dlse)
+        queries, grads, dnorm = (
+            _grouped(x[:, :, start:stop].to(dtype), num_kv_heads) for x in (q, dout, dlse)
         )
-        mask = _grouped(
-            layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads), num_kv_heads
-        )
-        delta = (grads * outputs).sum(-1) - dnorm
-        scores = _scores(queries, keys, scale, softcap)
-        finite = torch.where(norm == -torch.inf, 0, norm)
-        probs = torch.exp(scores.masked_fill(~mask, -torch.inf) - finite[..., None])
-        dv += torch.einsum("bhgqk,bhgqd->bhkd", probs, grads)
-        dscores = probs * (grads @ values.mT - delta[..., None])
+        mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
+        capped = _scores(queries, keys, scale, softcap)
+        scores = capped.masked_fill(~_grouped(mask, num_kv_heads), -torch.inf)
+        probs, norm = _softmax(scores, sinks)
+        dprobs = grads @ values.mT
+        delta = (probs * dprobs).sum(-1) - dnorm
+        dscores = probs * (dprobs - delta[..., None])
         if softcap > 0:
-            dscores = dscores * (1 - (scores / softcap).square())
-        dq[:, :, rows] = (scale * (dscores @ keys)).flatten(1, 2).to(q.dtype)
+            dscores = dscores * (1 - (capped / softcap).square())
+        dv += torch.einsum("bhgqk,bhgqd->bhkd", probs, grads)
+        dq[:, :, start:stop] = (scale * (dscores @ keys)).flatten(1, 2).to(q.dtype)
         dk += scale * torch.einsum("bhgqk,bhgqd->bhkd", dscores, queries)
         if sinks is not None:
-            weight = torch.exp(_grouped(sinks.to(dtype)[None, :, None], num_kv_heads) - finite)
+            weight = torch.exp(_per_row(sinks, scores).squeeze(-1) - norm)
             dsinks -= (weight * delta).flatten(1, 2).sum((0, 2))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype)

@@ -1,0 +1,55 @@
+"""Every test starts from a fixed seed, with uninitialised memory filled with NaN."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The first multi-threaded exp of a process can be less accurate than the rest.
+torch.exp(torch.linspace(-1, 0, 2**20)).sum()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` returns NaN (the largest integer for integers), so that reading it shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_qk():
+    """q [1, 9, 1024, 64] and k [1, 3, 1024, 64] of some layers of SmolLM2-135M on English text."""
+    import pydoc_data.topics
+
+    from bench.pretrained import load
+
+    tokenizer, model = load("smollm2")
+    text = "\n".join(pydoc_data.topics.topics.values())
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
+    seen = {}
+
+    def record(module, q, k, v, mask, scaling=None, **kwargs):
+        if module.layer_idx in (1, 10, 20):
+            seen[module.layer_idx] = (q.float().clone(), k.float().clone())
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("test_recorder", record)
+    model.set_attn_implementation("test_recorder")
+    with torch.inference_mode():
+        model.model(ids)
+    assert len(seen) == 3
+    return seen

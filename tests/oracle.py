@@ -1,0 +1,141 @@
+"""What every result is measured against: float64 dense attention with an explicit mask, and literal loops."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from sparse_attn import BlockLayout
+
+# A backend named here must run: if it is not available its tests fail, they do not skip.
+BACKENDS = os.environ.get("SPARSE_ATTN_TEST_BACKENDS", "reference,cpu").split(",")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def cases():
+    """(backend, dtype) pairs that must be served."""
+    pairs = [(b, d) for b in BACKENDS for d in DTYPES]
+    return pairs + ([("reference", torch.float64)] if "reference" in BACKENDS else [])
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Eager attention in the dtype of its inputs: ``(out, lse)``; rows that see nothing give 0 and -inf."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.mT) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    peak = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    safe = torch.where(empty, 1, total)
+    probs = (weights / safe)[..., : k.shape[2]]
+    lse = torch.where(empty, -torch.inf, peak + torch.log(safe)).squeeze(-1)
+    return probs @ v, lse
+
+
+def assert_accurate(ours: Tensor, exact: Tensor, eager: Tensor, name: str = "out") -> None:
+    """Error at most twice that of eager attention in the same dtype, in the maximum and in the mean.
+
+    Two units in the last place of the largest value are granted on top, because eager can be exact by
+    chance (64 in float64, where eager is the exact result itself).
+    """
+    assert ours.dtype == eager.dtype, (name, ours.dtype, eager.dtype)
+    assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
+    ulps = (64 if ours.dtype == torch.float64 else 2) * torch.finfo(ours.dtype).eps
+    infinite = torch.isinf(exact)
+    assert torch.equal(torch.isinf(ours), infinite), f"{name}: infinities differ"
+    if ours.numel() == 0:
+        return
+    ours, exact, eager = (torch.where(infinite, 0, x.double()) for x in (ours, exact, eager))
+    assert torch.isfinite(ours).all(), f"{name}: not finite"
+    error, allowed = (ours - exact).abs(), (eager - exact).abs()
+    slack = ulps * exact.abs().max()
+    limit = 2 * allowed.max() + slack
+    assert error.max() <= limit, f"{name}: max error {error.max():.3g} > {limit:.3g}"
+    limit = 2 * allowed.mean() + slack / 4
+    assert error.mean() <= limit, f"{name}: mean error {error.mean():.3g} > {limit:.3g}"
+
+
+def literal_mask(
+    layout: BlockLayout, *, is_causal: bool, batch: int = 0, head: int = 0, num_heads: int = 1
+):
+    """The token mask of one head by the definition, one (row, key) pair at a time."""
+    seqlen_q, seqlen_kv = layout.seqlens
+    block_q, block_kv = layout.block_size
+
+    def entry(x: Tensor, head_dim: int) -> Tensor:
+        if head_dim == 1:
+            x = x[batch if x.shape[0] > 1 else 0]
+        return x[head // (num_heads // x.shape[0])]
+
+    def listed(counts: Tensor | None, indices: Tensor | None, row: int) -> set[int]:
+        if counts is None:
+            return set()
+        return set(entry(indices, 1)[row][: int(entry(counts, 1)[row])].tolist())
+
+    sink, window = int(entry(layout.sink, 0)), int(entry(layout.window, 0))
+    mask = torch.zeros(seqlen_q, seqlen_kv, dtype=torch.bool)
+    for i in range(seqlen_q):
+        p = i + seqlen_kv - seqlen_q
+        m = i // block_q
+        blocks = listed(layout.kv_num_blocks, layout.kv_indices, m)
+        columns = listed(layout.num_columns, layout.column_indices, m // layout.column_group)
+        for j in range(seqlen_kv):
+            distance = p - j if is_causal else abs(p - j)
+            seen = j < sink or window == -1 or distance < window
+            seen = seen or j // block_kv in blocks or j in columns
+            mask[i, j] = seen and (j <= p or not is_causal)
+    return mask
+
+
+def random_layout(
+    seqlens: tuple[int, int],
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    block_size: tuple[int, int] = (16, 16),
+    keep: float = 0.3,
+    sink: int = 0,
+    window: int = 0,
+    columns: int = 0,
+    column_group: int = 1,
+) -> BlockLayout:
+    """Random blocks and up to `columns` random columns in each row, with garbage behind the counts."""
+    num_q, num_kv = (-(-s // b) for s, b in zip(seqlens, block_size, strict=True))
+    mask = torch.rand(batch, heads, num_q, num_kv) < keep
+    layout = BlockLayout.from_dense(mask, block_size=block_size, seqlens=seqlens)
+    garbage = torch.arange(layout.kv_indices.shape[-1]) >= layout.kv_num_blocks[..., None]
+    fields = {
+        "seqlens": tuple(seqlens),
+        "sink": torch.randint(0, sink + 1, (heads,), dtype=torch.int32),
+        "window": torch.randint(0, window + 1, (heads,), dtype=torch.int32),
+        "block_size": block_size,
+        "kv_num_blocks": layout.kv_num_blocks,
+        "kv_indices": layout.kv_indices.masked_fill(garbage, -7),
+        "column_group": column_group,
+    }
+    if columns:
+        groups = -(-num_q // column_group)
+        width = min(columns, seqlens[1])
+        picked = torch.rand(batch, heads, groups, seqlens[1]).topk(width).indices.sort().values
+        fields["column_indices"] = picked.int()
+        fields["num_columns"] = torch.randint(0, width + 1, picked.shape[:3], dtype=torch.int32)
+    return BlockLayout(**fields)
