@@ -34,7 +34,7 @@ def _extension_options():
         def run(self):
             try:
                 super().run()
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - compilers fail in many ways
+            except (Exception, SystemExit) as error:
                 if REQUIRED:
                     raise
                 _explain(f"{type(error).__name__}: {error}".splitlines()[0])

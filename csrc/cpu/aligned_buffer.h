@@ -26,7 +26,7 @@ class AlignedBuffer {
   void reserve(int64_t bytes) {
     if (bytes <= capacity_) return;
     constexpr int64_t kHugePage = int64_t{1} << 21;
-    const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+    const int64_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64;
     std::free(data_);
     capacity_ = (bytes + alignment - 1) / alignment * alignment;
     data_ = static_cast<std::byte*>(std::aligned_alloc(alignment, capacity_));

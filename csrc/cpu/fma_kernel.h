@@ -171,9 +171,9 @@ static void softmax_row(const QueryTile& tile, const FmaScratch& scratch, const 
   for (int64_t j = 0; j < n; j += kLanes) {
     Vec s = load(scores + j);
     if (tile.softcap > 0) {
-      s = tanh(s * (scale / tile.softcap)) * (tile.softcap * kLog2e);
+      s = tanh(s * (scale / tile.softcap)) * static_cast<float>(tile.softcap * kLog2e);
     } else {
-      s *= scale * kLog2e;
+      s *= static_cast<float>(scale * kLog2e);
     }
     const uint32_t* visible = granules[j / kGranule].visible;
     if (visible != nullptr) s = keep_visible(s, visible[r] >> j % kGranule);

@@ -130,7 +130,7 @@ struct Scratch {
   float* l;           // [kBlockM] running sum
 };
 
-Scratch divide_scratch(std::byte* memory, int64_t head_dim, int64_t head_dim_v) {
+Scratch divide_scratch(std::byte* memory, int64_t head_dim_v) {
   Scratch scratch;
   scratch.scores = reinterpret_cast<float*>(memory);
   scratch.acc = scratch.scores + kBlockM * kStepKeys;
@@ -138,7 +138,6 @@ Scratch divide_scratch(std::byte* memory, int64_t head_dim, int64_t head_dim_v) 
   scratch.l = scratch.m + kBlockM;
   scratch.weights = reinterpret_cast<uint16_t*>(scratch.l + kBlockM);
   scratch.q = scratch.weights + kBlockM * kStepKeys;
-  (void)head_dim;
   return scratch;
 }
 
@@ -300,11 +299,11 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
 
 // Attention of one query tile over all keys that the cursor hands out.
 void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
-  const Scratch scratch = divide_scratch(memory, tile.head_dim, tile.head_dim_v);
+  const Scratch scratch = divide_scratch(memory, tile.head_dim_v);
   const int64_t dim = padded_dim(tile.head_dim), acc_stride = padded_dim(tile.head_dim_v);
   const int64_t rows = (tile.rows + 31) / 32 * 32;
   const ScoreScale scaling = split_scale(tile.scale);
-  const float scale = tile.softcap > 0 ? kLog2e : scaling.scale * kLog2e;
+  const float scale = static_cast<float>((tile.softcap > 0 ? 1.0f : scaling.scale) * kLog2e);
   load_q(tile, scaling.q_factor, scratch.q);
   std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
   std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
@@ -331,8 +330,8 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
       softmax_row(scratch, r, n * kGranule, scale, acc_stride);
     }
     fence_compiler();
-    for (int64_t r = 0; r < rows; r += 32) {
-      for (int64_t d = 0; d < acc_stride; d += 32) {
+    for (int64_t d = 0; d < acc_stride; d += 32) {
+      for (int64_t r = 0; r < rows; r += 32) {
         value_block(scratch.weights + r * kStepKeys, granules, n, d,
                     scratch.acc + r * acc_stride + d, acc_stride);
       }

@@ -5,8 +5,8 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
+inline constexpr double kLog2e = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Scores are `scale` times q.k: the sign goes into q, so that `scale` is positive.
@@ -26,13 +26,16 @@ struct RowEnd {
 
 // Ends a row of maximum m and sum l = sum_j 2^(s_j - m), with an optional logit in the sum.
 static inline RowEnd finish_row(float m, float l, const float* sink_logit) {
-  const double sink = sink_logit != nullptr ? *sink_logit * 1.4426950408889634 : kMinusInfinity;
+  if (sink_logit == nullptr) {
+    if (m == kMinusInfinity) return {0.0f, kMinusInfinity};
+    return {1.0f / l, static_cast<float>((m + std::log2(static_cast<double>(l))) * kLn2)};
+  }
+  const double sink = *sink_logit * kLog2e;
   const double top = std::max<double>(m, sink);
   if (top == kMinusInfinity) return {0.0f, kMinusInfinity};
   const double scale = std::exp2(m - top);
   const double sum = l * scale + std::exp2(sink - top);
-  return {static_cast<float>(scale / sum),
-          static_cast<float>((top + std::log2(sum)) * 0.6931471805599453)};
+  return {static_cast<float>(scale / sum), static_cast<float>((top + std::log2(sum)) * kLn2)};
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
