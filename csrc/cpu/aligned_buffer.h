@@ -15,19 +15,19 @@ namespace sparse_attn::cpu {
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
-  explicit AlignedBuffer(int64_t bytes) { reserve(bytes); }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-  ~AlignedBuffer() { std::free(data_); }
+  ~AlignedBuffer() { release(); }
 
   std::byte* data() const { return data_; }
+  int64_t capacity() const { return capacity_; }
 
   // Makes room for at least `bytes`; what was stored is lost when the buffer has to grow.
   void reserve(int64_t bytes) {
     if (bytes <= capacity_) return;
     constexpr int64_t kHugePage = int64_t{1} << 21;
     const int64_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64;
-    std::free(data_);
+    release();
     capacity_ = (bytes + alignment - 1) / alignment * alignment;
     data_ = static_cast<std::byte*>(std::aligned_alloc(alignment, capacity_));
     if (data_ == nullptr) {
@@ -37,6 +37,12 @@ class AlignedBuffer {
 #if defined(__linux__)
     if (alignment == kHugePage) madvise(data_, capacity_, MADV_HUGEPAGE);
 #endif
+  }
+
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
   }
 
  private:

@@ -69,7 +69,8 @@ void sort_tasks(const AttentionParams& params, std::vector<Task>& tasks) {
   });
 }
 
-// All keys of all KV heads as granules.
+// All keys of all KV heads as granules. Each calling thread keeps a moderate amount of memory, as
+// fresh pages cost more than packing.
 class PackedKeys {
  public:
   PackedKeys(const AttentionParams& params, const TileKernel& kernel)
@@ -78,11 +79,18 @@ class PackedKeys {
         granules_((params.seqlen_kv + kGranule - 1) / kGranule),
         k_bytes_(kernel.k_granule_bytes(params.head_dim)),
         v_bytes_(kernel.v_granule_bytes(params.head_dim_v)) {}
+  PackedKeys(const PackedKeys&) = delete;
+  PackedKeys& operator=(const PackedKeys&) = delete;
+  ~PackedKeys() {
+    constexpr int64_t kKeptBytes = int64_t{64} << 20;
+    if (memory().capacity() > kKeptBytes) memory().release();
+  }
 
   void pack_all(const Parallel& parallel) {
     const int64_t total = params_.batch * params_.num_kv_heads * granules_;
-    k_.reserve(total * k_bytes_);
-    v_.reserve(total * v_bytes_);
+    memory().reserve(total * (k_bytes_ + v_bytes_));
+    k_ = memory().data();
+    v_ = k_ + total * k_bytes_;
     constexpr int64_t kPerTask = 16;
     parallel.run((total + kPerTask - 1) / kPerTask, [&](int64_t task) {
       const uint32_t saved = kernel_.enter();
@@ -99,14 +107,19 @@ class PackedKeys {
                            params_.dtype);
     source.v = byte_offset(params_.v, b * params_.v_stride.batch + h * params_.v_stride.head,
                            params_.dtype);
-    if (k_.data() != nullptr) {
-      source.packed_k = k_.data() + kv_head * granules_ * k_bytes_;
-      source.packed_v = v_.data() + kv_head * granules_ * v_bytes_;
+    if (k_ != nullptr) {
+      source.packed_k = k_ + kv_head * granules_ * k_bytes_;
+      source.packed_v = v_ + kv_head * granules_ * v_bytes_;
     }
     return source;
   }
 
  private:
+  static AlignedBuffer& memory() {
+    thread_local AlignedBuffer buffer;
+    return buffer;
+  }
+
   void pack(int64_t kv_head, int64_t granule, int64_t slot) {
     alignas(64) static const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
     const KeySource head = source(kv_head);
@@ -119,14 +132,15 @@ class PackedKeys {
       k_rows[i] = exists ? head.k + j * params_.k_stride.row * size : kZeroRow;
       v_rows[i] = exists ? head.v + j * params_.v_stride.row * size : kZeroRow;
     }
-    kernel_.pack_k(k_rows, params_.head_dim, k_.data() + slot * k_bytes_);
-    kernel_.pack_v(v_rows, params_.head_dim_v, v_.data() + slot * v_bytes_);
+    kernel_.pack_k(k_rows, params_.head_dim, k_ + slot * k_bytes_);
+    kernel_.pack_v(v_rows, params_.head_dim_v, v_ + slot * v_bytes_);
   }
 
   const AttentionParams& params_;
   const TileKernel& kernel_;
   int64_t granules_, k_bytes_, v_bytes_;
-  AlignedBuffer k_, v_;
+  std::byte* k_ = nullptr;
+  std::byte* v_ = nullptr;
 };
 
 void run_task(const AttentionParams& params, const TileKernel& kernel, const Task& task,

@@ -1,0 +1,369 @@
+// Compares the CPU kernels with a double loop over rows and keys, on random layouts, data types,
+// strides and instruction sets, and checks that broken layouts are refused. Every buffer has the
+// exact size that its strides need, so that AddressSanitizer sees any access outside a tensor.
+//
+//   make -C tests/cpp sanitize
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/forward.h"
+
+namespace {
+
+using sparse_attn::AttentionParams;
+using sparse_attn::DType;
+using sparse_attn::IndexLists;
+using sparse_attn::Strides;
+using sparse_attn::cpu::Isa;
+using sparse_attn::cpu::Parallel;
+
+std::mt19937 generator(20240229);
+
+int64_t random_int(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+template <class T>
+T choose(std::initializer_list<T> values) {
+  return values.begin()[random_int(0, static_cast<int64_t>(values.size()) - 1)];
+}
+
+// float16 and bfloat16 as bits; only normal numbers and zero occur here.
+uint16_t to_half(float x, DType dtype) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (dtype == DType::kBFloat16) return static_cast<uint16_t>(bits >> 16);
+  const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
+  if (exponent <= 0) return 0;
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023));
+}
+
+double from_half(uint16_t x, DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+  }
+  const double magnitude = (x >> 10 & 31) == 0 ? std::ldexp(x & 1023, -24)
+                                               : std::ldexp(1024 + (x & 1023), (x >> 10 & 31) - 25);
+  return x & 0x8000 ? -magnitude : magnitude;
+}
+
+// A [batch, heads, rows, dim] tensor in a heap block of exactly the size it needs.
+struct Tensor {
+  DType dtype;
+  int64_t sizes[4];
+  Strides strides;
+  std::vector<char> bytes;
+
+  Tensor(DType type, int64_t batch, int64_t heads, int64_t rows, int64_t dim)
+      : dtype(type), sizes{batch, heads, rows, dim} {
+    const int64_t slack = choose<int64_t>({0, 0, 3});
+    if (random_int(0, 1) == 0) {
+      strides.row = dim + slack;
+      strides.head = strides.row * rows;
+      strides.batch = strides.head * heads;
+    } else {  // [batch, rows, heads, dim] in memory
+      strides.head = dim + slack;
+      strides.row = strides.head * heads;
+      strides.batch = strides.row * rows;
+    }
+    const bool empty = batch * heads * rows * dim == 0;
+    const int64_t elements = empty ? 0
+                                   : (batch - 1) * strides.batch + (heads - 1) * strides.head +
+                                         (rows - 1) * strides.row + dim;
+    // Ones in every bit are NaN in every type.
+    bytes.assign(elements * sparse_attn::element_size(dtype), static_cast<char>(0xff));
+  }
+
+  int64_t offset(int64_t b, int64_t h, int64_t r, int64_t d) const {
+    return b * strides.batch + h * strides.head + r * strides.row + d;
+  }
+
+  double at(int64_t b, int64_t h, int64_t r, int64_t d) const {
+    const char* p = bytes.data() + offset(b, h, r, d) * sparse_attn::element_size(dtype);
+    if (dtype == DType::kFloat32) {
+      float x;
+      std::memcpy(&x, p, 4);
+      return x;
+    }
+    uint16_t x;
+    std::memcpy(&x, p, 2);
+    return from_half(x, dtype);
+  }
+
+  void fill_normal() {
+    std::normal_distribution<float> normal;
+    for (int64_t b = 0; b < sizes[0]; ++b)
+      for (int64_t h = 0; h < sizes[1]; ++h)
+        for (int64_t r = 0; r < sizes[2]; ++r)
+          for (int64_t d = 0; d < sizes[3]; ++d) {
+            const float x = normal(generator);
+            const uint16_t half = to_half(x, dtype);
+            char* p = bytes.data() + offset(b, h, r, d) * sparse_attn::element_size(dtype);
+            if (dtype == DType::kFloat32) {
+              std::memcpy(p, &x, 4);
+            } else {
+              std::memcpy(p, &half, 2);
+            }
+          }
+  }
+};
+
+struct Lists {
+  std::vector<int32_t> counts, indices;
+  IndexLists view;
+
+  void make(int64_t batch, int64_t heads, int64_t rows, int64_t num_values, double density) {
+    view.batch = batch;
+    view.heads = heads;
+    view.rows = rows;
+    std::vector<std::vector<int32_t>> all;
+    for (int64_t i = 0; i < batch * heads * rows; ++i) {
+      std::vector<int32_t> row;
+      for (int64_t value = 0; value < num_values; ++value) {
+        if (random_int(0, 999) < 1000 * density) row.push_back(static_cast<int32_t>(value));
+      }
+      view.width = std::max<int64_t>(view.width, row.size());
+      all.push_back(row);
+    }
+    for (auto& row : all) {
+      counts.push_back(static_cast<int32_t>(row.size()));
+      row.resize(view.width, -7);
+      indices.insert(indices.end(), row.begin(), row.end());
+    }
+    view.counts = counts.data();
+    view.indices = indices.data();
+  }
+
+  bool contains(int64_t b, int64_t h, int64_t num_heads, int64_t row, int64_t value) const {
+    const int64_t batch = view.batch == 1 ? 0 : b;
+    const int64_t i = (batch * view.heads + h / (num_heads / view.heads)) * view.rows + row;
+    const auto begin = indices.begin() + i * view.width;
+    return std::find(begin, begin + counts[i], value) != begin + counts[i];
+  }
+};
+
+struct Problem {
+  AttentionParams params;
+  Tensor q, k, v, out;
+  std::vector<float> lse, sinks;
+  std::vector<int32_t> sink, window;
+  Lists blocks, columns;
+
+  Problem(DType dtype, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen_q,
+          int64_t seqlen_kv, int64_t dim, int64_t dim_v)
+      : q(dtype, batch, heads, seqlen_q, dim),
+        k(dtype, batch, kv_heads, seqlen_kv, dim),
+        v(dtype, batch, kv_heads, seqlen_kv, dim_v),
+        out(dtype, batch, heads, seqlen_q, dim_v),
+        lse(batch * heads * seqlen_q) {
+    q.fill_normal();
+    k.fill_normal();
+    v.fill_normal();
+    params.dtype = dtype;
+    params.batch = batch;
+    params.num_heads = heads;
+    params.num_kv_heads = kv_heads;
+    params.seqlen_q = seqlen_q;
+    params.seqlen_kv = seqlen_kv;
+    params.head_dim = dim;
+    params.head_dim_v = dim_v;
+  }
+
+  void run(Isa isa) {
+    params.q = q.bytes.data();
+    params.k = k.bytes.data();
+    params.v = v.bytes.data();
+    params.out = out.bytes.data();
+    params.lse = lse.data();
+    params.q_stride = q.strides;
+    params.k_stride = k.strides;
+    params.v_stride = v.strides;
+    params.out_stride = out.strides;
+    params.sink = {sink.data(), static_cast<int64_t>(sink.size())};
+    params.window = {window.data(), static_cast<int64_t>(window.size())};
+    params.blocks = blocks.view;
+    params.columns = columns.view;
+    params.sinks = sinks.empty() ? nullptr : sinks.data();
+    Parallel parallel;
+    parallel.num_threads = 2;
+    parallel.run = [](int64_t n, const std::function<void(int64_t)>& f) {
+      std::thread other([&] {
+        for (int64_t i = 1; i < n; i += 2) f(i);
+      });
+      for (int64_t i = 0; i < n; i += 2) f(i);
+      other.join();
+    };
+    sparse_attn::cpu::forward(params, isa, parallel);
+  }
+
+  bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const int64_t p = i + params.seqlen_kv - params.seqlen_q;
+    if (params.is_causal && j > p) return false;
+    const auto per_head = [&](const std::vector<int32_t>& x) {
+      return x[h / (params.num_heads / static_cast<int64_t>(x.size()))];
+    };
+    if (j < per_head(sink)) return true;
+    const int64_t w = per_head(window), distance = p - j;
+    if (w < 0 || (params.is_causal ? distance < w : std::abs(distance) < w)) return true;
+    const int64_t row = i / params.block_q;
+    if (blocks.view.present() &&
+        blocks.contains(b, h, params.num_heads, row, j / params.block_kv)) {
+      return true;
+    }
+    return columns.view.present() &&
+           columns.contains(b, h, params.num_heads, row / params.column_group, j);
+  }
+
+  double score(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
+    double s = 0;
+    for (int64_t d = 0; d < params.head_dim; ++d) s += q.at(b, h, i, d) * k.at(b, kv_head, j, d);
+    s *= params.scale;
+    return params.softcap > 0 ? params.softcap * std::tanh(s / params.softcap) : s;
+  }
+
+  // Compares one row of the result with the definition.
+  void check_row(int64_t b, int64_t h, int64_t i, const std::string& name) const {
+    const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
+    double top = sinks.empty() ? -INFINITY : sinks[h];
+    std::vector<std::pair<int64_t, double>> scores;
+    for (int64_t j = 0; j < params.seqlen_kv; ++j) {
+      if (!sees(b, h, i, j)) continue;
+      scores.emplace_back(j, score(b, h, i, j));
+      top = std::max(top, scores.back().second);
+    }
+    double sum = sinks.empty() ? 0.0 : std::exp(sinks[h] - top);
+    std::vector<double> expected(params.head_dim_v);
+    for (const auto& [j, s] : scores) {
+      sum += std::exp(s - top);
+      for (int64_t d = 0; d < params.head_dim_v; ++d) {
+        expected[d] += std::exp(s - top) * v.at(b, kv_head, j, d);
+      }
+    }
+    const double expected_lse = top == -INFINITY ? top : top + std::log(sum);
+    const double actual_lse = lse[(b * params.num_heads + h) * params.seqlen_q + i];
+    if (!(actual_lse == expected_lse || std::abs(actual_lse - expected_lse) < 1e-3)) {
+      std::printf("%s: lse[%d, %d, %d] = %g, expected %g\n", name.c_str(), int(b), int(h), int(i),
+                  actual_lse, expected_lse);
+      std::exit(1);
+    }
+    const double allowed = params.dtype == DType::kFloat32 ? 2e-5 : 3e-2;
+    for (int64_t d = 0; d < params.head_dim_v; ++d) {
+      const double value = sum > 0 ? expected[d] / sum : 0.0;
+      if (!(std::abs(out.at(b, h, i, d) - value) <= allowed)) {
+        std::printf("%s: out[%d, %d, %d, %d] = %g, expected %g\n", name.c_str(), int(b), int(h),
+                    int(i), int(d), out.at(b, h, i, d), value);
+        std::exit(1);
+      }
+    }
+  }
+
+  void check(const std::string& name) const {
+    for (int64_t b = 0; b < params.batch; ++b)
+      for (int64_t h = 0; h < params.num_heads; ++h)
+        for (int64_t i = 0; i < params.seqlen_q; ++i) check_row(b, h, i, name);
+  }
+};
+
+Problem random_problem() {
+  const int64_t kv_heads = random_int(1, 2), heads = kv_heads * random_int(1, 2);
+  const int64_t batch = random_int(1, 2);
+  Problem problem(choose({DType::kFloat32, DType::kBFloat16, DType::kFloat16}), batch, heads,
+                  kv_heads, choose<int64_t>({0, 1, 5, 64, 97, 130}),
+                  choose<int64_t>({0, 1, 31, 64, 100, 170}), choose<int64_t>({1, 16, 40, 64}),
+                  choose<int64_t>({3, 32, 50}));
+  AttentionParams& params = problem.params;
+  params.is_causal = random_int(0, 1);
+  params.scale = choose({0.25f, 0.1f, -0.2f});
+  params.softcap = choose({0.0f, 0.0f, 3.0f});
+  params.block_q = choose<int64_t>({1, 16, 48, 64, 128});
+  params.block_kv = choose<int64_t>({1, 16, 48, 64, 128});
+  params.column_group = random_int(1, 3);
+  constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
+  problem.sink.assign(choose({int64_t{1}, heads}), choose({0, 0, 5, kMost}));
+  problem.window.assign(choose({int64_t{1}, kv_heads}), choose({0, 0, 1, 20, -1, kMost}));
+  if (random_int(0, 3) == 0) problem.sinks.assign(heads, 0.5f);
+  const int64_t rows = (params.seqlen_q + params.block_q - 1) / params.block_q;
+  const int64_t groups = (rows + params.column_group - 1) / params.column_group;
+  const int64_t num_blocks = (params.seqlen_kv + params.block_kv - 1) / params.block_kv;
+  if (random_int(0, 2) > 0) {
+    problem.blocks.make(choose({int64_t{1}, batch}), choose({int64_t{1}, heads}), rows, num_blocks,
+                        choose({0.1, 0.5, 1.0}));
+  }
+  if (random_int(0, 2) == 0) {
+    problem.columns.make(choose({int64_t{1}, batch}), choose({int64_t{1}, kv_heads}), groups,
+                         params.seqlen_kv, choose({0.05, 0.3}));
+  }
+  return problem;
+}
+
+void expect_refusal(const char* message, const std::function<void(Problem&)>& damage, Isa isa) {
+  Problem problem(DType::kFloat32, 1, 2, 1, 70, 90, 8, 8);
+  problem.params.block_q = problem.params.block_kv = 16;
+  problem.sink = {0, 0};
+  problem.window = {0};
+  problem.blocks.make(1, 2, 5, 6, 1.0);
+  problem.columns.make(1, 1, 5, 90, 1.0);
+  damage(problem);
+  try {
+    problem.run(isa);
+  } catch (const std::invalid_argument& error) {
+    if (std::string(error.what()).find(message) != std::string::npos) return;
+    std::printf("expected '%s' but got '%s'\n", message, error.what());
+    std::exit(1);
+  }
+  std::printf("not refused: %s\n", message);
+  std::exit(1);
+}
+
+void check_refusals(Isa isa) {
+  constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
+  const auto block = [](int64_t i, int32_t value) {
+    return [=](Problem& p) { p.blocks.indices[i] = value; };
+  };
+  expect_refusal("kv_indices[0, 0, 0, 5] = 6 is out of range: the layout has 6 key blocks",
+                 block(5, 6), isa);
+  expect_refusal("kv_indices[0, 0, 0, 0] = -1", block(0, -1), isa);
+  expect_refusal("kv_indices[0, 1, 4, 5]", block(59, kMost), isa);
+  expect_refusal("kv_indices[0, 0, 0, 3] = 2 follows 2", block(3, 2), isa);
+  expect_refusal("kv_num_blocks[0, 1, 0] = 7", [](Problem& p) { p.blocks.counts[5] = 7; }, isa);
+  expect_refusal("kv_num_blocks[0, 0, 0] = -1", [](Problem& p) { p.blocks.counts[0] = -1; }, isa);
+  expect_refusal(
+      "column_indices[0, 0, 0, 89] = 90", [](Problem& p) { p.columns.indices[89] = 90; }, isa);
+  expect_refusal("num_columns[0, 0, 4]", [](Problem& p) { p.columns.counts[4] = kMost; }, isa);
+  expect_refusal("sink[1] = -1", [](Problem& p) { p.sink[1] = -1; }, isa);
+  expect_refusal("window[0] = -2", [](Problem& p) { p.window[0] = -2; }, isa);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int num_problems = argc > 1 ? std::atoi(argv[1]) : 150;
+  for (int level = 0; level < sparse_attn::cpu::kNumIsas; ++level) {
+    const Isa isa = static_cast<Isa>(level);
+    if (!is_supported(isa)) continue;
+    generator.seed(20240229);
+    check_refusals(isa);
+    for (int i = 0; i < num_problems; ++i) {
+      Problem problem = random_problem();
+      problem.run(isa);
+      problem.check(std::string(isa_name(isa)) + ", problem " + std::to_string(i));
+    }
+    std::printf("%s: %d random problems agree, broken layouts are refused\n", isa_name(isa),
+                num_problems);
+  }
+  return 0;
+}
