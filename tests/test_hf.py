@@ -301,6 +301,17 @@ def test_a_decoder_told_to_be_causal_by_its_mask_alone():
     assert patched.stats["dense"] == 2
 
 
+def test_a_model_that_reads_additive_masks_itself():
+    options = {**BART, "num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
+    model = build("NllbMoe", "NllbMoe", "ForConditionalGeneration", options)
+    ids = tokens()
+    mask = padding(ids, left=(5, 0))
+    inputs = {"attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+    expected = logits(model, ids, **inputs)
+    with patch(model, selectors.Dense()):
+        assert_close(logits(model, ids, **inputs), expected, where=mask)
+
+
 def test_torch_compile():
     model, ids = new_model(), tokens()
     for selector, oracle in (
@@ -310,7 +321,7 @@ def test_torch_compile():
         expected = logits(model, ids, attention_mask=oracle[None, None].expand(2, 1, -1, -1))
         with patch(model, selector):
             compiled = torch.compile(model, backend="eager", fullgraph=True)
-            assert_close(logits(compiled, ids, use_cache=False), expected)
+            assert_close(logits(compiled, ids, use_cache=True), expected)
         torch._dynamo.reset()
 
 

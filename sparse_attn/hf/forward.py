@@ -14,7 +14,9 @@ from ..api import sparse_attention
 from ..selectors import Dense, SlidingWindow
 from . import masks
 
+# Registered with transformers: for models whose own dense masks are bool, and additive ones.
 NAME = "sparse_attn"
+EAGER_NAME = "sparse_attn_eager"
 ROUTERS = "_sparse_attn_routers"  # on each module of a patched model: its patches, innermost last
 
 # Keyword arguments of attention calls that change nothing about the result.
@@ -22,14 +24,18 @@ HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "ignore_index",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
+        "mm_token_type_ids",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "shift_labels",
+        "token_type_ids",
         "use_cache",
     }
 )
@@ -138,7 +144,10 @@ def _causal(
     call: _Call, router: Router, mask: Tensor | None, visible: masks.Visible, sliding_window: int
 ) -> Tensor:
     """A causal call whose mask is known as segments."""
-    window = 0 if visible.exact else min(filter(None, (visible.window, sliding_window)), default=0)
+    window = 0
+    if not visible.exact:  # 0 is no window
+        both = visible.window and sliding_window
+        window = min(visible.window, sliding_window) if both else visible.window or sliding_window
     if sliding_window or visible.window or visible.local:
         path, selector = "window", SlidingWindow(window=window) if window else Dense()
     else:
@@ -228,11 +237,14 @@ def _by_segments(call: _Call, visible: masks.Visible, selector: Any, backend: st
 
 
 def _torch_is_faster(call: _Call, selector: Any, backend: str) -> bool:
-    """Whether dense attention would fall to the slow reference, with the choice left to us."""
+    """Whether dense attention has no compiled kernel (or gradients), with the choice left to us."""
     if backend != "auto" or not isinstance(selector, Dense):
         return False
     if call.softcap or call.sinks is not None:
         return False
+    tensors = (call.query, call.key, call.value)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
     return backends.choose(backend, call.query, call.value).backend == "reference"
 
 

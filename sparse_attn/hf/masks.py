@@ -45,17 +45,17 @@ def mask_function(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
+    dense_mask: str = "sdpa_mask",
     **kwargs,
 ) -> Tensor | None:
     """The mask of one forward pass, in the smallest form that tells it exactly.
 
-    Args are those of transformers' mask interface.
+    Args are those of transformers' mask interface, and the name of its function for other masks.
 
     Returns:
         The int64 tensor described above for the patterns it can hold, even for plain causal
         attention: some models tell causality by the mask alone. Otherwise, and in compiled code,
-        what transformers' ``sdpa_mask`` returns: a bool mask ``[batch, 1, q_length, kv_length]``,
-        or None for plain attention.
+        what `dense_mask` returns: a mask ``[batch, 1, q_length, kv_length]``, or None.
     """
     given = {
         "batch_size": batch_size,
@@ -73,10 +73,10 @@ def mask_function(
     # Models that combine the mask with one of their own ask for a tensor; so do static caches.
     wants_tensor = not allow_is_causal_skip and "packed" not in (rules or {})
     if rules is None or wants_tensor:
-        return _dense(given, rules or {})
+        return _dense(given, rules or {}, dense_mask)
     seen = int(q_offset) + q_length - kv_offset  # keys up to the last query
     if not q_length <= seen <= kv_length:
-        return _dense(given, rules)
+        return _dense(given, rules, dense_mask)
     padding = _padding(attention_mask, kv_offset, kv_length)
     ids = _sequence_ids(rules, batch_size, kv_length, kv_offset, device)
     if padding is not None:
@@ -86,13 +86,18 @@ def mask_function(
     return (ids + (_MARK | pattern << _SHIFT))[:, None, None, :]
 
 
-def _dense(given: dict, rules: dict) -> Tensor | None:
-    from transformers.masking_utils import sdpa_mask
+def eager_mask_function(**given) -> Tensor | None:
+    """`mask_function` for models that know additive masks only (and may read them themselves)."""
+    return mask_function(**given, dense_mask="eager_mask")
+
+
+def _dense(given: dict, rules: dict, dense_mask: str) -> Tensor | None:
+    from transformers import masking_utils
 
     # The stock function also skips the mask of an empty static cache, which has keys to spare.
     if given["q_length"] != given["kv_length"]:
         given = {**given, "allow_is_causal_skip": False}
-    mask = sdpa_mask(**given)
+    mask = getattr(masking_utils, dense_mask)(**given)
     if mask is not None and ("sliding" in rules or "chunked" in rules):
         mask._sparse_attn_local = True  # a hint for decoding: it is the model's own pattern
     return mask
@@ -201,8 +206,8 @@ def read(mask: Tensor | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Visi
         batch, seqlen_q, seqlen_kv: sizes of the call.
 
     Returns:
-        Visible: no mask reads as causal attention where the last query sees the last key; the bool
-            mask of a single query row, shared by the heads, as the set of keys it names.
+        Visible: no mask reads as causal attention where the last query sees the last key; the mask
+            of a single query row that shows or hides keys, as the set of keys it shows.
     """
     if mask is None:
         queries = slice(max(seqlen_q - seqlen_kv, 0), seqlen_q)
@@ -213,10 +218,12 @@ def read(mask: Tensor | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Visi
             visible = _segments(mask, batch, seqlen_q)
             setattr(mask, _READ, ((batch, seqlen_q), visible))
         return visible
-    one_row = seqlen_q == 1 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
-    if one_row and not torch.compiler.is_compiling():
-        return _row(mask[:, 0, 0].expand(batch, -1), getattr(mask, "_sparse_attn_local", False))
-    return None
+    if seqlen_q != 1 or mask.shape[1:3] != (1, 1) or torch.compiler.is_compiling():
+        return None
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and (mask > torch.finfo(mask.dtype).min)[~seen].any():
+        return None
+    return _row(seen[:, 0, 0].expand(batch, -1), getattr(mask, "_sparse_attn_local", False))
 
 
 def _grouped(rows: Tensor) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:

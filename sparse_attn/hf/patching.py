@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .. import backends
-from .forward import NAME, ROUTERS, Router, attention_forward
-from .masks import mask_function
+from .forward import EAGER_NAME, NAME, ROUTERS, Router, attention_forward
+from .masks import eager_mask_function, mask_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -135,7 +135,8 @@ class Patch:
         try:
             for module in self._model.modules():
                 setattr(module, ROUTERS, (*getattr(module, ROUTERS, ()), self._router))
-            self._model.set_attn_implementation(NAME)
+            before = self._router.before[id(self._model.config)]
+            self._model.set_attn_implementation(EAGER_NAME if before == "eager" else NAME)
             _check_reached(self._model)
             reached = True
         finally:
@@ -155,8 +156,9 @@ def _transformers():
 
 def _register() -> None:
     transformers = _transformers()
-    transformers.AttentionInterface.register(NAME, attention_forward)
-    transformers.AttentionMaskInterface.register(NAME, mask_function)
+    for name, masks in ((NAME, mask_function), (EAGER_NAME, eager_mask_function)):
+        transformers.AttentionInterface.register(name, attention_forward)
+        transformers.AttentionMaskInterface.register(name, masks)
 
 
 def _take(module: nn.Module, router: Router) -> None:
@@ -203,10 +205,10 @@ def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str
     found = []
     for config in _configs(model):
         before = config._attn_implementation
-        if before == NAME:
+        if before in (NAME, EAGER_NAME):
             routers = [r for owner in _owners(model, config) for r in getattr(owner, ROUTERS, ())]
-            before = next((r.before[id(config)] for r in routers if id(config) in r.before), NAME)
-        if before == NAME:
+            before = next((r.before[id(config)] for r in routers if id(config) in r.before), before)
+        if before in (NAME, EAGER_NAME):
             raise ValueError(
                 f"the config of this {type(model).__name__} is shared with another model that is "
                 "patched; give each model its own, with copy.deepcopy(config)"
@@ -221,7 +223,7 @@ def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str
 def _check_reached(model: PreTrainedModel) -> None:
     """Whether the text model now asks the attention interface for us."""
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != NAME:
+    if config._attn_implementation not in (NAME, EAGER_NAME):
         raise ValueError(
             f"{type(model).__name__} ({config.model_type}) does not use the attention interface of "
             "transformers, so its attention cannot be replaced"
