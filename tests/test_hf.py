@@ -302,7 +302,7 @@ def test_a_decoder_told_to_be_causal_by_its_mask_alone():
 
 
 def test_a_model_that_reads_additive_masks_itself():
-    options = {**BART, "num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
+    options = {**BART, "num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 4}
     model = build("NllbMoe", "NllbMoe", "ForConditionalGeneration", options)
     ids = tokens()
     mask = padding(ids, left=(5, 0))
@@ -310,6 +310,10 @@ def test_a_model_that_reads_additive_masks_itself():
     expected = logits(model, ids, **inputs)
     with patch(model, selectors.Dense()):
         assert_close(logits(model, ids, **inputs), expected, where=mask)
+    options["decoder_sparse_step"] = 1
+    model = build("NllbMoe", "NllbMoe", "ForConditionalGeneration", options)
+    with patch(model, selectors.Dense()), pytest.raises(ValueError, match="computes with the"):
+        model(ids, **inputs)
 
 
 def test_torch_compile():
@@ -488,7 +492,7 @@ def test_remove_restores_and_is_idempotent():
     before = logits(model, ids)
     patched = patch(model, SPARSE)
     assert isinstance(patched, Patch) and patched.active
-    assert model.config._attn_implementation == "sparse_attn"
+    assert model.config._attn_implementation == "sparse_attn_eager"
     assert "SinkWindow" in repr(patched)
     patched.remove()
     patched.remove()
@@ -684,8 +688,10 @@ def test_a_mask_that_the_model_changed_is_refused():
     mask = masks.mask_function(**sizes, mask_function=causal_mask_function)
     out, _ = call_layer(mask, 5)
     assert out.shape == (2, 5, 4, 8)
+    with pytest.raises(ValueError, match=r"computes with the attention mask itself \(pad\)"):
+        nn.functional.pad(mask, (0, 2))
     with pytest.raises(ValueError, match=r"mask of torch\.int64"):
-        call_layer(nn.functional.pad(mask, (0, 2)), 7)
+        call_layer(nn.functional.pad(mask.as_subclass(torch.Tensor), (0, 2)), 7)
     with pytest.raises(ValueError, match="there are 7 keys"):
         call_layer(mask, 7)
 

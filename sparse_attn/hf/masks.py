@@ -83,7 +83,7 @@ def mask_function(
         ids = torch.where(padding.to(ids.device), ids, 0)
     ids[:, seen:] = _FUTURE
     pattern = _CHUNK if "chunked" in rules else min(rules.get("sliding", 0), _CHUNK - 1)
-    return (ids + (_MARK | pattern << _SHIFT))[:, None, None, :]
+    return (ids + (_MARK | pattern << _SHIFT))[:, None, None, :].as_subclass(KeyMask)
 
 
 def eager_mask_function(**given) -> Tensor | None:
@@ -191,11 +191,57 @@ class Visible:
     scattered: bool = False
 
 
+class KeyMask(Tensor):
+    """A mask of `mask_function`: models may pass it on, but not compute with it."""
+
+    _allowed = frozenset(
+        {
+            "__get__",
+            "__getitem__",
+            "__repr__",
+            "as_subclass",
+            "chunk",
+            "clone",
+            "contiguous",
+            "cpu",
+            "cuda",
+            "detach",
+            "dim",
+            "expand",
+            "is_contiguous",
+            "is_floating_point",
+            "numel",
+            "requires_grad_",
+            "size",
+            "split",
+            "stride",
+            "to",
+            "unbind",
+        }
+    )
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ not in cls._allowed:
+            raise ValueError(
+                "sparse_attn cannot serve a model that computes with the attention mask itself "
+                f"({func.__name__}): the mask only tells the attention function what to do"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def is_key_mask(mask: Tensor | None) -> bool:
     """Whether `mask` is one that `mask_function` encoded."""
+    if hasattr(mask, _READ):
+        return True
+    mask = _plain(mask)
     if mask is None or mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return False
-    return hasattr(mask, _READ) or bool((mask & _MARK != 0).all())  # or the model changed it
+    return bool((mask & _MARK != 0).all())  # or the model changed it
+
+
+def _plain(mask: Tensor | None) -> Tensor | None:
+    return mask.as_subclass(Tensor) if isinstance(mask, KeyMask) else mask
 
 
 def read(mask: Tensor | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Visible | None:
@@ -215,7 +261,7 @@ def read(mask: Tensor | None, batch: int, seqlen_q: int, seqlen_kv: int) -> Visi
     if is_key_mask(mask):
         sizes, visible = getattr(mask, _READ, (None, None))
         if sizes != (batch, seqlen_q):
-            visible = _segments(mask, batch, seqlen_q)
+            visible = _segments(_plain(mask), batch, seqlen_q)
             setattr(mask, _READ, ((batch, seqlen_q), visible))
         return visible
     if seqlen_q != 1 or mask.shape[1:3] != (1, 1) or torch.compiler.is_compiling():
@@ -288,7 +334,7 @@ def to_dense(
     if mask is None:
         ids = torch.ones(1, seqlen_kv, dtype=torch.int64, device=device)
     else:
-        ids = mask[:, 0, 0] & _FUTURE
+        ids = _plain(mask)[:, 0, 0] & _FUTURE
     seen = int((ids[0] != _FUTURE).sum())
     keys = torch.arange(seqlen_kv, device=device)
     queries = torch.arange(seen - seqlen_q, seen, device=device)
