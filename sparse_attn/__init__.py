@@ -3,6 +3,7 @@
 from . import autograd, selectors
 from .api import explain, scaled_dot_product_attention, sparse_attention
 from .backends import Explanation
+from .hf import patch
 from .layout import BlockLayout
 from .state import merge_states
 
@@ -13,6 +14,7 @@ __all__ = [
     "Explanation",
     "explain",
     "merge_states",
+    "patch",
     "scaled_dot_product_attention",
     "selectors",
     "sparse_attention",

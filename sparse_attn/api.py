@@ -171,7 +171,14 @@ def scaled_dot_product_attention(
             or backends.choose("auto", query, value).backend in (None, "reference")
         ):
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
     elif reasons:
         asker = "a selector" if selector is not None else f"backend={backend!r}"

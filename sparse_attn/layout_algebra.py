@@ -16,6 +16,21 @@ def listed(counts: Tensor, indices: Tensor) -> Tensor:
     return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
 
 
+def _fail_where(layout: BlockLayout, bad: Tensor, name: str, why: str) -> None:
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}{at} = {getattr(layout, name)[tuple(at)].item()} {why}")
+
+
+def check_at_least(layout: BlockLayout, name: str, low: int) -> None:
+    """No value of a tensor below `low`.
+
+    Raises:
+        ValueError: naming the tensor, the place and the value.
+    """
+    _fail_where(layout, getattr(layout, name) < low, name, f"is less than {low}")
+
+
 def check_lists(
     layout: BlockLayout, counts_name: str, indices_name: str, limit: int, unit: str
 ) -> None:
@@ -28,26 +43,15 @@ def check_lists(
     if counts is None:
         return
     width = indices.shape[-1]
-
-    def fail_where(bad: Tensor, name: str, why: str) -> None:
-        if bool(bad.any()):
-            at = tuple(bad.nonzero()[0].tolist())
-            value = getattr(layout, name)[at].item()
-            raise ValueError(f"{name}{list(at)} = {value} {why}")
-
-    fail_where(
-        (counts < 0) | (counts > width),
-        counts_name,
-        f"is not in [0, {width}], the width of {indices_name}",
-    )
+    bad = (counts < 0) | (counts > width)
+    _fail_where(layout, bad, counts_name, f"is not in [0, {width}], the width of {indices_name}")
     inside = listed(counts, indices)
-    outside = (indices < 0) | (indices >= limit)
-    fail_where(outside & inside, indices_name, f"is out of range: the layout has {limit} {unit}")
+    bad = inside & ((indices < 0) | (indices >= limit))
+    _fail_where(layout, bad, indices_name, f"is out of range: the layout has {limit} {unit}")
     repeated = torch.zeros_like(inside)
     repeated[..., 1:] = indices[..., 1:] <= indices[..., :-1]
-    fail_where(
-        repeated & inside, indices_name, "does not ascend: lists must be sorted, without duplicates"
-    )
+    sorted_only = "does not ascend: lists must be sorted, without duplicates"
+    _fail_where(layout, repeated & inside, indices_name, sorted_only)
 
 
 def compact(rows: Tensor, cols: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -84,9 +84,9 @@ def check_scalars(q: Tensor, scale: float | None, softcap: float) -> float:
         ValueError: if scale is not finite, or softcap is negative or not finite.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and at least 0 (0 is off), got {softcap}")
     return scale
 

@@ -1,4 +1,6 @@
-"""What every result is measured against: float64 dense attention with an explicit mask, and literal loops."""
+"""What every result is measured against: float64 dense attention with an explicit mask, and literal
+loops.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def dense_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention in the dtype of its inputs: ``(out, lse)``; rows that see nothing give 0 and -inf."""
+    """Eager attention in the dtype of its inputs: ``(out, lse)``; rows that see nothing give 0 and
+    -inf.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -52,10 +56,11 @@ def dense_attention(
 
 
 def assert_accurate(ours: Tensor, exact: Tensor, eager: Tensor, name: str = "out") -> None:
-    """Error at most twice that of eager attention in the same dtype, in the maximum and in the mean.
+    """Error at most twice that of eager attention in the same dtype, in the maximum and in the
+    mean.
 
-    Two units in the last place of the largest value are granted on top, because eager can be exact by
-    chance (64 in float64, where eager is the exact result itself).
+    Two units in the last place of the largest value are granted on top, because eager can be exact
+    by chance (64 in float64, where eager is the exact result itself).
     """
     assert ours.dtype == eager.dtype, (name, ours.dtype, eager.dtype)
     assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
@@ -118,7 +123,9 @@ def random_layout(
     columns: int = 0,
     column_group: int = 1,
 ) -> BlockLayout:
-    """Random blocks and up to `columns` random columns in each row, with garbage behind the counts."""
+    """Random blocks and up to `columns` random columns in each row, with garbage behind the
+    counts.
+    """
     num_q, num_kv = (-(-s // b) for s, b in zip(seqlens, block_size, strict=True))
     mask = torch.rand(batch, heads, num_q, num_kv) < keep
     layout = BlockLayout.from_dense(mask, block_size=block_size, seqlens=seqlens)

@@ -17,7 +17,9 @@ every_case = pytest.mark.parametrize(
 
 
 def make_qkv(dtype, *, batch=1, heads=4, kv_heads=2, seqlens=(70, 70), dims=(32, 32)):
-    """q, k, v as views of ``[B, S, H, D]`` memory, k and v as slices of a longer cache filled with NaN."""
+    """q, k, v as views of ``[B, S, H, D]`` memory, k and v as slices of a longer cache filled with
+    NaN.
+    """
     (sq, skv), (d, dv) = seqlens, dims
     q = torch.randn(batch, sq, heads, d).to(dtype).transpose(1, 2)
 
@@ -30,14 +32,17 @@ def make_qkv(dtype, *, batch=1, heads=4, kv_heads=2, seqlens=(70, 70), dims=(32,
 
 
 def run_both(backend, q, k, v, layout, *, is_causal=True, sinks=None, **kwargs):
-    """Ours, eager in the same dtype, and float64: outputs, lse and the gradients of a random loss."""
+    """Ours, eager in the same dtype, and float64: outputs, lse and the gradients of a random
+    loss.
+    """
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
     dout = torch.randn(*q.shape[:3], v.shape[-1]).to(q.dtype)
     dlse = torch.randn(q.shape[:3])
 
     def ours(q, k, v, sinks):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, sinks=sinks, return_lse=True, backend=backend, **kwargs
+            q, k, v, layout, is_causal=is_causal, sinks=sinks, return_lse=True, backend=backend,
+            **kwargs,
         )  # fmt: skip
 
     def dense(q, k, v, sinks):
@@ -174,7 +179,7 @@ def test_unselected_keys_may_hold_nan(backend, dtype):
     expected = sparse_attention(q, k, v, layout, is_causal=False, backend=backend)
     poisoned = [torch.where(seen[:, None], x, torch.nan) for x in (k, v)]
     if backend == "reference":
-        # It multiplies with whole rows of v: the specification says which keys weigh, with weight 0 for others.
+        # It multiplies all of v, with weight 0 where nothing is seen.
         poisoned[1] = v
     out = sparse_attention(q, *poisoned, layout, is_causal=False, backend=backend)
     assert torch.equal(out, expected)
@@ -286,3 +291,20 @@ def test_any_shape_layout_stride_and_dtype(backend, data):
     sinks = torch.randn(heads) if draw(st.booleans()) else None
     softcap = draw(st.sampled_from([0.0, 2.0]))
     check(backend, q, k, v, layout, is_causal=draw(st.booleans()), sinks=sinks, softcap=softcap)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Offsets beyond 32 bits, in tensors of 4 GiB of which only the touched pages are resident."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    seqlen = 2**25 + 64
+    k = torch.empty(1, 1, seqlen, 64, dtype=torch.bfloat16)
+    v = torch.empty(1, 1, seqlen, 64, dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    kept = torch.cat([torch.arange(16), torch.arange(seqlen - 64, seqlen)])
+    q = torch.randn(1, 2, 1, 64).bfloat16()
+    k[:, :, kept], v[:, :, kept] = torch.randn(2, 1, 1, 80, 64).bfloat16().unbind(0)
+    layout = BlockLayout.sink_window((1, seqlen), sink=16, window=64)
+    out = sparse_attention(q, k, v, layout, backend="cpu")
+    short = [x[:, :, kept] for x in (k, v)]
+    expected = sparse_attention(q, *short, BlockLayout.dense((1, 80)), backend="cpu")
+    torch.testing.assert_close(out, expected)

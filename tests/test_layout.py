@@ -240,8 +240,8 @@ def bad_values():
     none = torch.zeros(1, dtype=I32)
     make = lambda **kw: BlockLayout((32, 32), none, none, (16, 16), **kw)  # noqa: E731
     return [
-        (replace(make(), sink=none - 1), "sink must be at least 0, got -1"),
-        (replace(make(), window=none - 2), "window must be at least -1, got -2"),
+        (replace(make(), sink=none - 1), "sink[0] = -1 is less than 0"),
+        (replace(make(), window=none - 2), "window[0] = -2 is less than -1"),
         (make(kv_num_blocks=counts + 1, kv_indices=pair(0, 1)), "kv_num_blocks[0, 0, 0] = 3"),
         (make(kv_num_blocks=counts - 3, kv_indices=pair(0, 1)), "kv_num_blocks[0, 0, 0] = -1"),
         (make(kv_num_blocks=counts, kv_indices=pair(0, 2)), "kv_indices[0, 0, 0, 1] = 2"),
@@ -286,11 +286,12 @@ def test_builders_refuse(call, message):
 
 
 def test_a_million_tokens_cost_what_is_kept():
-    """One head at 2^20 tokens, 64 blocks of 128 a row: the lists, not the 67 million pairs of blocks."""
+    """One head at 2^20 tokens, 64 blocks of 128 a row: the lists, not the 67 million pairs of
+    blocks.
+    """
     rows = 2**13
     indices = (torch.arange(64) * 100).expand(1, 1, rows, 64)
     layout = BlockLayout.from_topk(indices, block_size=(128, 128), seqlens=(2**20, 2**20))
     both = layout | BlockLayout.sink_window((2**20, 2**20), sink=64, window=1024)
     size = sum(x.numel() * x.element_size() for x in both.validate().tensors().values())
     assert size == 4 * (rows * 64 + rows + 2)
-    assert 0 < both.density() < 0.02

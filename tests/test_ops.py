@@ -1,0 +1,141 @@
+"""The ops as torch sees them: gradcheck, opcheck, torch.compile, autocast."""
+
+import pytest
+import torch
+
+from sparse_attn import BlockLayout, ops, selectors, sparse_attention
+
+from .oracle import random_layout
+
+
+def _inputs(dtype, *, requires_grad=False, seqlens=(9, 13), dim=8):
+    q = torch.randn(2, 4, seqlens[0], dim, dtype=dtype)
+    k, v = torch.randn(2, 2, 2, seqlens[1], dim, dtype=dtype).unbind(0)
+    return [x.clone().requires_grad_(requires_grad) for x in (q, k, v)]
+
+
+def _layout(seqlens=(9, 13)):
+    return random_layout(
+        seqlens, heads=2, block_size=(4, 4), sink=2, window=3, columns=3, column_group=2
+    )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_gradcheck(softcap, with_sinks):
+    layout = _layout((5, 7))
+    q, k, v = _inputs(torch.float64, requires_grad=True, seqlens=(5, 7), dim=3)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
+
+    def attend(q, k, v, sinks):
+        out, lse = sparse_attention(
+            q, k, v, layout, softcap=softcap, sinks=sinks, return_lse=True, backend="reference"
+        )
+        return out, lse.clamp(min=-100)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, sinks))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_reference"])
+@pytest.mark.parametrize("variant", ["lists", "no lists", "sinks", "transposed"])
+def test_opcheck_forward(name, variant):
+    q, k, v = _inputs(torch.float32, requires_grad=True)
+    layout = BlockLayout.dense((9, 13)) if variant == "no lists" else _layout()
+    sinks = torch.randn(4, requires_grad=True) if variant == "sinks" else None
+    if variant == "transposed":
+        q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    op = getattr(torch.ops.sparse_attn, name).default
+    torch.library.opcheck(op, (q, k, v, *ops.layout_args(layout, sinks, 0.3, 0.0, True)))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_reference"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_opcheck_backward(name, with_sinks):
+    q, k, v = _inputs(torch.float32)
+    sinks = torch.randn(4) if with_sinks else None
+    layout = ops.layout_args(_layout(), sinks, 0.3, 0.0, True)
+    out, lse = getattr(torch.ops.sparse_attn, name)(q, k, v, *layout)
+    op = getattr(torch.ops.sparse_attn, f"{name}_backward").default
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    torch.library.opcheck(op, (dout, dlse, q, k, v, out, lse, *layout))
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = _inputs(torch.float64, requires_grad=True)
+    out = sparse_attention(q, k, v, _layout())
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
+def test_gradients_only_where_asked():
+    q, k, v = _inputs(torch.float32)
+    out = sparse_attention(q, k.requires_grad_(), v, _layout())
+    out.sum().backward()
+    assert q.grad is None
+    assert v.grad is None
+    assert k.grad is not None
+
+
+SELECTORS = {
+    "layout": None,
+    "dense": selectors.Dense(),
+    "sink window": selectors.SinkWindow(2, 4),
+    "block top-k": selectors.BlockTopK(1, 4, 1, 2),
+    "static union": selectors.SlidingWindow(3) | selectors.SinkWindow(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(name, dynamic):
+    torch.compiler.reset()
+    q, k, v = _inputs(torch.float32, requires_grad=True)
+    source = SELECTORS[name] or _layout()
+
+    def attend(q, k, v, source):
+        out, lse = sparse_attention(2 * q, k, v, source, return_lse=True)
+        return out.sin(), lse
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    expected, got = attend(q, k, v, source), compiled(q, k, v, source)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(x[0].sum(), (q, k, v)) for x in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_compile_with_inductor():
+    torch.compiler.reset()
+    q, k, v = _inputs(torch.float32)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    layout = _layout()
+    compiled = torch.compile(lambda *x: sparse_attention(*x, layout) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), sparse_attention(q, k, v, layout) + 1)
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return sparse_attention(q, k, v, selectors.SinkWindow(2, 4))
+
+    q, k, v = _inputs(torch.float32)
+    program = torch.export.export(Module(), (q, k, v))
+    torch.testing.assert_close(program.module()(q, k, v), Module()(q, k, v))
+
+
+def test_autocast_and_checkpoint():
+    q, k, v = _inputs(torch.float32, requires_grad=True)
+    layout = _layout()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sparse_attention(q, k, v, layout)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+    def loss(q, k, v):
+        return sparse_attention(q, k, v, layout).square().sum()
+
+    direct = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    again = torch.utils.checkpoint.checkpoint(loss, q, k, v, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, (q, k, v)), direct)

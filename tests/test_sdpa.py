@@ -1,0 +1,111 @@
+"""`scaled_dot_product_attention` is torch's function, and refuses by name what a selector cannot
+do.
+"""
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+import sparse_attn
+from sparse_attn import selectors
+
+from .oracle import DTYPES, assert_accurate, dense_attention
+
+ours = sparse_attn.scaled_dot_product_attention
+INFO = next(x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_every_sample_of_torchs_own_opinfo(dtype, requires_grad):
+    samples = list(INFO.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+    assert len(samples) > 20
+    for sample in samples:
+        torch.manual_seed(0)
+        expected = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+        torch.manual_seed(0)
+        out = ours(sample.input, *sample.args, **sample.kwargs)
+        assert out.requires_grad == expected.requires_grad
+        if not torch.equal(out, expected):
+            exact = F.scaled_dot_product_attention(
+                sample.input.double(), *(x.double() for x in sample.args), **sample.kwargs
+            )
+            assert_accurate(out, exact, expected)
+        if requires_grad:
+            tensors = (sample.input, *sample.args, *sample.kwargs.values())
+            inputs = [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
+            for got, want in zip(
+                torch.autograd.grad(out.sum(), inputs),
+                torch.autograd.grad(expected.sum(), inputs),
+                strict=True,
+            ):
+                torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_torchs_error_samples_raise():
+    for sample in INFO.error_inputs("cpu") if INFO.error_inputs_func else ():
+        arguments = sample.sample_input
+        with pytest.raises(sample.error_type):
+            ours(arguments.input, *arguments.args, **arguments.kwargs)
+    q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    with pytest.raises(RuntimeError):
+        ours(q, k, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlens", [(64, 64), (40, 100), (100, 40)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_alignment_is_torchs(dtype, seqlens, is_causal):
+    q = torch.randn(2, 4, seqlens[0], 32).to(dtype)
+    k, v = torch.randn(2, 2, 2, seqlens[1], 32).to(dtype).unbind(0)
+    out = ours(q, k, v, is_causal=is_causal, enable_gqa=True)
+    mask = torch.ones(seqlens, dtype=torch.bool)
+    mask = mask.tril() if is_causal else mask
+    exact = dense_attention(*(x.double() for x in (q, k, v)), mask)[0]
+    assert_accurate(out, exact, dense_attention(q, k, v, mask)[0])
+
+
+def test_mask_and_is_causal_are_torchs():
+    q, k, v = torch.randn(3, 1, 2, 16, 8).unbind(0)
+    mask = torch.rand(16, 16) < 0.5
+    for arguments in ({"attn_mask": mask}, {"attn_mask": torch.randn(16, 16)}, {"dropout_p": 0.5}):
+        torch.manual_seed(3)
+        expected = F.scaled_dot_product_attention(q, k, v, **arguments)
+        torch.manual_seed(3)
+        assert torch.equal(ours(q, k, v, **arguments), expected)
+
+
+def test_with_a_selector():
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind(0)
+    out = ours(q, k, v, is_causal=True, selector=selectors.SlidingWindow(8))
+    mask = torch.ones(64, 64).tril().triu(-7).bool()
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    short = ours(q[:, :, :40], k, v, is_causal=True, selector=selectors.Dense())
+    expected = F.scaled_dot_product_attention(q[:, :, :40], k, v, is_causal=True)
+    torch.testing.assert_close(short, expected)
+
+
+Q = torch.randn(1, 4, 8, 16)
+REFUSED = [
+    ({"attn_mask": torch.ones(8, 8, dtype=torch.bool)}, "attn_mask is not supported"),
+    ({"dropout_p": 0.1}, "dropout_p must be 0, got 0.1"),
+    ({"key": Q[:, :2], "value": Q[:, :2]}, "enable_gqa must be True for 4 query and 2 key heads"),
+    ({"key": Q[:, :, :4], "value": Q[:, :, :4], "is_causal": True}, "is_causal with more queries"),
+    ({"query": Q[0]}, "q must be [batch, heads, seqlen, head_dim], got shape [4, 8, 16]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize("asker", [{"selector": selectors.Dense()}, {"backend": "reference"}])
+def test_refused_by_name(change, message, asker):
+    arguments = {"query": Q, "key": Q, "value": Q} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ours(**arguments, **asker)
+
+
+def test_a_named_backend_serves_the_call():
+    out = ours(Q, Q, Q, is_causal=True, backend="reference")
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(Q, Q, Q, is_causal=True))

@@ -1,0 +1,170 @@
+"""Selectors against a slow literal reading of what they promise, on structured and on real q, k."""
+
+import pytest
+import torch
+
+from sparse_attn import BlockLayout, selectors, sparse_attention
+from sparse_attn.selectors import BlockTopK, Dense, PerHead, SinkWindow, SlidingWindow
+
+from .structured import structured_qk
+
+# A new selector adds one row: every generic test below runs on it.
+TABLE = {
+    "Dense": Dense(),
+    "SlidingWindow": SlidingWindow(window=33),
+    "SinkWindow": SinkWindow(sink=5, window=40),
+    "BlockTopK": BlockTopK(top_k=3, block_size=32, sink=4, window=40),
+    "Union": BlockTopK(top_k=2, block_size=32, sink=0, window=1) | SinkWindow(sink=8, window=64),
+    "PerHead": PerHead({0: Dense(), (1, 3): BlockTopK(2, 16, 0, 16)}, default=SinkWindow(2, 8)),
+}
+every_selector = pytest.mark.parametrize("selector", TABLE.values(), ids=TABLE)
+
+
+def test_every_public_selector_has_a_row():
+    assert set(selectors.__all__) - {"Selector"} == set(TABLE)
+
+
+@every_selector
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("seqlens", [(256, 256), (100, 256), (1, 256), (7, 7), (130, 130), (0, 5)])
+def test_layouts_are_valid_and_show_each_row_itself(selector, is_causal, seqlens):
+    q, k, _ = structured_qk(256)
+    q, k = q[:, :, : seqlens[0]], k[:, :, : seqlens[1]]
+    layout = selector(q, k, is_causal=is_causal).validate()
+    assert layout.seqlens == seqlens
+    mask = layout.to_dense(is_causal=is_causal, num_heads=4)
+    rows = torch.arange(seqlens[0])
+    assert mask[..., rows, rows + seqlens[1] - seqlens[0]].all()
+    out = sparse_attention(q, k, k, selector, is_causal=is_causal)
+    assert torch.isfinite(out).all()
+
+
+@every_selector
+def test_later_blocks_change_nothing(selector):
+    """A row's selection depends on no token after its own query block (64 covers every block size
+    here).
+    """
+    q, k, _ = structured_qk(256)
+    mask = selector(q, k).to_dense(num_heads=4)
+    changed_q, changed_k = q.clone(), k.clone()
+    changed_q[:, :, 128:], changed_k[:, :, 128:] = 9.0, torch.randn(64)
+    changed = selector(changed_q, changed_k).to_dense(num_heads=4)
+    assert torch.equal(changed[:, :, :128], mask[:, :, :128])
+
+
+@every_selector
+def test_batches_and_gqa_are_independent(selector):
+    pairs = [structured_qk(128)[:2] for _ in range(2)]
+    q, k = (torch.cat(x) for x in zip(*pairs, strict=True))
+    together = selector(q, k).to_dense(num_heads=4).expand(2, -1, -1, -1)
+    for b, (one_q, one_k) in enumerate(pairs):
+        alone = selector(one_q, one_k.repeat_interleave(2, 1)).to_dense(num_heads=4)
+        assert torch.equal(together[b], alone[0])
+
+
+@every_selector
+def test_union_with_a_window_adds_it(selector):
+    q, k, _ = structured_qk(128)
+    both = (selector | SinkWindow(sink=3, window=50))(q, k).to_dense(num_heads=4)
+    window = BlockLayout.sink_window((128, 128), sink=3, window=50).to_dense()
+    assert torch.equal(both, selector(q, k).to_dense(num_heads=4) | window)
+
+
+@every_selector
+def test_gradients_flow_through_the_selection(selector):
+    q, k, _ = structured_qk(64)
+    q, k, v = q.requires_grad_(), k.requires_grad_(), k.clone().detach().requires_grad_()
+    sparse_attention(q, k, v, selector).square().sum().backward()
+    assert all(torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0 for x in (q, k, v))
+
+
+def literal_block_topk(q, k, selector, is_causal, b, h):
+    """BlockTopK for one head, as its docstring reads."""
+    seqlen_q, seqlen_kv, size = q.shape[2], k.shape[2], selector.block_size
+    off, kv_head = seqlen_kv - seqlen_q, h // (q.shape[1] // k.shape[1])
+    chosen = []
+    for start in range(0, seqlen_q, size):
+        rows = list(range(start, min(start + size, seqlen_q)))
+        query = q[b, h, rows].double().mean(0)
+        scores = {}
+        for n, first in enumerate(range(0, seqlen_kv, size)):
+            keys = list(range(first, min(first + size, seqlen_kv)))
+            if is_causal and first > off + rows[-1]:
+                continue
+
+            def near(i, j):
+                distance = off + i - j
+                return (distance if is_causal else abs(distance)) < selector.window
+
+            in_sink = all(j < selector.sink for j in keys)
+            if in_sink or all(near(i, j) for i in rows for j in keys):
+                continue
+            scores[n] = float(query @ k[b, kv_head, keys].double().mean(0))
+        ranked = sorted(scores, key=lambda n: -scores[n])
+        chosen.append(sorted(ranked[: selector.top_k]))
+    return chosen
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("seqlens", [(300, 300), (70, 300), (1, 300), (300, 200)])
+@pytest.mark.parametrize("window", [1, 40, 100])
+def test_block_topk_is_its_docstring(is_causal, seqlens, window):
+    q, k, _ = structured_qk(300)
+    _check_block_topk(q[:, :, : seqlens[0]], k[:, :, : seqlens[1]], window, is_causal)
+
+
+def test_block_topk_on_real_queries_and_keys(real_qk):
+    for q, k in real_qk.values():
+        _check_block_topk(q, k, 64, True)
+
+
+def _check_block_topk(q, k, window, is_causal):
+    selector = BlockTopK(top_k=3, block_size=32, sink=40, window=window)
+    layout = selector(q, k, is_causal=is_causal)
+    for h in range(q.shape[1]):
+        expected = literal_block_topk(q, k, selector, is_causal, 0, h)
+        counts, lists = layout.kv_num_blocks[0, h].tolist(), layout.kv_indices[0, h].tolist()
+        assert [row[:n] for row, n in zip(lists, counts, strict=True)] == expected
+
+
+def test_block_topk_finds_needles_that_a_window_loses():
+    q, k, needles = structured_qk(1024)
+    mask = BlockTopK(top_k=6, block_size=32, sink=4, window=64)(q, k).to_dense(num_heads=4)
+    assert mask[0, :, -1, needles].all()
+    window = SinkWindow(sink=4, window=64)(q, k).to_dense()
+    assert not window[0, :, -1, needles].any()
+
+
+def test_block_topk_in_chunks_is_the_same(monkeypatch):
+    q, k, _ = structured_qk(512)
+    whole = BlockTopK(3, 16, 4, 32)(q, k)
+    monkeypatch.setattr("sparse_attn.selectors.block_topk._CHUNK_ELEMENTS", 300)
+    assert torch.equal(BlockTopK(3, 16, 4, 32)(q, k).kv_indices, whole.kv_indices)
+
+
+def test_per_head_gives_each_head_its_own():
+    q, k, _ = structured_qk(128)
+    mask = TABLE["PerHead"](q, k).to_dense(num_heads=4)[0]
+    assert torch.equal(mask[0], Dense()(q, k).to_dense()[0, 0])
+    assert torch.equal(mask[2], SinkWindow(2, 8)(q, k).to_dense()[0, 0])
+    blocks = BlockTopK(2, 16, 0, 16)(q, k).to_dense(num_heads=4)[0]
+    assert torch.equal(mask[[1, 3]], blocks[[1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SlidingWindow(window=0), "window must be an int of at least 1, got 0"),
+        (lambda: SinkWindow(sink=-1), "sink must be an int of at least 0, got -1"),
+        (lambda: SinkWindow(window=1.5), "window must be an int of at least 1, got 1.5"),
+        (lambda: BlockTopK(top_k=0), "top_k must be an int of at least 1"),
+        (lambda: BlockTopK(block_size=0), "block_size must be an int of at least 1"),
+        (lambda: PerHead({9: Dense()})(*structured_qk(8)[:2]), "selectors names head 9"),
+        (lambda: PerHead({0: Dense(), (0, 1): Dense()})(*structured_qk(8)[:2]), "a head twice"),
+        (lambda: PerHead({0: Dense()})(*structured_qk(8)[:2]), "have no selector"),
+        (lambda: selectors.Union(()), "at least one selector"),
+    ],
+)
+def test_bad_parameters_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
