@@ -44,6 +44,7 @@ def _extension_options():
         "csrc/bindings.cpp",
         *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")),
     ]
+    headers = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))]
     flags = [
         "-O3",
         "-std=c++20",
@@ -54,7 +55,11 @@ def _extension_options():
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
     ]
     extension = CppExtension(
-        "sparse_attn._C", sources, extra_compile_args={"cxx": flags}, py_limited_api=True
+        "sparse_attn._C",
+        sources,
+        depends=headers,
+        extra_compile_args={"cxx": flags},
+        py_limited_api=True,
     )
     return {
         "ext_modules": [extension],
