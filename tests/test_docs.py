@@ -1,4 +1,4 @@
-"""Every example in docstrings, README and docs runs."""
+"""Every example in docstrings runs, and every block marked `python` in README and docs."""
 
 import doctest
 import importlib
