@@ -120,7 +120,11 @@ def draw_kept_blocks(path: Path, layouts: dict[int, BlockLayout], num_heads: int
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        len(layouts), num_heads, figsize=(1.7 * num_heads, 2.1 * len(layouts)), squeeze=False
+        len(layouts),
+        num_heads,
+        figsize=(1.5 * num_heads, 2.1 * len(layouts)),
+        squeeze=False,
+        layout="constrained",
     )
     for row, (layer, layout) in zip(axes, layouts.items(), strict=True):
         spelled_out = layout.expand_heads(num_heads)
@@ -132,6 +136,5 @@ def draw_kept_blocks(path: Path, layouts: dict[int, BlockLayout], num_heads: int
             axis.set_yticks([])
     figure.supxlabel("key block", fontsize=9)
     figure.supylabel("query block", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
