@@ -9,18 +9,17 @@ from functools import lru_cache
 
 import pytest
 import torch
+import transformers
 from torch import nn
-
-from sparse_attn import selectors
-from sparse_attn.hf import Patch, masks, patch
-from sparse_attn.hf.forward import attention_forward
-
-transformers = pytest.importorskip("transformers", minversion="5.0")
-from transformers.masking_utils import (  # noqa: E402
+from transformers.masking_utils import (
     causal_mask_function,
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
+
+from sparse_attn import selectors
+from sparse_attn.hf import Patch, masks, patch
+from sparse_attn.hf.forward import attention_forward
 
 VOCAB = 61
 SIZES = {
@@ -407,6 +406,20 @@ def test_sparse_with_holes_closes_them():
         actual = logits(model, ids, attention_mask=mask, position_ids=positions)
     assert_close(actual, expected, where=mask)
     assert actual.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_selector_that_reads_q_and_k_sees_no_padding(side):
+    model, ids = causal_model("llama"), tokens()
+    mask = padding(ids, **{side: (0, 6)})
+    top_k = selectors.BlockTopK(top_k=1, block_size=4, sink=1, window=2)
+    with patch(model, top_k) as patched:
+        together = logits(model, ids, attention_mask=mask, position_ids=positions_of(mask))
+        alone = [logits(model, row[seen][None]) for row, seen in zip(ids, mask.bool(), strict=True)]
+    assert set(patched.stats) == {"sparse"}
+    for row, seen, expected in zip(together, mask.bool(), alone, strict=True):
+        assert_close(row[seen], expected[0])
+    assert not torch.allclose(alone[0], logits(model, ids[:1]), atol=1e-3)
 
 
 def test_sparse_packed_sequences():

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from sparse_attn import BlockLayout, ops, selectors, sparse_attention
+from sparse_attn import (
+    BlockLayout,
+    ops,
+    scaled_dot_product_attention,
+    selectors,
+    sparse_attention,
+)
 
 from .oracle import random_layout
 
@@ -103,6 +109,18 @@ def test_compile_fullgraph(name, dynamic):
         torch.testing.assert_close(a, b)
     grads = [torch.autograd.grad(x[0].sum(), (q, k, v)) for x in (got, expected)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"selector": selectors.SlidingWindow(3)}])
+def test_compile_fullgraph_of_torchs_function(arguments):
+    torch.compiler.reset()
+    q, k, v = (x[:, :2] for x in _inputs(torch.float32))
+
+    def attend(q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, **arguments).sin()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
 def test_compile_with_inductor():
