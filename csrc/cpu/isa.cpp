@@ -24,7 +24,7 @@ bool request_amx() {
   return has_tiles && has_avx512_bf16 &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-#else
+#elif defined(__x86_64__)
 bool request_amx() { return false; }
 #endif
 

@@ -10,7 +10,6 @@ namespace sparse_attn::cpu {
 
 inline constexpr int kGranule = 32;   // keys in one packed unit of K and V
 inline constexpr int kMaxRows = 128;  // rows in the largest query tile
-inline constexpr int kMaxGranules = 16;
 inline constexpr int64_t kMaxHeadDim = 256;
 
 class KeyCursor;
