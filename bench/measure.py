@@ -113,7 +113,7 @@ def measure(model, subject: Subject, prompt: Prompt, timed: bool, densities: boo
     if timed:
         subject.prefill.append(prefill)
         subject.attention.append(sum(seconds))
-    if prompt.scored_from is not None:
+    if prompt.scored_from is not None and prompt.name not in subject.losses:
         subject.losses[prompt.name] = _loss(model, output.last_hidden_state[0], prompt)
 
 
