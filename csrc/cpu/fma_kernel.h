@@ -282,8 +282,8 @@ static void leave_kernel(uint32_t saved) {
 template <class T>
 static const TileKernel& fma_kernel() {
   static constexpr TileKernel kKernel = {
-      kFmaBlockM, kFmaGranules,      k_granule_bytes, v_granule_bytes, pack_k<T>,
-      pack_v<T>,  fma_scratch_bytes, run_tile<T>,     enter_kernel,    leave_kernel};
+      kFmaBlockM, kFmaGranules, k_granule_bytes,   v_granule_bytes, kGranule * 4, 0,
+      pack_k<T>,  pack_v<T>,    fma_scratch_bytes, run_tile<T>,     enter_kernel, leave_kernel};
   return kKernel;
 }
 

@@ -41,6 +41,9 @@ struct TileKernel {
 
   int64_t (*k_granule_bytes)(int64_t head_dim);
   int64_t (*v_granule_bytes)(int64_t head_dim_v);
+  // A granule is made of periods of so many bytes (0: one period), each with the part of its first
+  // 16 keys before that of the others.
+  int64_t k_period, v_period;
   // Pack 32 rows, given by pointers to their first elements.
   void (*pack_k)(const void* const* rows, int64_t head_dim, void* granule);
   void (*pack_v)(const void* const* rows, int64_t head_dim_v, void* granule);

@@ -191,9 +191,43 @@ inline void score_rows_dim64(const uint16_t* q, const Granule* granules, int num
   }
 }
 
+// scores[16][keys] = q[16][head_dim] k[keys][head_dim]^T, two granules at a time.
+inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules, int num_granules,
+                        float* scores) {
+  for (int g = 0; g < num_granules; g += 2, scores += 2 * kGranule) {
+    const uint16_t* k0 = static_cast<const uint16_t*>(granules[g].k);
+    const uint16_t* k1 =
+        g + 1 < num_granules ? static_cast<const uint16_t*>(granules[g + 1].k) : k0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < dim; d += 32) {
+      _tile_loadd(4, q + d, dim * 2);
+      _tile_loadd(5, k0 + d * 16, 64);
+      _tile_loadd(6, k0 + (dim + d) * 16, 64);
+      _tile_loadd(7, k1 + d * 16, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(5, k1 + (dim + d) * 16, 64);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, scores, kStepKeys * 4);
+    _tile_stored(1, scores + 16, kStepKeys * 4);
+    if (g + 1 == num_granules) break;
+    _tile_stored(2, scores + 32, kStepKeys * 4);
+    _tile_stored(3, scores + 48, kStepKeys * 4);
+  }
+}
+
 // scores[rows][keys] = q k^T for all keys of a step.
 inline void score_step(const Scratch& scratch, const Granule* granules, int num_granules,
                        int64_t rows, int64_t dim) {
+  if (rows == 16) {
+    score_strip(scratch.q, dim, granules, num_granules, scratch.scores);
+    return;
+  }
   if (dim == 64) {
     for (int64_t r = 0; r < rows; r += 32) {
       score_rows_dim64(scratch.q + r * dim, granules, num_granules, scratch.scores + r * kStepKeys);
@@ -230,6 +264,59 @@ inline void value_block(const uint16_t* weights, const Granule* granules, int nu
   _tile_stored(1, acc + 16, acc_stride * 4);
   _tile_stored(2, acc + 16 * acc_stride, acc_stride * 4);
   _tile_stored(3, acc + 16 * acc_stride + 16, acc_stride * 4);
+}
+
+// acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
+template <int kPairs>
+inline void value_strip(const uint16_t* weights, const Granule* granules, int num_granules,
+                        int64_t d, float* acc, int64_t acc_stride) {
+  _tile_loadd(0, acc, acc_stride * 4);
+  _tile_loadd(1, acc + 16, acc_stride * 4);
+  if constexpr (kPairs == 2) {
+    _tile_loadd(2, acc + 32, acc_stride * 4);
+    _tile_loadd(3, acc + 48, acc_stride * 4);
+  }
+  for (int g = 0; g < num_granules; ++g) {
+    const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
+    _tile_loadd(4, weights + g * kGranule, kStepKeys * 2);
+    _tile_loadd(5, v, 64);
+    _tile_loadd(6, v + kTile, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 6);
+    if constexpr (kPairs == 2) {
+      _tile_loadd(7, v + 2 * kTile, 64);
+      _tile_loadd(5, v + 3 * kTile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, acc, acc_stride * 4);
+  _tile_stored(1, acc + 16, acc_stride * 4);
+  if constexpr (kPairs == 2) {
+    _tile_stored(2, acc + 32, acc_stride * 4);
+    _tile_stored(3, acc + 48, acc_stride * 4);
+  }
+}
+
+// acc[rows][head_dim_v] += weights v for all keys of a step.
+inline void value_step(const Scratch& scratch, const Granule* granules, int num_granules,
+                       int64_t rows, int64_t acc_stride) {
+  if (rows == 16) {
+    int64_t d = 0;
+    for (; d + 64 <= acc_stride; d += 64) {
+      value_strip<2>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride);
+    }
+    if (d < acc_stride) {
+      value_strip<1>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride);
+    }
+    return;
+  }
+  for (int64_t d = 0; d < acc_stride; d += 32) {
+    for (int64_t r = 0; r < rows; r += 32) {
+      value_block(scratch.weights + r * kStepKeys, granules, num_granules, d,
+                  scratch.acc + r * acc_stride + d, acc_stride);
+    }
+  }
 }
 
 // 2^x to 4e-6; exactly 0 for -inf.
@@ -337,11 +424,21 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
   }
 }
 
+// Share r of `shares` of fetching packed rows to the second-level cache: while one row goes through
+// softmax, memory is idle.
+inline void prefetch_share(const void* packed, int64_t bytes, int64_t r, int64_t shares) {
+  const int64_t lines = bytes / 64;
+  const char* p = static_cast<const char*>(packed);
+  for (int64_t i = r * lines / shares; i < (r + 1) * lines / shares; ++i) {
+    _mm_prefetch(p + i * 64, _MM_HINT_T1);
+  }
+}
+
 // Attention of one query tile over all keys that the cursor hands out.
 void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   const Scratch scratch = divide_scratch(memory, tile.head_dim_v);
   const int64_t dim = padded_dim(tile.head_dim), acc_stride = padded_dim(tile.head_dim_v);
-  const int64_t rows = (tile.rows + 31) / 32 * 32;
+  const int64_t rows = tile.rows <= 16 ? 16 : (tile.rows + 31) / 32 * 32;
   const ScoreScale scaling = split_scale(tile.scale);
   const float scale = static_cast<float>((tile.softcap > 0 ? 1.0f : scaling.scale) * kLog2e);
   load_q(tile, scaling.q_factor, scratch.q);
@@ -349,14 +446,20 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
   std::fill(scratch.l, scratch.l + rows, 0.0f);
 
-  Granule granules[kStepGranules];
-  while (const int n = keys.next(granules)) {
+  Granule steps[2][kStepGranules];
+  int n = keys.next(steps[0]);
+  for (int step = 0; n > 0; ++step) {
+    const Granule* granules = steps[step % 2];
+    const Granule* ahead = steps[(step + 1) % 2];
+    const int num_ahead = keys.next(steps[(step + 1) % 2]);
     fence_compiler();
     score_step(scratch, granules, n, rows, dim);
     fence_compiler();
     const bool any_masked =
         std::any_of(granules, granules + n, [](const Granule& g) { return g.visible != nullptr; });
     for (int64_t r = 0; r < tile.rows; ++r) {
+      for (int g = 0; g < n; ++g) prefetch_share(granules[g].v, acc_stride * 64, r, tile.rows);
+      for (int g = 0; g < num_ahead; ++g) prefetch_share(ahead[g].k, dim * 64, r, tile.rows);
       float* scores = scratch.scores + r * kStepKeys;
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
@@ -365,13 +468,9 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
       softmax_row(scratch, r, n * kGranule, scale, acc_stride);
     }
     fence_compiler();
-    for (int64_t d = 0; d < acc_stride; d += 32) {
-      for (int64_t r = 0; r < rows; r += 32) {
-        value_block(scratch.weights + r * kStepKeys, granules, n, d,
-                    scratch.acc + r * acc_stride + d, acc_stride);
-      }
-    }
+    value_step(scratch, granules, n, rows, acc_stride);
     fence_compiler();
+    n = num_ahead;
   }
   write_rows(tile, scratch);
 }
@@ -380,8 +479,9 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
 
 const TileKernel& amx_bf16_kernel() {
   static constexpr TileKernel kKernel = {
-      amx::kBlockM, amx::kStepGranules, amx::granule_bytes, amx::granule_bytes, amx::pack_k,
-      amx::pack_v,  amx::scratch_bytes, amx::run_tile,      amx::enter_kernel,  amx::leave_kernel};
+      amx::kBlockM,      amx::kStepGranules, amx::granule_bytes, amx::granule_bytes, 0,
+      amx::kTile * 2,    amx::pack_k,        amx::pack_v,        amx::scratch_bytes, amx::run_tile,
+      amx::enter_kernel, amx::leave_kernel};
   return kKernel;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 
 namespace sparse_attn::cpu {
 
@@ -38,6 +39,16 @@ uint32_t low_bits(int64_t n) {
 // The keys of [begin, end) among the 32 keys from `origin` on.
 uint32_t range_bits(int64_t begin, int64_t end, int64_t origin) {
   return low_bits(end - origin) & ~low_bits(begin - origin);
+}
+
+// Copies one half of the keys of a granule of `bytes` to one half of another.
+void copy_half(const std::byte* source, int from, std::byte* dest, int to, int64_t bytes,
+               int64_t period) {
+  if (period == 0) period = bytes;
+  const int64_t run = period / 2;
+  for (int64_t start = 0; start < bytes; start += period) {
+    std::memcpy(dest + start + to * run, source + start + from * run, run);
+  }
 }
 
 }  // namespace
@@ -83,11 +94,11 @@ KeyCursor::KeyCursor(const AttentionParams& params, const TileKernel& kernel, co
   }
   packed_scratch_ = scratch;
   mask_scratch_ =
-      reinterpret_cast<uint32_t*>(scratch + kernel.granules_per_step * (k_bytes_ + v_bytes_));
+      reinterpret_cast<uint32_t*>(scratch + 2 * kernel.granules_per_step * (k_bytes_ + v_bytes_));
 }
 
 int64_t KeyCursor::scratch_bytes(const AttentionParams& params, const TileKernel& kernel) {
-  return kernel.granules_per_step *
+  return 2 * kernel.granules_per_step *
          (kernel.k_granule_bytes(params.head_dim) + kernel.v_granule_bytes(params.head_dim_v) +
           kMaxRows * static_cast<int64_t>(sizeof(uint32_t)));
 }
@@ -156,12 +167,31 @@ const uint32_t* KeyCursor::row_masks(const int32_t* positions, int count, uint32
   return masks;
 }
 
+// Makes a granule of two aligned runs of 16 keys that are packed already; false if it cannot.
+bool KeyCursor::join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const {
+  if (source_.packed_k == nullptr || count < kGranule) return false;
+  for (int half = 0; half < 2; ++half) {
+    const int32_t* run = positions + half * 16;
+    if (run[0] % 16 != 0 || run[15] != run[0] + 15) return false;
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first = positions[half * 16], granule = first / kGranule;
+    const int from = first % kGranule != 0;
+    copy_half(source_.packed_k + granule * k_bytes_, from, k, half, k_bytes_, kernel_.k_period);
+    copy_half(source_.packed_v + granule * v_bytes_, from, v, half, v_bytes_, kernel_.v_period);
+  }
+  return true;
+}
+
 // Packs the keys at the given positions, then zeros, into a granule of this thread.
 void KeyCursor::pack(const int32_t* positions, int count, int slot, Granule& granule) {
   const int64_t size = element_size(params_.dtype);
   const void* rows[kGranule];
   std::byte* k = packed_scratch_ + slot * (k_bytes_ + v_bytes_);
   std::byte* v = k + k_bytes_;
+  granule.k = k;
+  granule.v = v;
+  if (join_halves(positions, count, k, v)) return;
   for (int i = 0; i < kGranule; ++i) {
     rows[i] = i < count ? source_.k + positions[i] * params_.k_stride.row * size : kZeroRow;
   }
@@ -170,8 +200,6 @@ void KeyCursor::pack(const int32_t* positions, int count, int slot, Granule& gra
     rows[i] = i < count ? source_.v + positions[i] * params_.v_stride.row * size : kZeroRow;
   }
   kernel_.pack_v(rows, params_.head_dim_v, v);
-  granule.k = k;
-  granule.v = v;
 }
 
 Granule KeyCursor::use_aligned(const Candidates& found, int slot) {
@@ -208,17 +236,18 @@ Granule KeyCursor::use_gathered(int count, int slot) {
 
 int KeyCursor::next(Granule* granules) {
   int filled = 0;
+  first_slot_ = static_cast<int>(kernel_.granules_per_step) - first_slot_;
   Candidates found;
   while (filled < kernel_.granules_per_step) {
     if (num_pending_ >= kGranule) {
-      granules[filled] = use_gathered(kGranule, filled);
+      granules[filled] = use_gathered(kGranule, first_slot_ + filled);
       ++filled;
       continue;
     }
     if (!next_candidates(found)) break;
     uint32_t candidates = found.always | found.window;
     if (candidates == low_bits(params_.seqlen_kv - found.begin)) {
-      granules[filled] = use_aligned(found, filled);
+      granules[filled] = use_aligned(found, first_slot_ + filled);
       ++filled;
       continue;
     }
@@ -229,7 +258,7 @@ int KeyCursor::next(Granule* granules) {
     }
   }
   if (filled < kernel_.granules_per_step && num_pending_ > 0) {
-    granules[filled] = use_gathered(std::min(num_pending_, kGranule), filled);
+    granules[filled] = use_gathered(std::min(num_pending_, kGranule), first_slot_ + filled);
     ++filled;
   }
   return filled;

@@ -30,7 +30,7 @@ class KeyCursor {
 
   static int64_t scratch_bytes(const AttentionParams& params, const TileKernel& kernel);
 
-  // Fills up to kernel.granules_per_step granules, valid until the next call; 0 at the end.
+  // Fills up to kernel.granules_per_step granules, valid until the next call but one; 0 at the end.
   int next(Granule* granules);
 
  private:
@@ -48,6 +48,7 @@ class KeyCursor {
   bool seen_by_all_rows(const Candidates& found) const;
   Granule use_aligned(const Candidates& found, int slot);
   Granule use_gathered(int count, int slot);
+  bool join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const;
   void pack(const int32_t* positions, int count, int slot, Granule& granule);
   const uint32_t* row_masks(const int32_t* positions, int count, uint32_t always, uint32_t window,
                             int slot);
@@ -69,6 +70,7 @@ class KeyCursor {
   int num_pending_ = 0;
 
   int64_t k_bytes_, v_bytes_;
+  int first_slot_ = 0;  // of the two sets of slots in scratch memory, the one in use
   std::byte* packed_scratch_;
   uint32_t* mask_scratch_;
 };
