@@ -47,7 +47,7 @@ def rounds(tokenizer, tokens: int, passkeys: bool) -> list[tuple[texts.Prompt, b
     reading = texts.reading(tokenizer, tokens)
     copies = texts.second_copy(tokenizer, tokens * 3 // 4)
     hidden = [texts.passkey(tokenizer, tokens, depth) for depth in PASSKEY_DEPTHS * passkeys]
-    timed = hidden + [reading] * (5 - len(hidden))
+    timed = hidden or [reading] * 3
     return [(reading, False), (copies, False), *((prompt, True) for prompt in timed)]
 
 
@@ -79,7 +79,7 @@ def notes(tokens: int) -> str:
     """How the numbers of the table were taken."""
     return f"""\
 Prefill is one forward pass over {tokens} tokens (bfloat16, batch 1, with a cache) and the logits of
-the last one: median of five after a warm-up. The rows take turns, and a speed-up is the median of
+the last one: median of three after a warm-up. The rows take turns, and a speed-up is the median of
 the paired ratios to torch SDPA. The time of attention is measured around the attention function of
 every layer, choosing keys included. Density is the share of the causal (query, key) pairs that are
 seen, mean over layers. Perplexity is over all {tokens} tokens of the documentation of Python;
