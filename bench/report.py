@@ -72,7 +72,7 @@ def cells(subject: Subject, baseline: Subject) -> list[str]:
         f"{100 * subject.density:.1f} %",
         f"{perplexity:.2f}",
         f"{100 * (perplexity / dense - 1):+.1f} %",
-        f"{subject.losses['second copy']:.2f}",
+        f"{subject.losses['second copy']:.2f}" if "second copy" in subject.losses else "not asked",
         passkeys if subject.answers else "not asked",
     ]
 
@@ -93,7 +93,8 @@ def write_csv(path: Path, results: dict[str, list[Subject]]) -> None:
         writer.writerow(CSV_HEADER)
         for model, subjects in results.items():
             for s in subjects:
-                losses = [f"{s.losses[name]:.4f}" for name in ("reading", "second copy")]
+                scored = (s.losses.get(name) for name in ("reading", "second copy"))
+                losses = ["" if loss is None else f"{loss:.4f}" for loss in scored]
                 times = [" ".join(f"{x:.3f}" for x in part) for part in (s.prefill, s.attention)]
                 found = " ".join(f"{name.split()[-1]}:{ok:d}" for name, ok in s.answers.items())
                 selector = "torch SDPA" if s.selector is None else repr(s.selector)

@@ -372,13 +372,16 @@ inline float exp_row(const float* scores, int64_t n, float scale, float m, uint1
   return _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
 }
 
-// Turns the raw scores of one row into weights and brings (m, l, acc) up to date.
+// Turns the raw scores of one row into weights and brings (m, l, acc) up to date. The reference
+// point m follows the maximum only when that outgrows it by 2^kHeadroom, so acc is seldom scaled.
 inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scale,
                         int64_t acc_stride) {
+  constexpr float kHeadroom = 8;
   const float* scores = scratch.scores + r * kStepKeys;
-  const float m_old = scratch.m[r];
-  const float m_new = std::max(m_old, row_max(scores, n) * scale);
-  if (m_new > m_old) {
+  const float m_old = scratch.m[r], top = row_max(scores, n) * scale;
+  float m_new = m_old;
+  if (top > m_old + kHeadroom) {
+    m_new = top;
     if (m_old != kMinusInfinity) {
       const float factor = std::exp2(m_old - m_new);
       scratch.l[r] *= factor;
@@ -424,13 +427,17 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
   }
 }
 
-// Share r of `shares` of fetching packed rows to the second-level cache: while one row goes through
-// softmax, memory is idle.
-inline void prefetch_share(const void* packed, int64_t bytes, int64_t r, int64_t shares) {
-  const int64_t lines = bytes / 64;
-  const char* p = static_cast<const char*>(packed);
-  for (int64_t i = r * lines / shares; i < (r + 1) * lines / shares; ++i) {
-    _mm_prefetch(p + i * 64, _MM_HINT_T1);
+// Fetches share r of `shares` of the packed rows at `part` of the granules to the second-level
+// cache: while a row of scores goes through softmax, memory is idle.
+inline void prefetch_share(const Granule* granules, int num_granules, const void* Granule::* part,
+                           int64_t lines, int64_t r, int64_t shares) {
+  const int64_t total = num_granules * lines;
+  int64_t i = r * total / shares;
+  const int64_t end = (r + 1) * total / shares;
+  for (int64_t g = i / lines; i < end; ++g) {
+    const char* p = static_cast<const char*>(granules[g].*part) - g * lines * 64;
+    const int64_t stop = std::min(end, (g + 1) * lines);
+    for (; i < stop; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T1);
   }
 }
 
@@ -458,8 +465,8 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     const bool any_masked =
         std::any_of(granules, granules + n, [](const Granule& g) { return g.visible != nullptr; });
     for (int64_t r = 0; r < tile.rows; ++r) {
-      for (int g = 0; g < n; ++g) prefetch_share(granules[g].v, acc_stride * 64, r, tile.rows);
-      for (int g = 0; g < num_ahead; ++g) prefetch_share(ahead[g].k, dim * 64, r, tile.rows);
+      prefetch_share(granules, n, &Granule::v, acc_stride, r, tile.rows);
+      prefetch_share(ahead, num_ahead, &Granule::k, dim, r, tile.rows);
       float* scores = scratch.scores + r * kStepKeys;
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
