@@ -29,48 +29,59 @@ const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
 // One query tile and an estimate of its work.
 struct Task {
   TileIndex tile;
-  int64_t kv_head = 0;  // counted over the whole batch
   int64_t weight = 0;
 };
 
-// Cuts the rows of every head into tiles, none of which spans two rows of an index list.
-std::vector<Task> make_tasks(const AttentionParams& params, int64_t block_m) {
+// KV heads [begin, end), counted over the whole batch, whose keys are packed at the same time.
+struct HeadRange {
+  int64_t begin = 0, end = 0;
+};
+
+// Cuts the rows of all query heads of some KV heads into tiles, none of which spans two rows of an
+// index list.
+std::vector<Task> make_tasks(const AttentionParams& params, HeadRange kv_heads, int64_t block_m) {
   int64_t unit = params.seqlen_q;
   if (params.columns.present()) unit = std::min(unit, params.block_q * params.column_group);
   if (params.blocks.present()) unit = std::min(unit, params.block_q);
   std::vector<Task> tasks;
   const int64_t group_size = params.num_heads / params.num_kv_heads;
-  for (int64_t b = 0; b < params.batch; ++b) {
-    for (int64_t h = 0; h < params.num_heads; ++h) {
-      for (int64_t begin = 0; begin < params.seqlen_q; begin += unit) {
-        const int64_t end = std::min(begin + unit, params.seqlen_q);
-        for (int64_t row = begin; row < end; row += block_m) {
-          Task task;
-          task.tile = {b, h, row, std::min(block_m, end - row)};
-          task.kv_head = b * params.num_kv_heads + h / group_size;
-          task.weight = candidate_estimate(params, task.tile);
-          tasks.push_back(task);
-        }
+  for (int64_t i = kv_heads.begin * group_size; i < kv_heads.end * group_size; ++i) {
+    for (int64_t begin = 0; begin < params.seqlen_q; begin += unit) {
+      const int64_t end = std::min(begin + unit, params.seqlen_q);
+      for (int64_t row = begin; row < end; row += block_m) {
+        Task task;
+        task.tile = {i / params.num_heads, i % params.num_heads, row, std::min(block_m, end - row)};
+        task.weight = candidate_estimate(params, task.tile);
+        tasks.push_back(task);
       }
     }
   }
   return tasks;
 }
 
+int64_t kv_head_of(const AttentionParams& params, const TileIndex& tile) {
+  const int64_t group_size = params.num_heads / params.num_kv_heads;
+  return tile.batch * params.num_kv_heads + tile.head / group_size;
+}
+
 // Heavy KV heads first, and heavy tiles first within one: tiles that share keys stay together,
 // and what is left for the end is light.
-void sort_tasks(const AttentionParams& params, std::vector<Task>& tasks) {
-  std::vector<int64_t> head_weight(params.batch * params.num_kv_heads);
-  for (const Task& task : tasks) head_weight[task.kv_head] += task.weight;
+void sort_tasks(const AttentionParams& params, HeadRange kv_heads, std::vector<Task>& tasks) {
+  std::vector<int64_t> head_weight(kv_heads.end - kv_heads.begin);
+  const auto head = [&](const Task& task) {
+    return kv_head_of(params, task.tile) - kv_heads.begin;
+  };
+  for (const Task& task : tasks) head_weight[head(task)] += task.weight;
   std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
-    if (a.kv_head == b.kv_head) return a.weight > b.weight;
-    const int64_t weight_a = head_weight[a.kv_head], weight_b = head_weight[b.kv_head];
-    return weight_a != weight_b ? weight_a > weight_b : a.kv_head < b.kv_head;
+    const int64_t head_a = head(a), head_b = head(b);
+    if (head_a == head_b) return a.weight > b.weight;
+    const int64_t weight_a = head_weight[head_a], weight_b = head_weight[head_b];
+    return weight_a != weight_b ? weight_a > weight_b : head_a < head_b;
   });
 }
 
-// All keys of all KV heads as granules. Each calling thread keeps a moderate amount of memory, as
-// fresh pages cost more than packing.
+// The keys of some KV heads as granules. Each calling thread keeps the memory, as fresh pages cost
+// more than packing.
 class PackedKeys {
  public:
   PackedKeys(const AttentionParams& params, const TileKernel& kernel)
@@ -86,8 +97,11 @@ class PackedKeys {
     if (memory().capacity() > kKeptBytes) memory().release();
   }
 
-  void pack_all(const Parallel& parallel) {
-    const int64_t total = params_.batch * params_.num_kv_heads * granules_;
+  int64_t head_bytes() const { return granules_ * (k_bytes_ + v_bytes_); }
+
+  void pack(HeadRange heads, const Parallel& parallel) {
+    packed_ = heads;
+    const int64_t total = (heads.end - heads.begin) * granules_;
     memory().reserve(total * (k_bytes_ + v_bytes_));
     k_ = memory().data();
     v_ = k_ + total * k_bytes_;
@@ -95,7 +109,7 @@ class PackedKeys {
     parallel.run((total + kPerTask - 1) / kPerTask, [&](int64_t task) {
       const uint32_t saved = kernel_.enter();
       const int64_t end = std::min(total, (task + 1) * kPerTask);
-      for (int64_t i = task * kPerTask; i < end; ++i) pack(i / granules_, i % granules_, i);
+      for (int64_t i = task * kPerTask; i < end; ++i) pack_granule(i);
       kernel_.leave(saved);
     });
   }
@@ -107,9 +121,10 @@ class PackedKeys {
                            params_.dtype);
     source.v = byte_offset(params_.v, b * params_.v_stride.batch + h * params_.v_stride.head,
                            params_.dtype);
-    if (k_ != nullptr) {
-      source.packed_k = k_ + kv_head * granules_ * k_bytes_;
-      source.packed_v = v_ + kv_head * granules_ * v_bytes_;
+    if (kv_head >= packed_.begin && kv_head < packed_.end) {
+      const int64_t first = (kv_head - packed_.begin) * granules_;
+      source.packed_k = k_ + first * k_bytes_;
+      source.packed_v = v_ + first * v_bytes_;
     }
     return source;
   }
@@ -120,14 +135,15 @@ class PackedKeys {
     return buffer;
   }
 
-  void pack(int64_t kv_head, int64_t granule, int64_t slot) {
+  void pack_granule(int64_t slot) {
     alignas(64) static const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
-    const KeySource head = source(kv_head);
+    const KeySource head = source(packed_.begin + slot / granules_);
+    const int64_t first = slot % granules_ * kGranule;
     const int64_t size = element_size(params_.dtype);
     const void* k_rows[kGranule];
     const void* v_rows[kGranule];
     for (int64_t i = 0; i < kGranule; ++i) {
-      const int64_t j = granule * kGranule + i;
+      const int64_t j = first + i;
       const bool exists = j < params_.seqlen_kv;
       k_rows[i] = exists ? head.k + j * params_.k_stride.row * size : kZeroRow;
       v_rows[i] = exists ? head.v + j * params_.v_stride.row * size : kZeroRow;
@@ -139,6 +155,7 @@ class PackedKeys {
   const AttentionParams& params_;
   const TileKernel& kernel_;
   int64_t granules_, k_bytes_, v_bytes_;
+  HeadRange packed_;
   std::byte* k_ = nullptr;
   std::byte* v_ = nullptr;
 };
@@ -163,24 +180,20 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
   tile.scale = params.scale;
   tile.softcap = params.softcap;
   tile.sink_logit = params.sinks != nullptr ? params.sinks + h : nullptr;
-  KeyCursor cursor(params, kernel, task.tile, keys.source(task.kv_head), scratch);
+  KeyCursor cursor(params, kernel, task.tile, keys.source(kv_head_of(params, task.tile)), scratch);
   kernel.run_tile(tile, cursor, scratch + KeyCursor::scratch_bytes(params, kernel));
 }
 
-}  // namespace
-
-void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
-  check_layout(params, parallel);
-  const TileKernel& kernel = select_kernel(isa, params.dtype);
-  std::vector<Task> tasks = make_tasks(params, kernel.block_m);
-  if (tasks.empty()) return;
-  sort_tasks(params, tasks);
+// Attention of the query heads of some KV heads.
+void run_heads(const AttentionParams& params, const TileKernel& kernel, HeadRange kv_heads,
+               PackedKeys& keys, const Parallel& parallel) {
+  std::vector<Task> tasks = make_tasks(params, kv_heads, kernel.block_m);
+  sort_tasks(params, kv_heads, tasks);
 
   // Packing pays when keys are read more than once; otherwise tiles pack what they read.
-  PackedKeys keys(params, kernel);
   int64_t keys_read = 0;
   for (const Task& task : tasks) keys_read += task.weight;
-  if (keys_read > params.batch * params.num_kv_heads * params.seqlen_kv) keys.pack_all(parallel);
+  if (keys_read > (kv_heads.end - kv_heads.begin) * params.seqlen_kv) keys.pack(kv_heads, parallel);
 
   const int64_t scratch_bytes = KeyCursor::scratch_bytes(params, kernel) +
                                 kernel.scratch_bytes(params.head_dim, params.head_dim_v);
@@ -195,6 +208,25 @@ void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
     }
     kernel.leave(saved);
   });
+}
+
+}  // namespace
+
+void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
+  check_layout(params, parallel);
+  const int64_t num_kv_heads = params.batch * params.num_kv_heads;
+  if (num_kv_heads == 0 || params.num_heads == 0 || params.seqlen_q == 0) return;
+  const TileKernel& kernel = select_kernel(isa, params.dtype);
+  PackedKeys keys(params, kernel);
+
+  // As many KV heads at a time as the caches hold.
+  constexpr int64_t kPackedBytesPerThread = int64_t{4} << 20;
+  const int64_t fitting =
+      parallel.num_threads * kPackedBytesPerThread / std::max<int64_t>(1, keys.head_bytes());
+  const int64_t count = std::max<int64_t>(1, fitting);
+  for (int64_t begin = 0; begin < num_kv_heads; begin += count) {
+    run_heads(params, kernel, {begin, std::min(begin + count, num_kv_heads)}, keys, parallel);
+  }
 }
 
 }  // namespace sparse_attn::cpu
