@@ -15,7 +15,7 @@ namespace {
 
 const TileKernel& select_kernel(Isa isa, DType dtype) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_bf16_kernel();
+  if (isa == Isa::kAmx && dtype != DType::kFloat32) return amx_kernel(dtype);
   if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
   if (isa == Isa::kAvx2) return avx2_kernel(dtype);
 #endif

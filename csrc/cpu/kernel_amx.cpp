@@ -1,8 +1,12 @@
-// The bfloat16 tile kernel on AMX.
+// The tile kernels on AMX, which multiplies bfloat16.
 //
-// Packed K: for each half of the granule (16 keys), [head_dim / 32] tiles of [16 pairs][16
-// keys][2]. Packed V: [head_dim_v / 16] tiles of [16 key pairs][16 dims][2]. Head dims are rounded
-// up to 32 with zeros.
+// Other dtypes are split into terms, x = high + low: two bfloat16 hold 16 bits of a mantissa, all
+// of a float16's. A product then takes three: high high + high low + low high; what is left out is
+// below 2^-16 of it.
+//
+// Packed K: for each half of the granule (16 keys), [term][head_dim / 32] tiles of [16 pairs][16
+// keys][2]. Packed V: [term][head_dim_v / 16] tiles of [16 key pairs][16 dims][2]. Head dims are
+// rounded up to 32 with zeros.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -54,7 +58,22 @@ void leave_kernel(uint32_t saved) {
   _mm_setcsr(saved);
 }
 
-int64_t granule_bytes(int64_t dim) { return padded_dim(dim) * kGranule * 2; }
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+inline constexpr int kTerms = 2;
+template <>
+inline constexpr int kTerms<BFloat16> = 1;
+
+template <class T>
+int64_t granule_bytes(int64_t dim) {
+  return kTerms<T> * padded_dim(dim) * kGranule * 2;
+}
 
 // Lanes of the 32 elements from `d` on that lie inside a row of n.
 inline __mmask32 lanes_within(int64_t d, int64_t n) {
@@ -85,64 +104,135 @@ inline void transpose_16x16(__m512i* x) {
   }
 }
 
+// 32 numbers as two vectors of float32, the lanes outside of the mask 0.
+struct Floats {
+  __m512 x0, x1;
+};
+
+inline Floats load_floats(const float* p, __mmask32 mask) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p),
+          _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), p + 16)};
+}
+inline Floats load_floats(const Float16* p, __mmask32 mask) {
+  const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(x)),
+          _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))};
+}
+
+inline void store_floats(float* p, __mmask32 mask, Floats x) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), x.x0);
+  _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(mask >> 16), x.x1);
+}
+inline void store_floats(Float16* p, __mmask32 mask, Floats x) {
+  const __m256i low = _mm512_cvtps_ph(x.x0, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i high = _mm512_cvtps_ph(x.x1, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm512_mask_storeu_epi16(p, mask, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
+inline void store_floats(BFloat16* p, __mmask32 mask, Floats x) {
+  _mm512_mask_storeu_epi16(p, mask, (__m512i)_mm512_cvtne2ps_pbh(x.x1, x.x0));
+}
+
+// 32 numbers in bfloat16, as one term or the sum of two.
+struct Split {
+  __m512i high, low;
+};
+
+inline __m512 widen(__m256i bf16) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16);
+}
+
+// x - high, or 0 where high is infinite.
+inline __m512 residual(__m512 x, __m512 high) {
+  return _mm512_maskz_sub_ps(~_mm512_fpclass_ps_mask(high, 0x18), x, high);
+}
+
+inline Split split(Floats x) {
+  const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(x.x1, x.x0);
+  const __m512 low0 = residual(x.x0, widen(_mm512_castsi512_si256(high)));
+  const __m512 low1 = residual(x.x1, widen(_mm512_extracti64x4_epi64(high, 1)));
+  return {high, (__m512i)_mm512_cvtne2ps_pbh(low1, low0)};
+}
+
+template <class T>
+inline Split load_split(const T* p, __mmask32 mask) {
+  if constexpr (kTerms<T> == 1) {
+    return {_mm512_maskz_loadu_epi16(mask, p), __m512i{}};
+  } else {
+    return split(load_floats(p, mask));
+  }
+}
+
+template <class T>
 void pack_k(const void* const* rows, int64_t head_dim, void* granule) {
-  uint16_t* dest = static_cast<uint16_t*>(granule);
+  const int64_t dim = padded_dim(head_dim);
   for (int half = 0; half < 2; ++half) {
+    uint16_t* dest = static_cast<uint16_t*>(granule) + half * kTerms<T> * 16 * dim;
     for (int64_t d = 0; d < head_dim; d += 32, dest += kTile) {
       const __mmask32 mask = lanes_within(d, head_dim);
-      __m512i x[16];
+      __m512i high[16], low[16];
       for (int i = 0; i < 16; ++i) {
-        const uint16_t* row = static_cast<const uint16_t*>(rows[half * 16 + i]);
-        x[i] = _mm512_maskz_loadu_epi16(mask, row + d);
+        const Split x = load_split(static_cast<const T*>(rows[half * 16 + i]) + d, mask);
+        high[i] = x.high;
+        low[i] = x.low;
       }
-      transpose_16x16(x);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(dest + i * 32, x[i]);
+      transpose_16x16(high);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(dest + i * 32, high[i]);
+      if constexpr (kTerms<T> == 2) {
+        transpose_16x16(low);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(dest + 16 * dim + i * 32, low[i]);
+      }
     }
   }
 }
 
+template <class T>
 void pack_v(const void* const* rows, int64_t head_dim_v, void* granule) {
   alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                     37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                     11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(kLow);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i first = _mm512_load_si512(kLow);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   for (int64_t d = 0; d < head_dim_v; d += 32) {
     const __mmask32 mask = lanes_within(d, head_dim_v);
     uint16_t* dest = static_cast<uint16_t*>(granule) + d / 16 * kTile;
-    for (int i = 0; i < 16; ++i) {
-      const __m512i even =
-          _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[2 * i]) + d);
-      const __m512i odd =
-          _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[2 * i + 1]) + d);
-      _mm512_store_si512(dest + i * 32, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(dest + kTile + i * 32, _mm512_permutex2var_epi16(even, high, odd));
+    for (int i = 0; i < 16; ++i, dest += 32) {
+      const Split even = load_split(static_cast<const T*>(rows[2 * i]) + d, mask);
+      const Split odd = load_split(static_cast<const T*>(rows[2 * i + 1]) + d, mask);
+      _mm512_store_si512(dest, _mm512_permutex2var_epi16(even.high, first, odd.high));
+      _mm512_store_si512(dest + kTile, _mm512_permutex2var_epi16(even.high, second, odd.high));
+      if constexpr (kTerms<T> == 2) {
+        uint16_t* low = dest + padded_dim(head_dim_v) * kGranule;
+        _mm512_store_si512(low, _mm512_permutex2var_epi16(even.low, first, odd.low));
+        _mm512_store_si512(low + kTile, _mm512_permutex2var_epi16(even.low, second, odd.low));
+      }
     }
   }
 }
 
 struct Scratch {
   float* scores;      // [kBlockM][kStepKeys]
-  uint16_t* weights;  // [kBlockM][kStepKeys]
+  uint16_t* weights;  // [term][kBlockM][kStepKeys]
   float* acc;         // [kBlockM][padded head_dim_v]
-  uint16_t* q;        // [kBlockM][padded head_dim]
+  uint16_t* q;        // [term][kBlockM][padded head_dim]
   float* m;           // [kBlockM] running maximum, base 2
   float* l;           // [kBlockM] running sum
 };
 
-Scratch divide_scratch(std::byte* memory, int64_t head_dim_v) {
+Scratch divide_scratch(std::byte* memory, int64_t head_dim_v, int terms) {
   Scratch scratch;
   scratch.scores = reinterpret_cast<float*>(memory);
   scratch.acc = scratch.scores + kBlockM * kStepKeys;
   scratch.m = scratch.acc + kBlockM * padded_dim(head_dim_v);
   scratch.l = scratch.m + kBlockM;
   scratch.weights = reinterpret_cast<uint16_t*>(scratch.l + kBlockM);
-  scratch.q = scratch.weights + kBlockM * kStepKeys;
+  scratch.q = scratch.weights + terms * kBlockM * kStepKeys;
   return scratch;
 }
 
+template <class T>
 int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
-  return kBlockM * (kStepKeys * 6 + padded_dim(head_dim_v) * 4 + padded_dim(head_dim) * 2 + 8);
+  return kBlockM * (kStepKeys * 4 + padded_dim(head_dim_v) * 4 + 8 +
+                    kTerms<T> * (kStepKeys + padded_dim(head_dim)) * 2);
 }
 
 // scores[32][32] = q[32][head_dim] k[32][head_dim]^T
@@ -159,6 +249,43 @@ inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, q + 16 * dim + d, dim * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, scores, kStepKeys * 4);
+  _tile_stored(1, scores + 16, kStepKeys * 4);
+  _tile_stored(2, scores + 16 * kStepKeys, kStepKeys * 4);
+  _tile_stored(3, scores + 16 * kStepKeys + 16, kStepKeys * 4);
+}
+
+// The same with two terms each.
+inline void score_block_split(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const uint16_t* q_low = q + kBlockM * dim;
+  const uint16_t* k_low = k + 16 * dim;
+  const int64_t half = 32 * dim;
+  for (int64_t d = 0; d < dim; d += 32) {
+    _tile_loadd(4, q + d, dim * 2);
+    _tile_loadd(5, q + 16 * dim + d, dim * 2);
+    _tile_loadd(6, k_low + d * 16, 64);
+    _tile_loadd(7, k_low + half + d * 16, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, k + d * 16, 64);
+    _tile_loadd(7, k + half + d * 16, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, q_low + d, dim * 2);
+    _tile_loadd(5, q_low + 16 * dim + d, dim * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -222,8 +349,18 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
 }
 
 // scores[rows][keys] = q k^T for all keys of a step.
-inline void score_step(const Scratch& scratch, const Granule* granules, int num_granules,
-                       int64_t rows, int64_t dim) {
+template <int kTerms>
+void score_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
+                int64_t dim) {
+  if constexpr (kTerms == 2) {
+    for (int g = 0; g < num_granules; ++g) {
+      for (int64_t r = 0; r < rows; r += 32) {
+        score_block_split(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
+                          scratch.scores + r * kStepKeys + g * kGranule);
+      }
+    }
+    return;
+  }
   if (rows == 16) {
     score_strip(scratch.q, dim, granules, num_granules, scratch.scores);
     return;
@@ -266,6 +403,44 @@ inline void value_block(const uint16_t* weights, const Granule* granules, int nu
   _tile_stored(3, acc + 16 * acc_stride + 16, acc_stride * 4);
 }
 
+// The same with two terms each; those of v are `v_low` elements apart.
+inline void value_block_split(const uint16_t* weights, const Granule* granules, int num_granules,
+                              int64_t d, int64_t v_low, float* acc, int64_t acc_stride) {
+  _tile_loadd(0, acc, acc_stride * 4);
+  _tile_loadd(1, acc + 16, acc_stride * 4);
+  _tile_loadd(2, acc + 16 * acc_stride, acc_stride * 4);
+  _tile_loadd(3, acc + 16 * acc_stride + 16, acc_stride * 4);
+  for (int g = 0; g < num_granules; ++g) {
+    const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
+    const uint16_t* w = weights + g * kGranule;
+    const uint16_t* w_low = w + kBlockM * kStepKeys;
+    _tile_loadd(4, w, kStepKeys * 2);
+    _tile_loadd(5, w + 16 * kStepKeys, kStepKeys * 2);
+    _tile_loadd(6, v + v_low, 64);
+    _tile_loadd(7, v + v_low + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, v, 64);
+    _tile_loadd(7, v + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, w_low, kStepKeys * 2);
+    _tile_loadd(5, w_low + 16 * kStepKeys, kStepKeys * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, acc, acc_stride * 4);
+  _tile_stored(1, acc + 16, acc_stride * 4);
+  _tile_stored(2, acc + 16 * acc_stride, acc_stride * 4);
+  _tile_stored(3, acc + 16 * acc_stride + 16, acc_stride * 4);
+}
+
 // acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
 template <int kPairs>
 inline void value_strip(const uint16_t* weights, const Granule* granules, int num_granules,
@@ -299,8 +474,18 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
 }
 
 // acc[rows][head_dim_v] += weights v for all keys of a step.
-inline void value_step(const Scratch& scratch, const Granule* granules, int num_granules,
-                       int64_t rows, int64_t acc_stride) {
+template <int kTerms>
+void value_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
+                int64_t acc_stride) {
+  if constexpr (kTerms == 2) {
+    for (int64_t d = 0; d < acc_stride; d += 32) {
+      for (int64_t r = 0; r < rows; r += 32) {
+        value_block_split(scratch.weights + r * kStepKeys, granules, num_granules, d,
+                          acc_stride * kGranule, scratch.acc + r * acc_stride + d, acc_stride);
+      }
+    }
+    return;
+  }
   if (rows == 16) {
     int64_t d = 0;
     for (; d + 64 <= acc_stride; d += 64) {
@@ -357,7 +542,8 @@ inline float row_max(const float* scores, int64_t n) {
   return _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
 }
 
-// weights = 2^(scores * scale - m) in bfloat16; returns their sum.
+// weights = 2^(scores * scale - m) in bfloat16, one term or two; returns their sum.
+template <int kTerms>
 inline float exp_row(const float* scores, int64_t n, float scale, float m, uint16_t* weights) {
   const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-m);
   __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
@@ -367,13 +553,20 @@ inline float exp_row(const float* scores, int64_t n, float scale, float m, uint1
     const __m512 p1 = exp2_bf16(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j + 16), factor, offset));
     sum0 = _mm512_add_ps(sum0, p0);
     sum1 = _mm512_add_ps(sum1, p1);
-    _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+    if constexpr (kTerms == 1) {
+      _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+    } else {
+      const Split p = split({p0, p1});
+      _mm512_storeu_si512(weights + j, p.high);
+      _mm512_storeu_si512(weights + kBlockM * kStepKeys + j, p.low);
+    }
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
 }
 
 // Turns the raw scores of one row into weights and brings (m, l, acc) up to date. The reference
 // point m follows the maximum only when that outgrows it by 2^kHeadroom, so acc is seldom scaled.
+template <int kTerms>
 inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scale,
                         int64_t acc_stride) {
   constexpr float kHeadroom = 8;
@@ -391,37 +584,42 @@ inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scal
     scratch.m[r] = m_new;
   }
   const float base = m_new == kMinusInfinity ? 0.0f : m_new;
-  scratch.l[r] += exp_row(scores, n, scale, base, scratch.weights + r * kStepKeys);
+  scratch.l[r] += exp_row<kTerms>(scores, n, scale, base, scratch.weights + r * kStepKeys);
 }
 
+// The rows of q with the sign of the scale, or 0 for a scale of 0.
+template <class T>
 void load_q(const QueryTile& tile, float factor, uint16_t* q) {
   const int64_t dim = padded_dim(tile.head_dim);
   const uint16_t flip = factor < 0 ? 0x8000 : 0, keep = factor == 0 ? 0 : 0xffff;
   const __m512i flips = _mm512_set1_epi16(flip), keeps = _mm512_set1_epi16(keep);
-  std::memset(q, 0, kBlockM * dim * 2);
+  const auto sign = [&](__m512i x) { return _mm512_and_si512(_mm512_xor_si512(x, flips), keeps); };
+  std::memset(q, 0, kTerms<T> * kBlockM * dim * 2);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const uint16_t* row = static_cast<const uint16_t*>(tile.q) + r * tile.q_row_stride;
+    const T* row = static_cast<const T*>(tile.q) + r * tile.q_row_stride;
     for (int64_t d = 0; d < tile.head_dim; d += 32) {
       const __mmask32 mask = lanes_within(d, tile.head_dim);
-      const __m512i x = _mm512_maskz_loadu_epi16(mask, row + d);
-      _mm512_mask_storeu_epi16(q + r * dim + d, mask,
-                               _mm512_and_si512(_mm512_xor_si512(x, flips), keeps));
+      const Split x = load_split(row + d, mask);
+      _mm512_mask_storeu_epi16(q + r * dim + d, mask, sign(x.high));
+      if constexpr (kTerms<T> == 2) {
+        _mm512_mask_storeu_epi16(q + (kBlockM + r) * dim + d, mask, sign(x.low));
+      }
     }
   }
 }
 
+template <class T>
 void write_rows(const QueryTile& tile, const Scratch& scratch) {
   const int64_t acc_stride = padded_dim(tile.head_dim_v);
   for (int64_t r = 0; r < tile.rows; ++r) {
     const RowEnd end = finish_row(scratch.m[r], scratch.l[r], tile.sink_logit);
     const __m512 factor = _mm512_set1_ps(end.factor);
     const float* acc = scratch.acc + r * acc_stride;
-    uint16_t* out = static_cast<uint16_t*>(tile.out) + r * tile.out_row_stride;
+    T* out = static_cast<T*>(tile.out) + r * tile.out_row_stride;
     for (int64_t d = 0; d < tile.head_dim_v; d += 32) {
       const __m512 x0 = _mm512_mul_ps(_mm512_loadu_ps(acc + d), factor);
       const __m512 x1 = _mm512_mul_ps(_mm512_loadu_ps(acc + d + 16), factor);
-      _mm512_mask_storeu_epi16(out + d, lanes_within(d, tile.head_dim_v),
-                               (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
+      store_floats(out + d, lanes_within(d, tile.head_dim_v), {x0, x1});
     }
     tile.lse[r] = end.lse;
   }
@@ -442,13 +640,15 @@ inline void prefetch_share(const Granule* granules, int num_granules, const void
 }
 
 // Attention of one query tile over all keys that the cursor hands out.
+template <class T>
 void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
-  const Scratch scratch = divide_scratch(memory, tile.head_dim_v);
+  const Scratch scratch = divide_scratch(memory, tile.head_dim_v, kTerms<T>);
   const int64_t dim = padded_dim(tile.head_dim), acc_stride = padded_dim(tile.head_dim_v);
-  const int64_t rows = tile.rows <= 16 ? 16 : (tile.rows + 31) / 32 * 32;
+  const bool is_strip = tile.rows <= 16 && kTerms<T> == 1;
+  const int64_t rows = is_strip ? 16 : (tile.rows + 31) / 32 * 32;
   const ScoreScale scaling = split_scale(tile.scale);
   const float scale = static_cast<float>((tile.softcap > 0 ? 1.0f : scaling.scale) * kLog2e);
-  load_q(tile, scaling.q_factor, scratch.q);
+  load_q<T>(tile, scaling.q_factor, scratch.q);
   std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
   std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
   std::fill(scratch.l, scratch.l + rows, 0.0f);
@@ -460,36 +660,43 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     const Granule* ahead = steps[(step + 1) % 2];
     const int num_ahead = keys.next(steps[(step + 1) % 2]);
     fence_compiler();
-    score_step(scratch, granules, n, rows, dim);
+    score_step<kTerms<T>>(scratch, granules, n, rows, dim);
     fence_compiler();
     const bool any_masked =
         std::any_of(granules, granules + n, [](const Granule& g) { return g.visible != nullptr; });
     for (int64_t r = 0; r < tile.rows; ++r) {
-      prefetch_share(granules, n, &Granule::v, acc_stride, r, tile.rows);
-      prefetch_share(ahead, num_ahead, &Granule::k, dim, r, tile.rows);
+      prefetch_share(granules, n, &Granule::v, kTerms<T> * acc_stride, r, tile.rows);
+      prefetch_share(ahead, num_ahead, &Granule::k, kTerms<T> * dim, r, tile.rows);
       float* scores = scratch.scores + r * kStepKeys;
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
       }
       if (any_masked) mask_row(scores, granules, n, r);
-      softmax_row(scratch, r, n * kGranule, scale, acc_stride);
+      softmax_row<kTerms<T>>(scratch, r, n * kGranule, scale, acc_stride);
     }
     fence_compiler();
-    value_step(scratch, granules, n, rows, acc_stride);
+    value_step<kTerms<T>>(scratch, granules, n, rows, acc_stride);
     fence_compiler();
     n = num_ahead;
   }
-  write_rows(tile, scratch);
+  write_rows<T>(tile, scratch);
+}
+
+template <class T>
+const TileKernel& tile_kernel() {
+  static constexpr TileKernel kKernel = {
+      kBlockM,      kStepGranules, granule_bytes<T>, granule_bytes<T>, 0,
+      kTile * 2,    pack_k<T>,     pack_v<T>,        scratch_bytes<T>, run_tile<T>,
+      enter_kernel, leave_kernel};
+  return kKernel;
 }
 
 }  // namespace amx
 
-const TileKernel& amx_bf16_kernel() {
-  static constexpr TileKernel kKernel = {
-      amx::kBlockM,      amx::kStepGranules, amx::granule_bytes, amx::granule_bytes, 0,
-      amx::kTile * 2,    amx::pack_k,        amx::pack_v,        amx::scratch_bytes, amx::run_tile,
-      amx::enter_kernel, amx::leave_kernel};
-  return kKernel;
+const TileKernel& amx_kernel(DType dtype) {
+  if (dtype == DType::kBFloat16) return amx::tile_kernel<amx::BFloat16>();
+  if (dtype == DType::kFloat16) return amx::tile_kernel<amx::Float16>();
+  return amx::tile_kernel<float>();
 }
 
 }  // namespace sparse_attn::cpu
