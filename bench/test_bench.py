@@ -2,8 +2,8 @@
 
 import pytest
 
-from .cases import chosen
-from .kernels import Problem, check
+from bench.cases import chosen
+from bench.kernels import Problem, check
 
 
 @pytest.mark.parametrize("library", ["sparse_attn", "torch SDPA"])

@@ -45,6 +45,7 @@ def backward(n):
 
 for _ in range(2):
     peak_growth(backward(256))  # loads what it needs
+many = torch.randint(0, 2**14 - 7, (1, 1, 2**14, 16))
 growth = {}
 """
 
@@ -56,6 +57,8 @@ CALLS = {
     "BlockTopK": "top_k(q, k)",
     "union": "(sink_window | top_k | selectors.BlockTopK(top_k=4, block_size=128))(q, k)",
     "from_topk": "BlockLayout.from_topk(picked, block_size=(64, 64), seqlens=(n, n))",
+    "a union at 1M tokens": "BlockLayout.from_topk(many, block_size=(64, 64), seqlens=(2**20,) * 2)"
+    " | BlockLayout.from_topk(many + 7, block_size=(64, 64), seqlens=(2**20,) * 2)",
     "density": "(blocks | window).density()",
     "transposed": "blocks.transposed",
 }
