@@ -25,7 +25,7 @@ from tests.oracle import assert_accurate, dense_attention
 
 from . import cases, report
 from .cases import Case
-from .timing import matmul_rate, paired_ratio, paired_times, read_rate
+from .timing import OtherLoad, matmul_rate, paired_ratio, paired_times, read_rate
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -274,12 +274,12 @@ def cells(result: Result) -> list[str]:
     ]
 
 
-def write(results: list[Result], out: Path) -> None:
+def write(results: list[Result], out: Path, conditions: str) -> None:
     """`cpu.md` and `cpu.csv` in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rows = [cells(r) for r in results]
     table = report.markdown_table(rows, HEADER)
-    about = f"{NOTES}\n\nMachine: {report.machine()}"
+    about = f"{NOTES}\n\nMachine: {conditions}"
     (out / "cpu.md").write_text(f"# Kernels on the CPU\n\n{table}\n\n{about}\n")
     more = [
         ["" if r.flex_ms is None else f"{r.flex_ms:.4g}", f"{r.rate:.4g}", f"{r.peak:.4g}"]
@@ -289,10 +289,10 @@ def write(results: list[Result], out: Path) -> None:
     report.write_rows(out / "cpu.csv", (*HEADER, "Flex ms", "rate", "peak"), rows)
 
 
-def summary(results: list[Result]) -> str:
+def summary(results: list[Result], conditions: str) -> str:
     """The cases of the quick run, for the README."""
     rows = [cells(r) for r in results if r.case.tier == "quick"]
-    return f"{report.markdown_table(rows, HEADER)}\n\n{report.machine()}"
+    return f"{report.markdown_table(rows, HEADER)}\n\n{conditions}"
 
 
 def run(chosen: list[Case], with_flex: bool, seconds: float) -> list[Result]:
@@ -326,18 +326,20 @@ def main() -> None:
         _C.set_cpu_isa(args.isa)
     torch.exp(torch.ones(2**20))  # the first threaded call of a process may be less accurate
 
+    load = OtherLoad()
     try:
         results = run(
             chosen, not (args.quick or args.no_flex), SECONDS / 4 if args.quick else SECONDS
         )
     except WrongResult as error:
         raise SystemExit(f"wrong result, nothing is reported: {error}") from None
-    print(report.markdown_table([cells(r) for r in results], HEADER))
+    conditions = report.conditions(load.share())
+    print(f"{report.markdown_table([cells(r) for r in results], HEADER)}\n\n{conditions}")
     whole = not (args.quick or args.only or args.no_flex or args.isa)
     if args.out or whole:
-        write(results, args.out or RESULTS)
+        write(results, args.out or RESULTS, conditions)
     if whole and args.out is None:
-        report.replace_section(README, "kernels", summary(results))
+        report.replace_section(README, "kernels", summary(results, conditions))
 
 
 if __name__ == "__main__":

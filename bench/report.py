@@ -40,6 +40,11 @@ CSV_HEADER = (
 )
 
 
+def conditions(other_load: float) -> str:
+    """The machine, and what share of its time other programs took during the run."""
+    return f"{machine()}. Other programs took {100 * other_load:.0f} % of its time during this run."
+
+
 def machine() -> str:
     """The processor, its vector instructions, the threads and versions that timings depend on."""
     features = torch.cpu.get_capabilities()

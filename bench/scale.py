@@ -21,7 +21,7 @@ from . import report
 from .cases import B64, Case, Dense, square
 from .kernels import RESULTS, Problem, WrongResult, check, forward_results, worst_error
 from .memory import peak_growth
-from .timing import paired_ratio, paired_times
+from .timing import OtherLoad, paired_ratio, paired_times
 
 LENGTHS = [8192, 32768, 131072, 1048576]
 ROUNDS = 5
@@ -200,7 +200,7 @@ def main() -> None:
         parser.error(f"--longest must be at least {LENGTHS[0]}, got {args.longest}")
     torch.exp(torch.ones(2**20))  # the first threaded call of a process may be less accurate
 
-    length_rows, thread_rows = [], []
+    load, length_rows, thread_rows = OtherLoad(), [], []
     try:
         for name in LAYOUTS:
             print(name, file=sys.stderr, flush=True)
@@ -214,11 +214,12 @@ def main() -> None:
         report.markdown_table(length_rows, LENGTH_HEADER),
         report.markdown_table(thread_rows, THREAD_HEADER),
     ]
-    print("\n\n".join(tables))
+    conditions = report.conditions(load.share())
+    print("\n\n".join([*tables, conditions]))
     if args.out or args.longest >= LENGTHS[-1]:
         out = args.out or RESULTS
         out.mkdir(parents=True, exist_ok=True)
-        text = "\n\n".join(["# Scale", *tables, NOTES, f"Machine: {report.machine()}"])
+        text = "\n\n".join(["# Scale", *tables, NOTES, f"Machine: {conditions}"])
         (out / "scale.md").write_text(f"{text}\n")
         report.write_rows(out / "scale.csv", LENGTH_HEADER, length_rows)
         report.write_rows(out / "scale_threads.csv", THREAD_HEADER, thread_rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -81,3 +83,28 @@ def read_rate(megabytes: int = 512) -> float:
     """Bytes a second that a sum over a large array reads on all threads, now."""
     x = _large_array(megabytes)
     return x.numel() * 4 / best_time(x.sum)
+
+
+class OtherLoad:
+    """How much of the processors' time other programs took since this was made (Linux)."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def share(self) -> float:
+        """0 if the machine was ours alone; from 0.05 on timings are in doubt. NaN if not known."""
+        busy, own, wall = (now - then for now, then in zip(self._now(), self.start, strict=True))
+        return max(0.0, busy - own) / (wall * os.cpu_count()) if wall > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of all processors at work, of this program and its children, of the clock."""
+        own = sum(os.times()[:4])
+        try:
+            user, nice, system, _, _, irq, softirq, *_ = map(
+                int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+            )
+        except OSError:
+            return float("nan"), own, perf_counter()
+        ticks = user + nice + system + irq + softirq
+        return ticks / os.sysconf("SC_CLK_TCK"), own, perf_counter()

@@ -57,6 +57,13 @@ def test_the_ratio_is_the_median_of_paired_ratios_not_the_ratio_of_medians():
     assert timing.paired_ratio(theirs, ours) == 3.0
 
 
+def test_other_load_is_the_work_that_is_not_ours(monkeypatch):
+    seconds = iter([(100.0, 10.0, 0.0), (100.0 + 9, 10.0 + 4, 10.0)])
+    monkeypatch.setattr(timing.OtherLoad, "_now", staticmethod(lambda: next(seconds)))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    assert timing.OtherLoad().share() == 0.25
+
+
 def test_case_names_are_unique():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
@@ -167,7 +174,7 @@ def test_results_are_written(tmp_path, monkeypatch):
         case=SMALL[0], density=0.5, sdpa_ms=2.0, ours_ms=1.0, ratio=2.0, flex_ms=3.0,
         flex_ratio=3.0, error=1e-3, rate=5.0, peak=10.0,
     )  # fmt: skip
-    kernels.write([result], tmp_path)
+    kernels.write([result], tmp_path, "a machine")
     assert "| 50 %" in (tmp_path / "cpu.md").read_text()
     header, row = (tmp_path / "cpu.csv").read_text().splitlines()
     assert len(header.split(",")) == len(row.split(",")) == len(kernels.HEADER) + 3
