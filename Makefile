@@ -28,7 +28,8 @@ test: $(INSTALLED)
 	$(PYTHON) -m pytest
 
 bench: $(INSTALLED)
-	$(PYTHON) -m bench.forward
+	$(PYTHON) -m bench.kernels
+	$(PYTHON) -m bench.scale
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

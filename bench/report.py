@@ -1,10 +1,11 @@
-"""The demo's results as a table, a CSV file and a picture."""
+"""Results as tables, CSV files and a picture."""
 
 from __future__ import annotations
 
 import csv
 import math
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -37,6 +38,11 @@ CSV_HEADER = (
     "prefill_s",
     "attention_s",
 )
+
+
+def conditions(other_load: float) -> str:
+    """The machine, and what share of its time other programs took during the run."""
+    return f"{machine()}. Other programs took {100 * other_load:.0f} % of its time during this run."
 
 
 def machine() -> str:
@@ -77,29 +83,50 @@ def cells(subject: Subject, baseline: Subject) -> list[str]:
     ]
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows under `HEADER`, in Markdown with aligned columns."""
-    lines = [list(HEADER), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+def markdown_table(rows: list[list[str]], header: Sequence[str] = HEADER) -> str:
+    """Rows under `header`, in Markdown with aligned columns."""
+    lines = [list(header), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     padded = ((cell.ljust(width) for cell, width in zip(x, widths, strict=True)) for x in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
-def write_csv(path: Path, results: dict[str, list[Subject]]) -> None:
-    """All measured values, one line for each model and subject."""
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put `text` between the lines ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a page.
+
+    Raises:
+        ValueError: if the page does not have both marks.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    page = path.read_text()
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"{path} has no section {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A CSV file."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_HEADER)
-        for model, subjects in results.items():
-            for s in subjects:
-                scored = (s.losses.get(name) for name in ("reading", "second copy"))
-                losses = ["" if loss is None else f"{loss:.4f}" for loss in scored]
-                times = [" ".join(f"{x:.3f}" for x in part) for part in (s.prefill, s.attention)]
-                found = " ".join(f"{name.split()[-1]}:{ok:d}" for name, ok in s.answers.items())
-                selector = "torch SDPA" if s.selector is None else repr(s.selector)
-                row = [model, s.name, selector, f"{s.density:.4f}", *losses, found, *times]
-                writer.writerow(row)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_csv(path: Path, results: dict[str, list[Subject]]) -> None:
+    """All measured values of the demo, one line for each model and subject."""
+    rows = []
+    for model, subjects in results.items():
+        for s in subjects:
+            scored = (s.losses.get(name) for name in ("reading", "second copy"))
+            losses = ["" if loss is None else f"{loss:.4f}" for loss in scored]
+            times = [" ".join(f"{x:.3f}" for x in part) for part in (s.prefill, s.attention)]
+            found = " ".join(f"{name.split()[-1]}:{ok:d}" for name, ok in s.answers.items())
+            selector = "torch SDPA" if s.selector is None else repr(s.selector)
+            rows.append([model, s.name, selector, f"{s.density:.4f}", *losses, found, *times])
+    write_rows(path, CSV_HEADER, rows)
 
 
 def kept_share(layout: BlockLayout, head: int, block: int = 64) -> torch.Tensor:

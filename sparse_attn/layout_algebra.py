@@ -67,6 +67,24 @@ def compact(rows: Tensor, cols: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return counts.int(), indices
 
 
+def ascending(entries: Tensor, nothing: int) -> tuple[Tensor, Tensor]:
+    """Each row of int32 ``entries [..., n]`` as an ascending list without duplicates.
+
+    Args:
+        entries: in any order, at most `nothing`.
+        nothing: the value that stands for no entry.
+
+    Returns:
+        tuple[Tensor, Tensor]: int32 ``(counts [...], indices [..., width])``.
+    """
+    entries = entries.sort(-1).values
+    repeated = entries[..., 1:] == entries[..., :-1]
+    entries[..., 1:].masked_fill_(repeated, nothing)
+    counts = (entries < nothing).sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if counts.numel() else 0
+    return counts, entries.sort(-1).values[..., :width].contiguous()
+
+
 def common_heads(layout: BlockLayout, num_heads: int | None) -> int:
     """`num_heads`, or the layout's own; every head size must divide it."""
     num_heads = layout.num_heads if num_heads is None else num_heads
@@ -215,17 +233,12 @@ def _merge_lists(
     count_a, count_b = _match(count_a, count_b, 1)
     index_a, index_b = _match(index_a, index_b, 1)
     batch = max(count_a.shape[0], count_b.shape[0])
-    lead = (batch, *count_a.shape[1:])
-    stride = max(size, 1)
-    pairs = []
-    for counts, indices in ((count_a, index_a), (count_b, index_b)):
-        keep = listed(counts, indices).expand(*lead, -1).flatten(0, 2)
-        rows, slots = keep.nonzero(as_tuple=True)
-        pairs.append(rows * stride + indices.expand(*lead, -1).flatten(0, 2)[rows, slots])
-    merged = torch.unique(torch.cat(pairs))
-    rows = lead[0] * lead[1] * lead[2]
-    counts, indices = compact(merged // stride, merged % stride, rows)
-    return {counts_name: counts.view(lead), indices_name: indices.view(*lead, indices.shape[-1])}
+    entries = [
+        torch.where(listed(counts, indices), indices, size).expand(batch, -1, -1, -1)
+        for counts, indices in ((count_a, index_a), (count_b, index_b))
+    ]
+    counts, indices = ascending(torch.cat(entries, -1), size)
+    return {counts_name: counts, indices_name: indices}
 
 
 def assemble_heads(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import BlockLayout
-from .layout_algebra import common_heads, compact, listed, spread_heads
+from .layout_algebra import ascending, common_heads, compact, listed, spread_heads
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -56,13 +56,8 @@ def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
             f"indices must be -1 or in [0, {num_kv_blocks}), got values in "
             f"[{int(indices.min())}, {int(indices.max())}]"
         )
-    lead = indices.shape[:3]
-    flat = indices.reshape(lead.numel(), -1).long()
-    rows, slots = (flat >= 0).nonzero(as_tuple=True)
-    pairs = torch.unique(rows * num_kv_blocks + flat[rows, slots])
-    stride = max(num_kv_blocks, 1)
-    counts, compacted = compact(pairs // stride, pairs % stride, lead.numel())
-    return _blocks_only(counts.view(lead), compacted.view(*lead, -1), block_size, seqlens)
+    entries = torch.where(indices < 0, num_kv_blocks, indices).int()
+    return _blocks_only(*ascending(entries, num_kv_blocks), block_size, seqlens)
 
 
 def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
@@ -177,15 +172,11 @@ def to_block_mask(layout: BlockLayout, *, is_causal: bool, num_heads: int | None
 
     num_heads = common_heads(layout, num_heads)
     block_q, block_kv = layout.block_size
-    touched = torch.stack(
-        [
-            _touched_blocks(layout, m, is_causal=is_causal, num_heads=num_heads)
-            for m in range(layout.num_q_blocks)
-        ],
-        dim=2,
-    )
-    order = touched.int().argsort(dim=-1, descending=True, stable=True).int()
-    counts = touched.sum(-1, dtype=torch.int32)
+    seen = [
+        _blocks_seen(layout, m, is_causal=is_causal, num_heads=num_heads)
+        for m in range(layout.num_q_blocks)
+    ]
+    touched, full = (torch.stack(tables, dim=2) for tables in zip(*seen, strict=True))
     batch = touched.shape[0]
     sink = spread_heads(layout.sink, 0, num_heads)
     window = spread_heads(layout.window, 0, num_heads)
@@ -210,23 +201,35 @@ def to_block_mask(layout: BlockLayout, *, is_causal: bool, num_heads: int | None
         return seen & (distance >= 0) if is_causal else seen
 
     return BlockMask.from_kv_blocks(
-        counts,
-        order,
+        *_full_width(touched & ~full),
+        *_full_width(full),
         BLOCK_SIZE=(block_q, block_kv),
         mask_mod=mask_mod,
         seq_lengths=tuple(layout.seqlens),
     )
 
 
-def _touched_blocks(layout: BlockLayout, m: int, *, is_causal: bool, num_heads: int) -> Tensor:
-    """Which key blocks hold a key that a row of query block `m` sees: bool ``[B', H, Mkv]``."""
+def _full_width(table: Tensor) -> tuple[Tensor, Tensor]:
+    """A bool table as counts and lists of all columns, the True ones first."""
+    order = table.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
+    return table.sum(-1, dtype=torch.int32), order
+
+
+def _blocks_seen(
+    layout: BlockLayout, m: int, *, is_causal: bool, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """The key blocks of which the rows of query block `m` see a key, and those of which every row
+    sees every key: bool ``[B', H, Mkv]`` each. A block that the end of q or k cuts short is never
+    full.
+    """
     block_q, block_kv = layout.block_size
-    rows = visible(
-        layout,
-        m * block_q,
-        min((m + 1) * block_q, layout.seqlen_q),
-        is_causal=is_causal,
-        num_heads=num_heads,
-    ).any(dim=2)
-    padded = torch.nn.functional.pad(rows, (0, layout.num_kv_blocks * block_kv - layout.seqlen_kv))
-    return padded.unflatten(-1, (layout.num_kv_blocks, block_kv)).any(dim=-1)
+    start, stop = m * block_q, min((m + 1) * block_q, layout.seqlen_q)
+    mask = visible(layout, start, stop, is_causal=is_causal, num_heads=num_heads)
+    missing = layout.num_kv_blocks * block_kv - layout.seqlen_kv
+
+    def per_block(rows: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(rows, (0, missing))
+        return padded.unflatten(-1, (layout.num_kv_blocks, block_kv))
+
+    full = per_block(mask.all(dim=2)).all(dim=-1)
+    return per_block(mask.any(dim=2)).any(dim=-1), full & (stop - start == block_q)

@@ -192,6 +192,18 @@ def test_to_block_mask_means_the_same(layout, is_causal):
     assert not (dense & ~blocks[:, :, : layout.seqlen_q, : layout.seqlen_kv]).any()
 
 
+def test_to_block_mask_calls_a_block_full_iff_all_of_it_is_seen():
+    layout = random_layout((40, 52), keep=0.5, heads=2) | BlockLayout.sink_window((40, 52), sink=20)
+    flex = layout.to_block_mask(is_causal=True, num_heads=2)
+    full = _block_table(flex.full_kv_num_blocks, flex.full_kv_indices, 4)
+    whole = layout.to_dense(num_heads=2)[:, :, :32, :48].unflatten(3, (3, 16)).unflatten(2, (2, 16))
+    assert torch.equal(full[:, :, :2, :3], whole.all(5).all(3))
+    assert full.any()
+    assert not full[:, :, 2].any() and not full[..., 3].any()  # cut short by the ends
+    partial = _block_table(flex.kv_num_blocks, flex.kv_indices, 4)
+    assert not (partial & full).any()
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
