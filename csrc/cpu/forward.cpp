@@ -180,7 +180,7 @@ void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   PackedKeys keys(params, kernel);
   int64_t keys_read = 0;
   for (const Task& task : tasks) keys_read += task.weight;
-  if (keys_read > params.batch * params.num_kv_heads * params.seqlen_kv) keys.pack_all(parallel);
+  if (!kernel.in_place && keys_read > params.batch * params.num_kv_heads * params.seqlen_kv) keys.pack_all(parallel);
 
   const int64_t scratch_bytes = KeyCursor::scratch_bytes(params, kernel) +
                                 kernel.scratch_bytes(params.head_dim, params.head_dim_v);
