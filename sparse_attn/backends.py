@@ -36,7 +36,10 @@ def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
 
 
 _REASONS = {"cpu": _cpu_reasons, "reference": _reference_reasons}
-_OPS = {"cpu": "attention", "reference": "attention_reference"}
+_OPS = {
+    "cpu": torch.ops.sparse_attn.attention.default,
+    "reference": torch.ops.sparse_attn.attention_reference.default,
+}
 _AUTO = {"cpu": ("cpu", "reference")}
 
 
@@ -64,9 +67,14 @@ def choose(backend: str, q: Tensor, v: Tensor) -> Explanation:
     """
     if backend != "auto" and backend not in _REASONS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(_REASONS)}, got {backend!r}")
-    order = _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
     reasons = {name: why(q, v) for name, why in _REASONS.items()}
+    order = _order(backend, q)
     return Explanation(next((name for name in order if not reasons[name]), None), reasons)
+
+
+def _order(backend: str, q: Tensor) -> tuple[str, ...]:
+    """The backends to try, the first one first."""
+    return _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
 
 
 def op_for(backend: str, q: Tensor, v: Tensor):
@@ -76,10 +84,10 @@ def op_for(backend: str, q: Tensor, v: Tensor):
         ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
             backend's reasons.
     """
-    chosen = choose(backend, q, v)
-    if chosen.backend is None:
-        raise ValueError(
-            f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
-            f"v {list(v.shape)}:\n{chosen}"
-        )
-    return getattr(torch.ops.sparse_attn, _OPS[chosen.backend])
+    for name in _order(backend, q):
+        if name in _REASONS and not _REASONS[name](q, v):
+            return _OPS[name]
+    raise ValueError(
+        f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
+        f"v {list(v.shape)}:\n{choose(backend, q, v)}"
+    )

@@ -2,7 +2,7 @@
 //
 // The lanes of a vector are rows of the tile; keys and head dims are walked one by one, their
 // elements broadcast. So K and V are read row by row as they lie in memory, and softmax works lane
-// by lane. A panel is two vectors of rows. float16 and bfloat16 keys become rows of float32 when
+// by lane. A panel is a few vectors of rows. float16 and bfloat16 keys become rows of float32 when
 // they are packed.
 #pragma once
 
@@ -11,18 +11,16 @@
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 inline constexpr int64_t kFmaBlockM = 64;
-inline constexpr int64_t kFmaGranules = 8;
+inline constexpr int64_t kFmaGranules = 4;
 inline constexpr int64_t kStepKeys = kFmaGranules * kGranule;
-inline constexpr int64_t kPanel = 2 * kLanes;
 
-// Most keys or dims that a product of so many vectors keeps in registers.
+// Vectors in a panel, and the registers for sums of products.
 #if SPARSE_ATTN_VECTOR_BYTES == 64
-template <int kVectors>
-inline constexpr int kMaxPart = kVectors == 1 ? 16 : 12;
+inline constexpr int kPanelVectors = 4, kSums = 24;
 #else
-template <int kVectors>
-inline constexpr int kMaxPart = kVectors == 1 ? 12 : 6;
+inline constexpr int kPanelVectors = 2, kSums = 12;
 #endif
+inline constexpr int64_t kPanel = kPanelVectors * kLanes;
 
 static inline int64_t padded_dim(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -87,6 +85,7 @@ template <int kVectors, int kKeys>
 static void score_part(const float* k, int64_t k_stride, const float* q, int64_t head_dim,
                        float* scores) {
   Vec sum[kKeys][kVectors] = {};
+#pragma GCC unroll 2
   for (int64_t d = 0; d < head_dim; ++d, q += kPanel) {
     Vec b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(q + v * kLanes);
@@ -115,6 +114,7 @@ static void value_part(const Granule* granules, int num_granules, int64_t first_
   }
   for (int g = 0; g < num_granules; ++g) {
     const float* row = static_cast<const float*>(granules[g].v) + first_dim;
+#pragma GCC unroll 2
     for (int j = 0; j < granules[g].count; ++j, row += granules[g].v_stride, weights += kPanel) {
       Vec b[kVectors];
       for (int v = 0; v < kVectors; ++v) b[v] = load(weights + v * kLanes);
@@ -159,22 +159,20 @@ SPARSE_ATTN_INLINE void for_parts(int64_t n, int64_t most, F f) {
 
 // What a tile keeps for one panel of rows.
 struct Panel {
-  float* q;        // [head_dim][kPanel], scaled
-  float* scores;   // [kStepKeys][kPanel], weights after the softmax
-  float* acc;      // [head_dim_v][kPanel]
-  float* m;        // [kPanel] running maximum, base 2
-  float* l;        // [kPanel] running sum
-  float* factor;   // [kPanel] what acc is to be multiplied with
-  int64_t first_row, rows;
-
-  bool is_wide() const { return rows > kLanes; }
+  float* q;       // [head_dim][kPanel], scaled
+  float* scores;  // [kStepKeys][kPanel], weights after the softmax
+  float* acc;     // [head_dim_v][kPanel]
+  float* m;       // [kPanel] running maximum, base 2
+  float* l;       // [kPanel] running sum
+  float* factor;  // [kPanel] what acc is to be multiplied with
+  int64_t first_row, rows, vectors;
 };
 
 template <int kVectors>
 static void score_keys(const Panel& panel, const Granule& granule, int64_t first_key,
                        int64_t head_dim) {
   const float* k = static_cast<const float*>(granule.k);
-  constexpr int kMost = kMaxPart<kVectors>;
+  constexpr int kMost = std::min(16, kSums / kVectors);
   for_parts(granule.count, kMost, [&](int64_t begin, int64_t count) {
     score_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
         k + begin * granule.k_stride, granule.k_stride, panel.q, head_dim,
@@ -185,7 +183,7 @@ static void score_keys(const Panel& panel, const Granule& granule, int64_t first
 template <int kVectors>
 static void add_values(const Panel& panel, const Granule* granules, int num_granules,
                        int64_t head_dim_v) {
-  constexpr int kMost = kMaxPart<kVectors>;
+  constexpr int kMost = std::min(16, kSums / kVectors);
   for_parts(head_dim_v, kMost, [&](int64_t begin, int64_t count) {
     value_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
         granules, num_granules, begin, panel.scores, panel.factor, panel.acc + begin * kPanel);
@@ -199,7 +197,8 @@ static void cap_scores(float* scores, int64_t num_keys, float softcap) {
   }
 }
 
-// Bit j of a row's word says whether the row sees key j: scores of keys it does not see become -inf.
+// Bit j of a row's word says whether the row sees key j: scores of keys it does not see become
+// -inf.
 static void mask_scores(float* scores, const uint32_t* visible, int num_keys, int64_t rows) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     IntVec words;
@@ -215,7 +214,7 @@ static void mask_scores(float* scores, const uint32_t* visible, int num_keys, in
 // Turns scores into weights and brings (m, l, factor) up to date.
 template <int kVectors>
 static void softmax(const Panel& panel, int64_t num_keys) {
-  constexpr int64_t kChains = 4;
+  constexpr int64_t kChains = 8 / kVectors;
   Vec top[kChains][kVectors];
   for (int i = 0; i < kChains; ++i) {
     for (int v = 0; v < kVectors; ++v) top[i][v] = load(panel.m + v * kLanes);
@@ -236,7 +235,8 @@ static void softmax(const Panel& panel, int64_t num_keys) {
   Vec base[kVectors], sum[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const Vec m_old = load(panel.m + v * kLanes);
-    const Vec m_new = maximum(maximum(top[0][v], top[1][v]), maximum(top[2][v], top[3][v]));
+    Vec m_new = top[0][v];
+    for (int i = 1; i < kChains; ++i) m_new = maximum(top[i][v], m_new);
     base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
     const Vec factor = exp2_nonpositive(m_old - base[v]);
     sum[v] = load(panel.l + v * kLanes) * factor;
@@ -308,8 +308,7 @@ static int64_t fma_scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
 
 static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory) {
   Panel panel;
-  panel.q = reinterpret_cast<float*>(memory) +
-            index * panel_floats(tile.head_dim, tile.head_dim_v);
+  panel.q = reinterpret_cast<float*>(memory) + index * panel_floats(tile.head_dim, tile.head_dim_v);
   panel.scores = panel.q + padded_dim(tile.head_dim) * kPanel;
   panel.acc = panel.scores + kStepKeys * kPanel;
   panel.m = panel.acc + padded_dim(tile.head_dim_v) * kPanel;
@@ -317,11 +316,27 @@ static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory)
   panel.factor = panel.l + kPanel;
   panel.first_row = index * kPanel;
   panel.rows = std::min(kPanel, tile.rows - panel.first_row);
+  panel.vectors = (panel.rows + kLanes - 1) / kLanes;
   std::fill(panel.acc, panel.m, 0.0f);
   std::fill(panel.m, panel.l, kMinusInfinity);
   std::fill(panel.l, panel.factor, 0.0f);
   return panel;
 }
+
+// The work on one panel, for each number of vectors.
+struct PanelSteps {
+  void (*score_keys)(const Panel&, const Granule&, int64_t, int64_t);
+  void (*softmax)(const Panel&, int64_t);
+  void (*add_values)(const Panel&, const Granule*, int, int64_t);
+};
+
+template <int... kVectors>
+static constexpr std::array<PanelSteps, kPanelVectors> panel_steps(
+    std::integer_sequence<int, kVectors...>) {
+  return {{{score_keys<kVectors + 1>, softmax<kVectors + 1>, add_values<kVectors + 1>}...}};
+}
+
+static constexpr auto kSteps = panel_steps(std::make_integer_sequence<int, kPanelVectors>());
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
@@ -338,8 +353,7 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
     int64_t num_keys = 0;
     for (int g = 0; g < n; num_keys += granules[g].count, ++g) {
       for (int64_t i = 0; i < num_panels; ++i) {
-        const auto score = panels[i].is_wide() ? score_keys<2> : score_keys<1>;
-        score(panels[i], granules[g], num_keys, tile.head_dim);
+        kSteps[panels[i].vectors - 1].score_keys(panels[i], granules[g], num_keys, tile.head_dim);
       }
     }
     for (int64_t i = 0; i < num_panels; ++i) {
@@ -351,8 +365,8 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
         mask_scores(panel.scores + first_key * kPanel, granules[g].visible + panel.first_row,
                     granules[g].count, panel.rows);
       }
-      (panel.is_wide() ? softmax<2> : softmax<1>)(panel, num_keys);
-      (panel.is_wide() ? add_values<2> : add_values<1>)(panel, granules, n, tile.head_dim_v);
+      kSteps[panel.vectors - 1].softmax(panel, num_keys);
+      kSteps[panel.vectors - 1].add_values(panel, granules, n, tile.head_dim_v);
     }
   }
   for (int64_t i = 0; i < num_panels; ++i) write_rows<T>(tile, panels[i]);
@@ -379,10 +393,19 @@ static void leave_kernel(uint32_t saved) {
 
 template <class T>
 static const TileKernel& fma_kernel() {
-  static constexpr TileKernel kKernel = {
-      kFmaBlockM, kFmaGranules, std::is_same_v<T, float>, granule_bytes, granule_bytes, 0,
-      0,          pack<T>,      pack<T>,                  fma_scratch_bytes, run_tile<T>,
-      enter_kernel, leave_kernel};
+  static constexpr TileKernel kKernel = {kFmaBlockM,
+                                         kFmaGranules,
+                                         std::is_same_v<T, float>,
+                                         granule_bytes,
+                                         granule_bytes,
+                                         0,
+                                         0,
+                                         pack<T>,
+                                         pack<T>,
+                                         fma_scratch_bytes,
+                                         run_tile<T>,
+                                         enter_kernel,
+                                         leave_kernel};
   return kKernel;
 }
 

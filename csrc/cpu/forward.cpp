@@ -167,20 +167,37 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
   kernel.run_tile(tile, cursor, scratch + KeyCursor::scratch_bytes(params, kernel));
 }
 
+// Everything on the calling thread.
+const Parallel& no_threads() {
+  static const Parallel kNone = {1, [](int64_t n, const std::function<void(int64_t)>& f) {
+                                   for (int64_t i = 0; i < n; ++i) f(i);
+                                 }};
+  return kNone;
+}
+
 }  // namespace
 
-void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
-  check_layout(params, parallel);
+void forward(const AttentionParams& params, Isa isa, const Parallel& threads) {
+  check_layout(params, threads);
   const TileKernel& kernel = select_kernel(isa, params.dtype);
   std::vector<Task> tasks = make_tasks(params, kernel.block_m);
   if (tasks.empty()) return;
   sort_tasks(params, tasks);
 
+  int64_t keys_read = 0, pairs = 0;
+  for (const Task& task : tasks) {
+    keys_read += task.weight;
+    pairs += task.weight * task.tile.rows;
+  }
+  // Other threads wake up in the time that one needs for about a million multiplications.
+  constexpr int64_t kWorthThreads = 1 << 20;
+  const bool is_small = pairs * (params.head_dim + params.head_dim_v) < kWorthThreads;
+  const Parallel& parallel = is_small ? no_threads() : threads;
+
   // Packing pays when keys are read more than once; otherwise tiles pack what they read.
   PackedKeys keys(params, kernel);
-  int64_t keys_read = 0;
-  for (const Task& task : tasks) keys_read += task.weight;
-  if (!kernel.in_place && keys_read > params.batch * params.num_kv_heads * params.seqlen_kv) keys.pack_all(parallel);
+  if (!kernel.in_place && keys_read > params.batch * params.num_kv_heads * params.seqlen_kv)
+    keys.pack_all(parallel);
 
   const int64_t scratch_bytes = KeyCursor::scratch_bytes(params, kernel) +
                                 kernel.scratch_bytes(params.head_dim, params.head_dim_v);

@@ -485,10 +485,11 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
 }  // namespace amx
 
 const TileKernel& amx_bf16_kernel() {
-  static constexpr TileKernel kKernel = {
-      amx::kBlockM,      amx::kStepGranules, false, amx::granule_bytes, amx::granule_bytes, 0,
-      amx::kTile * 2,    amx::pack_k,        amx::pack_v,        amx::scratch_bytes, amx::run_tile,
-      amx::enter_kernel, amx::leave_kernel};
+  static constexpr TileKernel kKernel = {amx::kBlockM,       amx::kStepGranules, false,
+                                         amx::granule_bytes, amx::granule_bytes, 0,
+                                         amx::kTile * 2,     amx::pack_k,        amx::pack_v,
+                                         amx::scratch_bytes, amx::run_tile,      amx::enter_kernel,
+                                         amx::leave_kernel};
   return kKernel;
 }
 

@@ -231,7 +231,8 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
                nullptr};
   } else if (source_.packed_k != nullptr) {
     const int64_t i = run.begin / kGranule;
-    granule = packed_granule(source_.packed_k + i * k_bytes_, source_.packed_v + i * v_bytes_, count);
+    granule =
+        packed_granule(source_.packed_k + i * k_bytes_, source_.packed_v + i * v_bytes_, count);
   } else {
     granule = pack(positions, count, slot);
   }
@@ -272,7 +273,8 @@ int KeyCursor::next(Granule* granules) {
       ++filled;
       continue;
     }
-    for (uint32_t candidates = found.always | found.window; candidates != 0; candidates &= candidates - 1) {
+    for (uint32_t candidates = found.always | found.window; candidates != 0;
+         candidates &= candidates - 1) {
       const int bit = std::countr_zero(candidates);
       pending_always_ |= static_cast<uint64_t>(found.always >> bit & 1) << num_pending_;
       pending_[num_pending_++] = static_cast<int32_t>(found.begin + bit);
