@@ -30,8 +30,8 @@ def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
     if q.dtype not in _CPU_DTYPES:
         reasons.append(f"the dtype is {q.dtype}; it takes float32, bfloat16 and float16")
     for name, x in (("head_dim", q), ("head_dim_v", v)):
-        if not 1 <= x.shape[-1] <= _CPU_MAX_HEAD_DIM:
-            reasons.append(f"{name} is {x.shape[-1]}; it takes 1 to {_CPU_MAX_HEAD_DIM}")
+        if not 1 <= x.size(-1) <= _CPU_MAX_HEAD_DIM:
+            reasons.append(f"{name} is {x.size(-1)}; it takes 1 to {_CPU_MAX_HEAD_DIM}")
     return reasons
 
 

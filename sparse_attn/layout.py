@@ -158,8 +158,7 @@ class BlockLayout:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
-        named = ((name, getattr(self, name)) for name in _TENSORS)
-        return {name: value for name, value in named if value is not None}
+        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""

@@ -25,7 +25,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} must be [batch, heads, seqlen, head_dim], got shape {list(x.shape)}"
             )
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if x.dtype != dtype:
             raise ValueError(f"{name} must have q's dtype {dtype}, got {x.dtype}")

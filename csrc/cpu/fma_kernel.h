@@ -258,17 +258,19 @@ static void softmax(const Panel& panel, int64_t num_keys) {
 template <class T>
 static void load_q(const QueryTile& tile, const Panel& panel, float factor) {
   const int64_t stride = padded_dim(tile.head_dim);
-  float rows[kLanes * kMaxHeadDim] = {};
+  float rows[kLanes * kMaxHeadDim];
   for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
-    std::fill(rows + count * stride, rows + kLanes * stride, 0.0f);
     for (int64_t r = 0; r < count; ++r) {
       const T* q = static_cast<const T*>(tile.q) + (panel.first_row + r0 + r) * tile.q_row_stride;
       convert_row(q, tile.head_dim, rows + r * stride);
+      std::fill(rows + r * stride + tile.head_dim, rows + (r + 1) * stride, 0.0f);
     }
     for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
       Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) x[i] = load(rows + i * stride + d) * factor;
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = i < count ? load(rows + i * stride + d) * factor : Vec{};
+      }
       transpose(x);
       for (int i = 0; i < kLanes; ++i) store(panel.q + (d + i) * kPanel + r0, x[i]);
     }
