@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <atomic>
 #include <limits>
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -37,12 +39,18 @@ void require(bool condition, const Parts&... message) {
   throw std::invalid_argument(text.str());
 }
 
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(tensor.size(i));
+struct ShapeOf {
+  const Tensor& tensor;
+};
+
+ShapeOf shape_of(const Tensor& tensor) { return {tensor}; }
+
+std::ostream& operator<<(std::ostream& text, const ShapeOf& shape) {
+  text << "[";
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) {
+    text << (i == 0 ? "" : ", ") << shape.tensor.size(i);
   }
-  return text + "]";
+  return text << "]";
 }
 
 void require_shape(const Tensor& tensor, const char* name, int64_t dim) {
@@ -158,14 +166,25 @@ IndexLists describe_lists(const std::optional<Tensor>& counts, const char* count
 
 int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
 
+// An uninitialized CPU tensor, without the dispatcher.
+template <int64_t kDim>
+Tensor empty_strided(const std::array<int64_t, kDim>& sizes,
+                     const std::array<int64_t, kDim>& strides, int32_t dtype) {
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDim, sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
 Tensor allocate_out(const Tensor& q, const AttentionParams& params) {
-  if (q.stride(1) < q.stride(2)) {
-    const Tensor rows_first = torch::stable::new_empty(
-        q, {params.batch, params.seqlen_q, params.num_heads, params.head_dim_v});
-    return torch::stable::transpose(rows_first, 1, 2);
-  }
-  return torch::stable::new_empty(
-      q, {params.batch, params.num_heads, params.seqlen_q, params.head_dim_v});
+  const int64_t heads = params.num_heads, rows = params.seqlen_q, dim = params.head_dim_v;
+  const bool rows_first = q.stride(1) < q.stride(2);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  return empty_strided<4>(
+      {params.batch, heads, rows, dim},
+      {heads * rows * dim, (rows_first ? 1 : rows) * dim, (rows_first ? heads : 1) * dim, 1},
+      dtype);
 }
 
 cpu::Parallel torch_threads() {
@@ -216,8 +235,9 @@ std::tuple<Tensor, Tensor> attention(
   }
 
   Tensor out = allocate_out(q, params);
-  Tensor lse = torch::stable::new_empty(q, {params.batch, params.num_heads, params.seqlen_q},
-                                        ScalarType::Float);
+  Tensor lse = empty_strided<3>({params.batch, params.num_heads, params.seqlen_q},
+                                {params.num_heads * params.seqlen_q, params.seqlen_q, 1},
+                                aoti_torch_dtype_float32());
   params.out = out.mutable_data_ptr();
   params.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   params.lse = static_cast<float*>(lse.mutable_data_ptr());

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import backends, ops, validation
+from . import autograd, backends, ops, validation
 from .layout import BlockLayout
 
 Selector = Callable[..., BlockLayout]
@@ -79,8 +79,10 @@ def sparse_attention(
     layout = _layout(layout_or_selector, q, k, is_causal, scale)
     if sinks is not None:
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, lse = op(q, k, v, *ops.layout_args(layout, sinks, scale, float(softcap), is_causal))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
+    out, lse = autograd.run(op, q, k, v, *args)
     return (out, lse) if return_lse else out
 
 

@@ -8,6 +8,28 @@ from torch import Tensor
 from .ops import library
 
 
+def run(op, *args):
+    """``op(*args)`` for the forward op, past the Autograd key's Python kernel when no gradient is
+    asked for: that kernel costs more than a small call.
+    """
+    if torch.compiler.is_compiling() or _needs_grad(args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _needs_grad(args: tuple) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    q, k, v, sinks = *args[:3], args[9]
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+    )
+
+
 def _differentiable(name: str):
     """The Autograd kernel of the op `name`, whose gradient is the op ``<name>_backward``."""
     forward_op = getattr(torch.ops.sparse_attn, name).default
@@ -32,9 +54,7 @@ def _differentiable(name: str):
             return dq, dk, dv, *none, None if sinks is None else dsinks, *(None,) * len(ctx.scalars)
 
     def call(*args):
-        q, k, v, sinks = *args[:3], args[9]
-        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if _needs_grad(args):
             return Attention.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op(*args)

@@ -30,13 +30,16 @@ def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
     if q.dtype not in _CPU_DTYPES:
         reasons.append(f"the dtype is {q.dtype}; it takes float32, bfloat16 and float16")
     for name, x in (("head_dim", q), ("head_dim_v", v)):
-        if not 1 <= x.shape[-1] <= _CPU_MAX_HEAD_DIM:
-            reasons.append(f"{name} is {x.shape[-1]}; it takes 1 to {_CPU_MAX_HEAD_DIM}")
+        if not 1 <= x.size(-1) <= _CPU_MAX_HEAD_DIM:
+            reasons.append(f"{name} is {x.size(-1)}; it takes 1 to {_CPU_MAX_HEAD_DIM}")
     return reasons
 
 
 _REASONS = {"cpu": _cpu_reasons, "reference": _reference_reasons}
-_OPS = {"cpu": "attention", "reference": "attention_reference"}
+_OPS = {
+    "cpu": torch.ops.sparse_attn.attention.default,
+    "reference": torch.ops.sparse_attn.attention_reference.default,
+}
 _AUTO = {"cpu": ("cpu", "reference")}
 
 
@@ -64,9 +67,14 @@ def choose(backend: str, q: Tensor, v: Tensor) -> Explanation:
     """
     if backend != "auto" and backend not in _REASONS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(_REASONS)}, got {backend!r}")
-    order = _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
     reasons = {name: why(q, v) for name, why in _REASONS.items()}
+    order = _order(backend, q)
     return Explanation(next((name for name in order if not reasons[name]), None), reasons)
+
+
+def _order(backend: str, q: Tensor) -> tuple[str, ...]:
+    """The backends to try, the first one first."""
+    return _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
 
 
 def op_for(backend: str, q: Tensor, v: Tensor):
@@ -76,10 +84,10 @@ def op_for(backend: str, q: Tensor, v: Tensor):
         ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
             backend's reasons.
     """
-    chosen = choose(backend, q, v)
-    if chosen.backend is None:
-        raise ValueError(
-            f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
-            f"v {list(v.shape)}:\n{chosen}"
-        )
-    return getattr(torch.ops.sparse_attn, _OPS[chosen.backend])
+    for name in _order(backend, q):
+        if name in _REASONS and not _REASONS[name](q, v):
+            return _OPS[name]
+    raise ValueError(
+        f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
+        f"v {list(v.shape)}:\n{choose(backend, q, v)}"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _INT32_MAX = 2**31 - 1
+_TENSORS = ("sink", "window", "kv_num_blocks", "kv_indices", "num_columns", "column_indices")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +158,7 @@ class BlockLayout:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: value for name, value in named if isinstance(value, Tensor)}
+        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""

@@ -19,32 +19,40 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x is q:
+            dtype, device = q.dtype, q.device
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must be [batch, heads, seqlen, head_dim], got shape {list(x.shape)}"
             )
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
-    if v.shape[1:3] != k.shape[1:3]:
+        if x.dtype != dtype:
+            raise ValueError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+    batch, num_heads, _, head_dim = q.shape
+    k_batch, num_kv_heads, seqlen_kv, k_head_dim = k.shape
+    v_batch, v_heads, v_seqlen, head_dim_v = v.shape
+    for name, size in (("k", k_batch), ("v", v_batch)):
+        if size != batch:
+            raise ValueError(f"{name} must have q's batch size {batch}, got {size}")
+    if v_heads != num_kv_heads or v_seqlen != seqlen_kv:
         raise ValueError(
-            f"v must have k's heads and seqlen {list(k.shape[1:3])}, got {list(v.shape[1:3])}"
+            f"v must have k's heads and seqlen {[num_kv_heads, seqlen_kv]}, "
+            f"got {[v_heads, v_seqlen]}"
         )
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
-    if min(q.shape[0], q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]) < 1:
+    if k_head_dim != head_dim:
+        raise ValueError(f"k must have q's head_dim {head_dim}, got {k_head_dim}")
+    if min(batch, num_heads, num_kv_heads, head_dim, head_dim_v) < 1:
         raise ValueError(
             "batch, heads and head dims must be positive, got "
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {k.shape[1]} heads of k")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"q has {num_heads} heads, not a multiple of the {num_kv_heads} heads of k"
+        )
 
 
 def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
@@ -58,23 +66,22 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
             "layout_or_selector must be a BlockLayout or a selector that returns one, got "
             f"{type(layout).__name__}"
         )
-    if tuple(layout.seqlens) != (q.shape[2], k.shape[2]):
+    batch, num_heads, seqlen_q, _ = q.shape
+    seqlens = (seqlen_q, k.shape[2])
+    if tuple(layout.seqlens) != seqlens:
         raise ValueError(
-            f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have "
-            f"{(q.shape[2], k.shape[2])}"
+            f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have {seqlens}"
         )
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, but q is on {q.device}")
     for name, x in layout.tensors().items():
-        heads = x.shape[0 if x.dim() == 1 else 1]
-        if q.shape[1] % heads:
+        size, heads = x.shape[:2] if x.dim() > 1 else (1, x.shape[0])
+        if num_heads % heads:
             raise ValueError(
-                f"{name} has {heads} heads, which does not divide the {q.shape[1]} heads of q"
+                f"{name} has {heads} heads, which does not divide the {num_heads} heads of q"
             )
-        if x.dim() > 1 and x.shape[0] not in (1, q.shape[0]):
-            raise ValueError(
-                f"{name} has batch size {x.shape[0]}, it must be 1 or q's {q.shape[0]}"
-            )
+        if size not in (1, batch):
+            raise ValueError(f"{name} has batch size {size}, it must be 1 or q's {batch}")
 
 
 def check_scalars(q: Tensor, scale: float | None, softcap: float) -> float:

@@ -1,7 +1,9 @@
-// The tile kernel in float32 fused multiply-adds, for any vector width. float16 and bfloat16 keys
-// become float32 when they are packed.
+// The tile kernel in float32 fused multiply-adds, for any vector width.
 //
-// Packed K: [head_dim][32 keys]. Packed V: [32 keys][head_dim_v rounded up to 32].
+// The lanes of a vector are rows of the tile; keys and head dims are walked one by one, their
+// elements broadcast. So K and V are read row by row as they lie in memory, and softmax works lane
+// by lane. A panel is a few vectors of rows. float16 and bfloat16 keys become rows of float32 when
+// they are packed.
 #pragma once
 
 #include "softmax_state.h"
@@ -9,16 +11,18 @@
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 inline constexpr int64_t kFmaBlockM = 64;
-inline constexpr int64_t kFmaGranules = 8;
+inline constexpr int64_t kFmaGranules = 4;
 inline constexpr int64_t kStepKeys = kFmaGranules * kGranule;
 
+// Vectors in a panel, and the registers for sums of products.
 #if SPARSE_ATTN_VECTOR_BYTES == 64
-inline constexpr int kMaxMicroRows = 12;
+inline constexpr int kPanelVectors = 4, kSums = 24;
 #else
-inline constexpr int kMaxMicroRows = 6;
+inline constexpr int kPanelVectors = 2, kSums = 12;
 #endif
+inline constexpr int64_t kPanel = kPanelVectors * kLanes;
 
-static inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
+static inline int64_t padded_dim(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 struct BFloat16 {
   uint16_t bits;
@@ -61,203 +65,313 @@ SPARSE_ATTN_INLINE void from_float(float x, Float16& result) {
 }
 
 template <class T>
-static void convert_row(const T* source, int64_t n, float factor, float* dest) {
-  for (int64_t i = 0; i < n; ++i) dest[i] = to_float(source[i]) * factor;
+static void convert_row(const T* source, int64_t n, float* dest) {
+  for (int64_t i = 0; i < n; ++i) dest[i] = to_float(source[i]);
 }
 
+// Packed K and V: 32 rows of float32.
 template <class T>
-static void pack_k(const void* const* rows, int64_t head_dim, void* granule) {
+static void pack(const void* const* rows, int64_t dim, void* granule) {
   float* dest = static_cast<float*>(granule);
-  for (int64_t d0 = 0; d0 < head_dim; d0 += 16) {
-    const int64_t d1 = std::min<int64_t>(head_dim, d0 + 16);
-    for (int i = 0; i < kGranule; ++i) {
-      const T* row = static_cast<const T*>(rows[i]);
-      for (int64_t d = d0; d < d1; ++d) dest[d * kGranule + i] = to_float(row[d]);
+  for (int i = 0; i < kGranule; ++i) {
+    convert_row(static_cast<const T*>(rows[i]), dim, dest + i * dim);
+  }
+}
+
+static int64_t granule_bytes(int64_t dim) { return dim * kGranule * 4; }
+
+// scores[kKeys][rows] = k[kKeys][head_dim] q[head_dim][rows]
+template <int kVectors, int kKeys>
+static void score_part(const float* k, int64_t k_stride, const float* q, int64_t head_dim,
+                       float* scores) {
+  Vec sum[kKeys][kVectors] = {};
+#pragma GCC unroll 2
+  for (int64_t d = 0; d < head_dim; ++d, q += kPanel) {
+    Vec b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = load(q + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec x = broadcast(k[i * k_stride + d]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += x * b[v];
     }
   }
-}
-
-template <class T>
-static void pack_v(const void* const* rows, int64_t head_dim_v, void* granule) {
-  float* dest = static_cast<float*>(granule);
-  const int64_t padded = padded_dim(head_dim_v);
-  for (int i = 0; i < kGranule; ++i) {
-    convert_row(static_cast<const T*>(rows[i]), head_dim_v, 1.0f, dest + i * padded);
-    std::fill(dest + i * padded + head_dim_v, dest + (i + 1) * padded, 0.0f);
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i) {
+    for (int v = 0; v < kVectors; ++v) store(scores + i * kPanel + v * kLanes, sum[i][v]);
   }
 }
 
-static int64_t k_granule_bytes(int64_t head_dim) { return head_dim * kGranule * 4; }
-static int64_t v_granule_bytes(int64_t head_dim_v) { return padded_dim(head_dim_v) * kGranule * 4; }
-
-// c[kRows][2 vectors] = a[kRows][n] b[n][2 vectors] (+ c), n = depth for each matrix of `b`.
-template <int kRows>
-static void multiply_rows(const float* a, int64_t a_stride, const float* const* b, int num_b,
-                          int64_t b_offset, int64_t b_stride, int64_t depth, float* c,
-                          int64_t c_stride, bool accumulate) {
-  Vec sum[kRows][2];
+// acc[kDims][rows] = acc * factor + sum over the keys of v[key][kDims] weights[key][rows]
+template <int kVectors, int kDims>
+static void value_part(const Granule* granules, int num_granules, int64_t first_dim,
+                       const float* weights, const float* factor, float* acc) {
+  Vec sum[kDims][kVectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = accumulate ? load(c + r * c_stride) : Vec{};
-    sum[r][1] = accumulate ? load(c + r * c_stride + kLanes) : Vec{};
+  for (int i = 0; i < kDims; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] = load(acc + i * kPanel + v * kLanes) * load(factor + v * kLanes);
+    }
   }
-  for (int i = 0; i < num_b; ++i) {
-    const float* row = b[i] + b_offset;
-    for (int64_t k = 0; k < depth; ++k, row += b_stride, ++a) {
-      const Vec b0 = load(row), b1 = load(row + kLanes);
+  for (int g = 0; g < num_granules; ++g) {
+    const float* row = static_cast<const float*>(granules[g].v) + first_dim;
+#pragma GCC unroll 2
+    for (int j = 0; j < granules[g].count; ++j, row += granules[g].v_stride, weights += kPanel) {
+      Vec b[kVectors];
+      for (int v = 0; v < kVectors; ++v) b[v] = load(weights + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec x = broadcast(a[r * a_stride]);
-        sum[r][0] += x * b0;
-        sum[r][1] += x * b1;
+      for (int i = 0; i < kDims; ++i) {
+        const Vec x = broadcast(row[i]);
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += x * b[v];
       }
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    store(c + r * c_stride, sum[r][0]);
-    store(c + r * c_stride + kLanes, sum[r][1]);
+  for (int i = 0; i < kDims; ++i) {
+    for (int v = 0; v < kVectors; ++v) store(acc + i * kPanel + v * kLanes, sum[i][v]);
   }
 }
 
-using MultiplyRows = void (*)(const float*, int64_t, const float* const*, int, int64_t, int64_t,
-                              int64_t, float*, int64_t, bool);
+using ScorePart = void (*)(const float*, int64_t, const float*, int64_t, float*);
+using ValuePart = void (*)(const Granule*, int, int64_t, const float*, const float*, float*);
 
-template <int... kRows>
-static MultiplyRows multiply_rows_function(int rows, std::integer_sequence<int, kRows...>) {
-  static constexpr MultiplyRows kFunctions[] = {multiply_rows<kRows + 1>...};
-  return kFunctions[rows - 1];
+template <int kVectors, int... kCounts>
+static ScorePart score_function(int64_t keys, std::integer_sequence<int, kCounts...>) {
+  static constexpr ScorePart kFunctions[] = {score_part<kVectors, kCounts + 1>...};
+  return kFunctions[keys - 1];
 }
 
-// c[rows][columns] = a b (+ c) with the rows cut into nearly equal parts for multiply_rows.
-static void multiply(const float* a, int64_t a_stride, const float* const* b, int num_b,
-                     int64_t b_stride, int64_t depth, float* c, int64_t c_stride, int64_t rows,
-                     int64_t columns, bool accumulate) {
-  for (int64_t column = 0; column < columns; column += 2 * kLanes) {
-    int64_t parts = (rows + kMaxMicroRows - 1) / kMaxMicroRows;
-    for (int64_t r = 0; r < rows; --parts) {
-      const int64_t count = (rows - r + parts - 1) / parts;
-      const MultiplyRows function = multiply_rows_function(
-          static_cast<int>(count), std::make_integer_sequence<int, kMaxMicroRows>());
-      function(a + r * a_stride, a_stride, b, num_b, column, b_stride, depth,
-               c + r * c_stride + column, c_stride, accumulate);
-      r += count;
-    }
+template <int kVectors, int... kCounts>
+static ValuePart value_function(int64_t dims, std::integer_sequence<int, kCounts...>) {
+  static constexpr ValuePart kFunctions[] = {value_part<kVectors, kCounts + 1>...};
+  return kFunctions[dims - 1];
+}
+
+// Calls f(begin, count) on [0, n) cut into nearly equal parts of at most `most`.
+template <class F>
+SPARSE_ATTN_INLINE void for_parts(int64_t n, int64_t most, F f) {
+  int64_t parts = (n + most - 1) / most;
+  for (int64_t begin = 0; begin < n; --parts) {
+    const int64_t count = (n - begin + parts - 1) / parts;
+    f(begin, count);
+    begin += count;
   }
 }
 
-// Bit i of `bits` becomes lane i: its score, or -inf.
-SPARSE_ATTN_INLINE Vec keep_visible(Vec scores, uint32_t bits) {
-  IntVec lane_bit;
-  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
-  const IntVec selected = (IntVec{} + static_cast<int32_t>(bits)) & lane_bit;
-  return selected != 0 ? scores : broadcast(kMinusInfinity);
-}
-
-struct FmaScratch {
-  float* q;       // [rows][head_dim]
-  float* scores;  // [rows][kStepKeys], weights after the softmax
-  float* acc;     // [rows][padded head_dim_v]
-  float* m;       // [rows] running maximum, base 2
-  float* l;       // [rows] running sum
+// What a tile keeps for one panel of rows.
+struct Panel {
+  float* q;       // [head_dim][kPanel], scaled
+  float* scores;  // [kStepKeys][kPanel], weights after the softmax
+  float* acc;     // [head_dim_v][kPanel]
+  float* m;       // [kPanel] running maximum, base 2
+  float* l;       // [kPanel] running sum
+  float* factor;  // [kPanel] what acc is to be multiplied with
+  int64_t first_row, rows, vectors;
 };
 
-// Turns one row of raw scores into weights and brings (m, l, acc) up to date.
-static void softmax_row(const QueryTile& tile, const FmaScratch& scratch, const Granule* granules,
-                        int num_granules, int64_t r, float scale) {
-  float* scores = scratch.scores + r * kStepKeys;
-  const int64_t n = num_granules * kGranule;
-  Vec top = broadcast(kMinusInfinity);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    Vec s = load(scores + j);
-    if (tile.softcap > 0) {
-      s = tanh(s * (scale / tile.softcap)) * static_cast<float>(tile.softcap * kLog2e);
-    } else {
-      s *= static_cast<float>(scale * kLog2e);
-    }
-    const uint32_t* visible = granules[j / kGranule].visible;
-    if (visible != nullptr) s = keep_visible(s, visible[r] >> j % kGranule);
-    store(scores + j, s);
-    top = maximum(s, top);
+template <int kVectors>
+static void score_keys(const Panel& panel, const Granule& granule, int64_t first_key,
+                       int64_t head_dim) {
+  const float* k = static_cast<const float*>(granule.k);
+  constexpr int kMost = std::min(16, kSums / kVectors);
+  for_parts(granule.count, kMost, [&](int64_t begin, int64_t count) {
+    score_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
+        k + begin * granule.k_stride, granule.k_stride, panel.q, head_dim,
+        panel.scores + (first_key + begin) * kPanel);
+  });
+}
+
+template <int kVectors>
+static void add_values(const Panel& panel, const Granule* granules, int num_granules,
+                       int64_t head_dim_v) {
+  constexpr int kMost = std::min(16, kSums / kVectors);
+  for_parts(head_dim_v, kMost, [&](int64_t begin, int64_t count) {
+    value_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
+        granules, num_granules, begin, panel.scores, panel.factor, panel.acc + begin * kPanel);
+  });
+}
+
+static void cap_scores(float* scores, int64_t num_keys, float softcap) {
+  const float factor = static_cast<float>(softcap * kLog2e);
+  for (int64_t i = 0; i < num_keys * kPanel; i += kLanes) {
+    store(scores + i, tanh(load(scores + i)) * factor);
   }
-  const float m_old = scratch.m[r], m_new = std::max(m_old, reduce_max(top));
-  if (m_new > m_old) {
-    if (m_old != kMinusInfinity) {
-      const float factor = std::exp2(m_old - m_new);
-      scratch.l[r] *= factor;
-      float* acc = scratch.acc + r * padded_dim(tile.head_dim_v);
-      for (int64_t d = 0; d < padded_dim(tile.head_dim_v); d += kLanes) {
-        store(acc + d, load(acc + d) * factor);
+}
+
+// Bit j of a row's word says whether the row sees key j: scores of keys it does not see become
+// -inf.
+static void mask_scores(float* scores, const uint32_t* visible, int num_keys, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    IntVec words;
+    std::memcpy(&words, visible + r, sizeof(words));
+    for (int j = 0; j < num_keys; ++j) {
+      float* s = scores + j * kPanel + r;
+      const IntVec selected = words & static_cast<int32_t>(uint32_t{1} << j);
+      store(s, selected != 0 ? load(s) : broadcast(kMinusInfinity));
+    }
+  }
+}
+
+// Turns scores into weights and brings (m, l, factor) up to date.
+template <int kVectors>
+static void softmax(const Panel& panel, int64_t num_keys) {
+  constexpr int64_t kChains = 8 / kVectors;
+  Vec top[kChains][kVectors];
+  for (int i = 0; i < kChains; ++i) {
+    for (int v = 0; v < kVectors; ++v) top[i][v] = load(panel.m + v * kLanes);
+  }
+  int64_t j = 0;
+  for (; j + kChains <= num_keys; j += kChains) {
+    for (int i = 0; i < kChains; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        top[i][v] = maximum(load(panel.scores + (j + i) * kPanel + v * kLanes), top[i][v]);
       }
     }
-    scratch.m[r] = m_new;
   }
-  const float base = m_new == kMinusInfinity ? 0.0f : m_new;
-  Vec sum = {};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const Vec p = exp2_nonpositive(load(scores + j) - base);
-    store(scores + j, p);
-    sum += p;
+  for (; j < num_keys; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
+      top[0][v] = maximum(load(panel.scores + j * kPanel + v * kLanes), top[0][v]);
+    }
   }
-  scratch.l[r] += reduce_add(sum);
+  Vec base[kVectors], sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec m_old = load(panel.m + v * kLanes);
+    Vec m_new = top[0][v];
+    for (int i = 1; i < kChains; ++i) m_new = maximum(top[i][v], m_new);
+    base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
+    const Vec factor = exp2_nonpositive(m_old - base[v]);
+    sum[v] = load(panel.l + v * kLanes) * factor;
+    store(panel.m + v * kLanes, m_new);
+    store(panel.factor + v * kLanes, factor);
+  }
+  for (j = 0; j < num_keys; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* s = panel.scores + j * kPanel + v * kLanes;
+      const Vec p = exp2_nonpositive(load(s) - base[v]);
+      store(s, p);
+      sum[v] += p;
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(panel.l + v * kLanes, sum[v]);
+}
+
+// q of one panel, transposed; lanes without a row are zero.
+template <class T>
+static void load_q(const QueryTile& tile, const Panel& panel, float factor) {
+  const int64_t stride = padded_dim(tile.head_dim);
+  float rows[kLanes * kMaxHeadDim];
+  for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* q = static_cast<const T*>(tile.q) + (panel.first_row + r0 + r) * tile.q_row_stride;
+      convert_row(q, tile.head_dim, rows + r * stride);
+      std::fill(rows + r * stride + tile.head_dim, rows + (r + 1) * stride, 0.0f);
+    }
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = i < count ? load(rows + i * stride + d) * factor : Vec{};
+      }
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store(panel.q + (d + i) * kPanel + r0, x[i]);
+    }
+  }
 }
 
 template <class T>
-static void write_rows(const QueryTile& tile, const FmaScratch& scratch) {
-  const int64_t acc_stride = padded_dim(tile.head_dim_v);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const RowEnd end = finish_row(scratch.m[r], scratch.l[r], tile.sink_logit);
-    const float* acc = scratch.acc + r * acc_stride;
-    T* out = static_cast<T*>(tile.out) + r * tile.out_row_stride;
-    for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(acc[d] * end.factor, out[d]);
-    tile.lse[r] = end.lse;
+static void write_rows(const QueryTile& tile, const Panel& panel) {
+  const int64_t stride = padded_dim(tile.head_dim_v);
+  float rows[kLanes * kMaxHeadDim];
+  for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
+    for (int64_t d = 0; d < tile.head_dim_v; d += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load(panel.acc + (d + i) * kPanel + r0);
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store(rows + i * stride + d, x[i]);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = panel.first_row + r0 + r;
+      const RowEnd end = finish_row(panel.m[r0 + r], panel.l[r0 + r], tile.sink_logit);
+      T* out = static_cast<T*>(tile.out) + row * tile.out_row_stride;
+      const float* acc = rows + r * stride;
+      for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(acc[d] * end.factor, out[d]);
+      tile.lse[row] = end.lse;
+    }
   }
 }
 
-static FmaScratch divide_scratch(std::byte* memory, int64_t head_dim_v) {
-  FmaScratch scratch;
-  scratch.scores = reinterpret_cast<float*>(memory);
-  scratch.acc = scratch.scores + kFmaBlockM * kStepKeys;
-  scratch.m = scratch.acc + kFmaBlockM * padded_dim(head_dim_v);
-  scratch.l = scratch.m + kFmaBlockM;
-  scratch.q = scratch.l + kFmaBlockM;
-  return scratch;
+static int64_t panel_floats(int64_t head_dim, int64_t head_dim_v) {
+  return kPanel * (padded_dim(head_dim) + kStepKeys + padded_dim(head_dim_v) + 3);
 }
 
 static int64_t fma_scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
-  return kFmaBlockM * (kStepKeys + padded_dim(head_dim_v) + 2 + head_dim) * 4;
+  return kFmaBlockM / kPanel * panel_floats(head_dim, head_dim_v) * 4;
 }
+
+static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory) {
+  Panel panel;
+  panel.q = reinterpret_cast<float*>(memory) + index * panel_floats(tile.head_dim, tile.head_dim_v);
+  panel.scores = panel.q + padded_dim(tile.head_dim) * kPanel;
+  panel.acc = panel.scores + kStepKeys * kPanel;
+  panel.m = panel.acc + padded_dim(tile.head_dim_v) * kPanel;
+  panel.l = panel.m + kPanel;
+  panel.factor = panel.l + kPanel;
+  panel.first_row = index * kPanel;
+  panel.rows = std::min(kPanel, tile.rows - panel.first_row);
+  panel.vectors = (panel.rows + kLanes - 1) / kLanes;
+  std::fill(panel.acc, panel.m, 0.0f);
+  std::fill(panel.m, panel.l, kMinusInfinity);
+  std::fill(panel.l, panel.factor, 0.0f);
+  return panel;
+}
+
+// The work on one panel, for each number of vectors.
+struct PanelSteps {
+  void (*score_keys)(const Panel&, const Granule&, int64_t, int64_t);
+  void (*softmax)(const Panel&, int64_t);
+  void (*add_values)(const Panel&, const Granule*, int, int64_t);
+};
+
+template <int... kVectors>
+static constexpr std::array<PanelSteps, kPanelVectors> panel_steps(
+    std::integer_sequence<int, kVectors...>) {
+  return {{{score_keys<kVectors + 1>, softmax<kVectors + 1>, add_values<kVectors + 1>}...}};
+}
+
+static constexpr auto kSteps = panel_steps(std::make_integer_sequence<int, kPanelVectors>());
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
 static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
-  const FmaScratch scratch = divide_scratch(memory, tile.head_dim_v);
-  const int64_t acc_stride = padded_dim(tile.head_dim_v);
-  const ScoreScale scaling = split_scale(tile.scale);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    convert_row(static_cast<const T*>(tile.q) + r * tile.q_row_stride, tile.head_dim,
-                scaling.q_factor, scratch.q + r * tile.head_dim);
+  const float divisor = tile.softcap > 0 ? tile.softcap : static_cast<float>(kLn2);
+  Panel panels[kFmaBlockM / kPanel];
+  const int64_t num_panels = (tile.rows + kPanel - 1) / kPanel;
+  for (int64_t i = 0; i < num_panels; ++i) {
+    panels[i] = make_panel(tile, i, memory);
+    load_q<T>(tile, panels[i], tile.scale / divisor);
   }
-  std::fill(scratch.acc, scratch.acc + tile.rows * acc_stride, 0.0f);
-  std::fill(scratch.m, scratch.m + tile.rows, kMinusInfinity);
-  std::fill(scratch.l, scratch.l + tile.rows, 0.0f);
-
   Granule granules[kFmaGranules];
   while (const int n = keys.next(granules)) {
-    const float* v[kFmaGranules];
-    for (int g = 0; g < n; ++g) {
-      const float* k = static_cast<const float*>(granules[g].k);
-      v[g] = static_cast<const float*>(granules[g].v);
-      multiply(scratch.q, tile.head_dim, &k, 1, kGranule, tile.head_dim,
-               scratch.scores + g * kGranule, kStepKeys, tile.rows, kGranule, false);
+    int64_t num_keys = 0;
+    for (int g = 0; g < n; num_keys += granules[g].count, ++g) {
+      for (int64_t i = 0; i < num_panels; ++i) {
+        kSteps[panels[i].vectors - 1].score_keys(panels[i], granules[g], num_keys, tile.head_dim);
+      }
     }
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      softmax_row(tile, scratch, granules, n, r, scaling.scale);
+    for (int64_t i = 0; i < num_panels; ++i) {
+      const Panel& panel = panels[i];
+      if (tile.softcap > 0) cap_scores(panel.scores, num_keys, tile.softcap);
+      int64_t first_key = 0;
+      for (int g = 0; g < n; first_key += granules[g].count, ++g) {
+        if (granules[g].visible == nullptr) continue;
+        mask_scores(panel.scores + first_key * kPanel, granules[g].visible + panel.first_row,
+                    granules[g].count, panel.rows);
+      }
+      kSteps[panel.vectors - 1].softmax(panel, num_keys);
+      kSteps[panel.vectors - 1].add_values(panel, granules, n, tile.head_dim_v);
     }
-    multiply(scratch.scores, kStepKeys, v, n, acc_stride, kGranule, scratch.acc, acc_stride,
-             tile.rows, acc_stride, true);
   }
-  write_rows<T>(tile, scratch);
+  for (int64_t i = 0; i < num_panels; ++i) write_rows<T>(tile, panels[i]);
 }
 
 // Flushes denormal results to zero while a kernel runs.
@@ -281,9 +395,19 @@ static void leave_kernel(uint32_t saved) {
 
 template <class T>
 static const TileKernel& fma_kernel() {
-  static constexpr TileKernel kKernel = {
-      kFmaBlockM, kFmaGranules, k_granule_bytes,   v_granule_bytes, kGranule * 4, 0,
-      pack_k<T>,  pack_v<T>,    fma_scratch_bytes, run_tile<T>,     enter_kernel, leave_kernel};
+  static constexpr TileKernel kKernel = {kFmaBlockM,
+                                         kFmaGranules,
+                                         std::is_same_v<T, float>,
+                                         granule_bytes,
+                                         granule_bytes,
+                                         0,
+                                         0,
+                                         pack<T>,
+                                         pack<T>,
+                                         fma_scratch_bytes,
+                                         run_tile<T>,
+                                         enter_kernel,
+                                         leave_kernel};
   return kKernel;
 }
 

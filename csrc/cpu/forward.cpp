@@ -87,13 +87,20 @@ class PackedKeys {
   PackedKeys(const AttentionParams& params, const TileKernel& kernel)
       : params_(params),
         kernel_(kernel),
-        granules_((params.seqlen_kv + kGranule - 1) / kGranule),
         k_bytes_(kernel.k_granule_bytes(params.head_dim)),
-        v_bytes_(kernel.v_granule_bytes(params.head_dim_v)) {}
+        v_bytes_(kernel.v_granule_bytes(params.head_dim_v)) {
+    // Memory stays below half of what the tensors of the call take: of one very long head, the last
+    // keys are not packed.
+    const int64_t tensor_bytes =
+        element_size(params.dtype) * params.batch * (params.head_dim + params.head_dim_v) *
+        (params.num_heads * params.seqlen_q + params.num_kv_heads * params.seqlen_kv);
+    const int64_t allowed = std::max(kKeptBytes, tensor_bytes / 20 * 9);
+    granules_ =
+        std::min((params.seqlen_kv + kGranule - 1) / kGranule, allowed / (k_bytes_ + v_bytes_));
+  }
   PackedKeys(const PackedKeys&) = delete;
   PackedKeys& operator=(const PackedKeys&) = delete;
   ~PackedKeys() {
-    constexpr int64_t kKeptBytes = int64_t{64} << 20;
     if (memory().capacity() > kKeptBytes) memory().release();
   }
 
@@ -123,6 +130,7 @@ class PackedKeys {
                            params_.dtype);
     if (kv_head >= packed_.begin && kv_head < packed_.end) {
       const int64_t first = (kv_head - packed_.begin) * granules_;
+      source.packed_granules = granules_;
       source.packed_k = k_ + first * k_bytes_;
       source.packed_v = v_ + first * v_bytes_;
     }
@@ -152,9 +160,12 @@ class PackedKeys {
     kernel_.pack_v(v_rows, params_.head_dim_v, v_ + slot * v_bytes_);
   }
 
+  static constexpr int64_t kKeptBytes = int64_t{64} << 20;
+
   const AttentionParams& params_;
   const TileKernel& kernel_;
-  int64_t granules_, k_bytes_, v_bytes_;
+  int64_t k_bytes_, v_bytes_;
+  int64_t granules_;  // of one head
   HeadRange packed_;
   std::byte* k_ = nullptr;
   std::byte* v_ = nullptr;
@@ -184,16 +195,33 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
   kernel.run_tile(tile, cursor, scratch + KeyCursor::scratch_bytes(params, kernel));
 }
 
+// Everything on the calling thread.
+const Parallel& no_threads() {
+  static const Parallel kNone = {1, [](int64_t n, const std::function<void(int64_t)>& f) {
+                                   for (int64_t i = 0; i < n; ++i) f(i);
+                                 }};
+  return kNone;
+}
+
 // Attention of the query heads of some KV heads.
 void run_heads(const AttentionParams& params, const TileKernel& kernel, HeadRange kv_heads,
-               PackedKeys& keys, const Parallel& parallel) {
+               PackedKeys& keys, const Parallel& threads) {
   std::vector<Task> tasks = make_tasks(params, kv_heads, kernel.block_m);
   sort_tasks(params, kv_heads, tasks);
 
+  int64_t keys_read = 0, pairs = 0;
+  for (const Task& task : tasks) {
+    keys_read += task.weight;
+    pairs += task.weight * task.tile.rows;
+  }
+  // Other threads wake up in the time that one needs for about a million multiplications.
+  constexpr int64_t kWorthThreads = 1 << 20;
+  const bool is_small = pairs * (params.head_dim + params.head_dim_v) < kWorthThreads;
+  const Parallel& parallel = is_small ? no_threads() : threads;
+
   // Packing pays when keys are read more than once; otherwise tiles pack what they read.
-  int64_t keys_read = 0;
-  for (const Task& task : tasks) keys_read += task.weight;
-  if (keys_read > (kv_heads.end - kv_heads.begin) * params.seqlen_kv) keys.pack(kv_heads, parallel);
+  const int64_t num_keys = (kv_heads.end - kv_heads.begin) * params.seqlen_kv;
+  if (!kernel.in_place && keys_read > num_keys) keys.pack(kv_heads, parallel);
 
   const int64_t scratch_bytes = KeyCursor::scratch_bytes(params, kernel) +
                                 kernel.scratch_bytes(params.head_dim, params.head_dim_v);
@@ -219,11 +247,11 @@ void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   const TileKernel& kernel = select_kernel(isa, params.dtype);
   PackedKeys keys(params, kernel);
 
-  // As many KV heads at a time as the caches hold.
+  // As many KV heads at a time as the caches hold packed.
   constexpr int64_t kPackedBytesPerThread = int64_t{4} << 20;
   const int64_t fitting =
       parallel.num_threads * kPackedBytesPerThread / std::max<int64_t>(1, keys.head_bytes());
-  const int64_t count = std::max<int64_t>(1, fitting);
+  const int64_t count = kernel.in_place ? num_kv_heads : std::max<int64_t>(1, fitting);
   for (int64_t begin = 0; begin < num_kv_heads; begin += count) {
     run_heads(params, kernel, {begin, std::min(begin + count, num_kv_heads)}, keys, parallel);
   }

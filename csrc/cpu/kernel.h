@@ -14,10 +14,12 @@ inline constexpr int64_t kMaxHeadDim = 256;
 
 class KeyCursor;
 
-// 32 packed keys as one query tile sees them.
+// Up to 32 keys as one query tile sees them: packed, or rows in memory (in-place kernels).
 struct Granule {
   const void* k = nullptr;
   const void* v = nullptr;
+  int64_t k_stride = 0, v_stride = 0;  // from one row to the next, in elements
+  int count = kGranule;                // of keys that exist; packed ones are followed by zeros
   // One word for each row of the tile: bit j says whether the row sees key j. Null: all do.
   const uint32_t* visible = nullptr;
 };
@@ -38,6 +40,7 @@ struct QueryTile {
 struct TileKernel {
   int64_t block_m;            // most rows in a tile
   int64_t granules_per_step;  // most granules taken from the cursor at once
+  bool in_place;              // takes runs of rows as they lie in memory, instead of packed ones
 
   int64_t (*k_granule_bytes)(int64_t head_dim);
   int64_t (*v_granule_bytes)(int64_t head_dim_v);

@@ -685,9 +685,9 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
 template <class T>
 const TileKernel& tile_kernel() {
   static constexpr TileKernel kKernel = {
-      kBlockM,      kStepGranules, granule_bytes<T>, granule_bytes<T>, 0,
-      kTile * 2,    pack_k<T>,     pack_v<T>,        scratch_bytes<T>, run_tile<T>,
-      enter_kernel, leave_kernel};
+      kBlockM,     kStepGranules, false,       granule_bytes<T>, granule_bytes<T>,
+      0,           kTile * 2,     pack_k<T>,   pack_v<T>,        scratch_bytes<T>,
+      run_tile<T>, enter_kernel,  leave_kernel};
   return kKernel;
 }
 

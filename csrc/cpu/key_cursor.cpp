@@ -139,13 +139,12 @@ bool KeyCursor::next_candidates(Candidates& found) {
   return true;
 }
 
-bool KeyCursor::seen_by_all_rows(const Candidates& found) const {
-  const int64_t last_key = found.begin + kGranule - 1;
+bool KeyCursor::seen_by_all_rows(const Range& run, bool in_window) const {
   const int64_t last_position = first_position_ + rows_ - 1;
-  if ((found.always | found.window) != kAll) return false;
-  if (params_.is_causal && last_key > first_position_) return false;
-  if (found.window == 0) return true;
-  return last_position - found.begin < window_size_ && last_key - first_position_ < window_size_;
+  if (run.end - run.begin < kGranule && !kernel_.in_place) return false;  // zeros follow
+  if (params_.is_causal && run.end - 1 > first_position_) return false;
+  if (!in_window) return true;
+  return last_position - run.begin < window_size_ && run.end - 1 - first_position_ < window_size_;
 }
 
 // Bit j of word r: row r of the tile sees the key at positions[j]. Positions ascend, so each rule
@@ -169,9 +168,10 @@ const uint32_t* KeyCursor::row_masks(const int32_t* positions, int count, uint32
 
 // Makes a granule of two aligned runs of 16 keys that are packed already; false if it cannot.
 bool KeyCursor::join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const {
-  if (source_.packed_k == nullptr || count < kGranule) return false;
+  if (count < kGranule) return false;
   for (int half = 0; half < 2; ++half) {
     const int32_t* run = positions + half * 16;
+    if (run[0] / kGranule >= source_.packed_granules) return false;
     if (run[0] % 16 != 0 || run[15] != run[0] + 15) return false;
   }
   for (int half = 0; half < 2; ++half) {
@@ -183,15 +183,17 @@ bool KeyCursor::join_halves(const int32_t* positions, int count, std::byte* k, s
   return true;
 }
 
+Granule KeyCursor::packed_granule(const std::byte* k, const std::byte* v, int count) const {
+  return {k, v, params_.head_dim, params_.head_dim_v, count, nullptr};
+}
+
 // Packs the keys at the given positions, then zeros, into a granule of this thread.
-void KeyCursor::pack(const int32_t* positions, int count, int slot, Granule& granule) {
+Granule KeyCursor::pack(const int32_t* positions, int count, int slot) {
   const int64_t size = element_size(params_.dtype);
   const void* rows[kGranule];
   std::byte* k = packed_scratch_ + slot * (k_bytes_ + v_bytes_);
   std::byte* v = k + k_bytes_;
-  granule.k = k;
-  granule.v = v;
-  if (join_halves(positions, count, k, v)) return;
+  if (join_halves(positions, count, k, v)) return packed_granule(k, v, count);
   for (int i = 0; i < kGranule; ++i) {
     rows[i] = i < count ? source_.k + positions[i] * params_.k_stride.row * size : kZeroRow;
   }
@@ -200,29 +202,51 @@ void KeyCursor::pack(const int32_t* positions, int count, int slot, Granule& gra
     rows[i] = i < count ? source_.v + positions[i] * params_.v_stride.row * size : kZeroRow;
   }
   kernel_.pack_v(rows, params_.head_dim_v, v);
+  return packed_granule(k, v, count);
 }
 
-Granule KeyCursor::use_aligned(const Candidates& found, int slot) {
-  const int count = static_cast<int>(std::min<int64_t>(kGranule, params_.seqlen_kv - found.begin));
+// Whether use_run can take these candidates.
+bool KeyCursor::is_run(const Candidates& found) const {
+  const uint32_t keys = found.always | found.window;
+  if (keys == low_bits(params_.seqlen_kv - found.begin)) return true;
+  constexpr int kShortest = 8;
+  const int count = std::popcount(keys);
+  return kernel_.in_place && count >= kShortest &&
+         keys >> std::countr_zero(keys) == low_bits(count);
+}
+
+Granule KeyCursor::use_run(const Candidates& found, int slot) {
+  const uint32_t keys = found.always | found.window;
+  const int first = std::countr_zero(keys), count = std::popcount(keys);
+  const Range run{found.begin + first, found.begin + first + count};
   int32_t positions[kGranule];
-  for (int i = 0; i < kGranule; ++i) positions[i] = static_cast<int32_t>(found.begin + i);
+  for (int i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(run.begin + i);
   Granule granule;
-  if (source_.packed_k != nullptr) {
-    granule.k = source_.packed_k + found.begin / kGranule * k_bytes_;
-    granule.v = source_.packed_v + found.begin / kGranule * v_bytes_;
+  if (kernel_.in_place) {
+    const int64_t size = element_size(params_.dtype);
+    granule = {source_.k + run.begin * params_.k_stride.row * size,
+               source_.v + run.begin * params_.v_stride.row * size,
+               params_.k_stride.row,
+               params_.v_stride.row,
+               count,
+               nullptr};
+  } else if (run.begin / kGranule < source_.packed_granules) {
+    const int64_t i = run.begin / kGranule;
+    granule =
+        packed_granule(source_.packed_k + i * k_bytes_, source_.packed_v + i * v_bytes_, count);
   } else {
-    pack(positions, count, slot, granule);
+    granule = pack(positions, count, slot);
   }
-  if (!seen_by_all_rows(found)) {
-    granule.visible = row_masks(positions, count, found.always, found.window, slot);
+  if (!seen_by_all_rows(run, found.window != 0)) {
+    granule.visible =
+        row_masks(positions, count, found.always >> first, found.window >> first, slot);
   }
   return granule;
 }
 
 Granule KeyCursor::use_gathered(int count, int slot) {
-  Granule granule;
   const uint32_t always = static_cast<uint32_t>(pending_always_) & low_bits(count);
-  pack(pending_, count, slot, granule);
+  Granule granule = pack(pending_, count, slot);
   const bool all_rows_see =
       always == kAll && (!params_.is_causal || pending_[count - 1] <= first_position_);
   if (!all_rows_see) {
@@ -245,13 +269,13 @@ int KeyCursor::next(Granule* granules) {
       continue;
     }
     if (!next_candidates(found)) break;
-    uint32_t candidates = found.always | found.window;
-    if (candidates == low_bits(params_.seqlen_kv - found.begin)) {
-      granules[filled] = use_aligned(found, first_slot_ + filled);
+    if (is_run(found)) {
+      granules[filled] = use_run(found, first_slot_ + filled);
       ++filled;
       continue;
     }
-    for (; candidates != 0; candidates &= candidates - 1) {
+    for (uint32_t candidates = found.always | found.window; candidates != 0;
+         candidates &= candidates - 1) {
       const int bit = std::countr_zero(candidates);
       pending_always_ |= static_cast<uint64_t>(found.always >> bit & 1) << num_pending_;
       pending_[num_pending_++] = static_cast<int32_t>(found.begin + bit);

@@ -5,10 +5,12 @@
 
 namespace sparse_attn::cpu {
 
-// The keys of one KV head: raw rows, and packed granules if the call packed them beforehand.
+// The keys of one KV head: raw rows, and the granules that the call packed beforehand, from the
+// first on.
 struct KeySource {
   const std::byte* k = nullptr;
   const std::byte* v = nullptr;
+  int64_t packed_granules = 0;
   const std::byte* packed_k = nullptr;
   const std::byte* packed_v = nullptr;
 };
@@ -21,8 +23,9 @@ struct TileIndex {
 int64_t candidate_estimate(const AttentionParams& params, const TileIndex& tile);
 
 // Walks the union of sink, window, blocks and columns in ascending order of 32-key granules.
-// A granule all of whose keys are candidates is used as it lies in memory; candidates of partly
-// listed granules are gathered, so a key that no row of the tile sees is never touched.
+// A granule all of whose keys are candidates is used as it lies in memory, and for in-place kernels
+// so is a run of them; other candidates are gathered, so a key that no row of the tile sees is
+// never touched.
 class KeyCursor {
  public:
   KeyCursor(const AttentionParams& params, const TileKernel& kernel, const TileIndex& tile,
@@ -45,11 +48,13 @@ class KeyCursor {
 
   bool next_candidates(Candidates& found);
   Range block_range(int64_t i) const;
-  bool seen_by_all_rows(const Candidates& found) const;
-  Granule use_aligned(const Candidates& found, int slot);
+  bool is_run(const Candidates& found) const;
+  bool seen_by_all_rows(const Range& run, bool in_window) const;
+  Granule packed_granule(const std::byte* k, const std::byte* v, int count) const;
+  Granule use_run(const Candidates& found, int slot);
   Granule use_gathered(int count, int slot);
   bool join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const;
-  void pack(const int32_t* positions, int count, int slot, Granule& granule);
+  Granule pack(const int32_t* positions, int count, int slot);
   const uint32_t* row_masks(const int32_t* positions, int count, uint32_t always, uint32_t window,
                             int slot);
 

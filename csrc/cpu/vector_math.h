@@ -32,10 +32,29 @@ SPARSE_ATTN_INLINE float reduce_add(Vec x) {
   return result;
 }
 
+// x[i][j] becomes x[j][i], for kLanes vectors.
+SPARSE_ATTN_INLINE void transpose(Vec* x) {
+  IntVec low, high;  // lanes of two vectors, one after the other, in turn
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  for (int step = 1; step < kLanes; step *= 2) {
+    Vec y[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kLanes / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
+}
+
 // 2^x for x <= 0 to about one ulp; exactly 0 below 2^-126, and for -inf. NaN stays NaN.
 SPARSE_ATTN_INLINE Vec exp2_nonpositive(Vec x) {
-  const Vec clamped = x < -126.0f ? broadcast(-126.0f) : x;
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const Vec clamped = x < -127.0f ? broadcast(-127.0f) : x;
+  constexpr float kRound = 0x1.8p23f + 127;  // leaves the exponent's bits as the lowest ones
   const Vec shifted = clamped + kRound;
   const Vec r = clamped - (shifted - kRound);
   Vec p = broadcast(1.5345811278e-4f);
@@ -45,9 +64,7 @@ SPARSE_ATTN_INLINE Vec exp2_nonpositive(Vec x) {
   p = p * r + 2.4022646891e-1f;
   p = p * r + 6.9314720574e-1f;
   p = p * r + 1.0f;
-  const IntVec exponent = (IntVec)shifted - (0x4b400000 - 127);
-  const Vec result = p * (Vec)(exponent << 23);
-  return x < -126.0f ? Vec{} : result;
+  return p * (Vec)((IntVec)shifted << 23);
 }
 
 // tanh(x): a series near 0, where relative error counts, and 1 - 2 / (exp(2x) + 1) elsewhere.
