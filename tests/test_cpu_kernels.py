@@ -279,6 +279,27 @@ def test_unselected_keys_and_slack_are_never_used(isa, dtype, seqlen_q):
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_head_of_which_only_the_first_keys_are_packed(isa, dtype):
+    seqlen, block, listed = 70_000, 256, 20
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = make_qkv((1, 1, 16 * block, 256), 1, seqlen, 256, dtype, generator)
+    scores = torch.rand(16, seqlen // block, generator=generator)
+    scores[:, -1] = 1  # lies behind the packed keys
+    lists = scores.topk(listed).indices.sort().values.to(torch.int32)
+    counts = torch.full((1, 1, 16), listed, dtype=torch.int32)
+    case = Case(q, k, v, blocks=(counts, lists[None, None].contiguous()), block=(block, block))
+    case.is_causal = False
+    out, lse = case.run()
+    rows = torch.tensor([0, 5 * block + 1, 16 * block - 1])
+    seen = [(lists[row // block, :, None] * block + torch.arange(block)).flatten() for row in rows]
+    for row, keys in zip(rows, seen, strict=True):
+        scores = q[0, 0, row].double() @ k[0, 0, keys].double().mT / 16
+        exact = scores.softmax(-1) @ v[0, 0, keys].double()
+        assert (out[0, 0, row] - exact).abs().max() <= 2 * ULP[dtype] * exact.abs().max()
+        assert abs(lse[0, 0, row] - scores.logsumexp(-1)) < 1e-4
+
+
 def _case_with_lists():
     generator = torch.Generator().manual_seed(4)
     case = Case(*make_qkv((1, 4, 128, 32), 2, 200, 32, torch.float32, generator), block=(32, 16))
