@@ -177,12 +177,12 @@ class Backward {
     const Rows dout(params_.dout, params_.dout_stride, params_.dtype, tile.batch, tile.head);
     const Rows out(params_.out, params_.out_stride, params_.dtype, tile.batch, tile.head);
     const void *q_rows[kMaxRows], *dout_rows[kMaxRows], *out_rows[kMaxRows];
-    bool sees[kMaxRows];
+    bool busy[kMaxRows] = {};
+    find_busy_rows(params_, tile, busy);
     for (int64_t r = 0; r < shape_.rows; ++r) {
-      sees[r] = r < tile.rows && sees_any_key(params_, tile.batch, tile.head, tile.row + r);
-      q_rows[r] = sees[r] ? q[tile.row + r] : kZeroRow;
-      dout_rows[r] = sees[r] ? dout[tile.row + r] : kZeroRow;
-      out_rows[r] = sees[r] ? out[tile.row + r] : kZeroRow;
+      q_rows[r] = busy[r] ? q[tile.row + r] : kZeroRow;
+      dout_rows[r] = busy[r] ? dout[tile.row + r] : kZeroRow;
+      out_rows[r] = busy[r] ? out[tile.row + r] : kZeroRow;
     }
     kernel_.pack_queries(shape_, q_rows, dout_rows, out_rows, tile_memory(i));
 
@@ -200,7 +200,7 @@ class Backward {
       if (params_.sinks != nullptr && params_.sinks[tile.head] > -kInfinity) {
         dsink -= std::exp(double{params_.sinks[tile.head]} - lse) * head.delta[r];
       }
-      if (sees[r] && lse > -kInfinity) {
+      if (busy[r] && lse > -kInfinity) {
         head.lse[r] = static_cast<float>(lse * kLog2e);
       } else {
         head.delta[r] = 0;

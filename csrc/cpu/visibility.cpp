@@ -82,11 +82,19 @@ class Rules {
     }
   }
 
-  bool all_rows_see(int64_t first_key, uint32_t listed) const {
+  enum class Seen { kNothing, kSome, kAll };
+
+  // What the rows see of the granule at `first_key`, together; kSome may still be nothing.
+  Seen granule_seen(int64_t first_key, uint32_t listed) const {
     const int64_t last_key = first_key + kGranule - 1;
-    if (last_key >= key_limit(first_)) return false;
-    if (listed == kAll) return true;
-    return window_ > 0 && last_ - first_key < window_ && last_key - first_ < window_;
+    const bool in_window =
+        window_ > 0 && last_key > first_ - window_ && first_key < last_ + window_;
+    if ((listed == 0 && !in_window) || first_key >= key_limit(last_)) return Seen::kNothing;
+    if (last_key >= key_limit(first_)) return Seen::kSome;
+    if (listed == kAll) return Seen::kAll;
+    const bool all_in_window =
+        window_ > 0 && last_ - first_key < window_ && last_key - first_ < window_;
+    return all_in_window ? Seen::kAll : Seen::kSome;
   }
 
   // Word r: the keys from `first_key` on that row r sees.
@@ -99,12 +107,12 @@ class Rules {
     }
   }
 
-  // Whether the first row sees any key.
-  bool first_row_sees() const {
-    const int64_t limit = key_limit(first_);
+  // Whether row r sees any key.
+  bool row_sees(int64_t r) const {
+    const int64_t p = first_ + r, limit = key_limit(p);
     if (limit <= 0) return false;
     if (sink_ > 0) return true;
-    if (window_ > 0 && first_ - window_ + 1 < limit && first_ + window_ > 0) return true;
+    if (window_ > 0 && p - window_ + 1 < limit && p + window_ > 0) return true;
     if (!blocks_.empty() && *blocks_.begin * params_.block_kv < limit) return true;
     return !columns_.empty() && *columns_.begin < limit;
   }
@@ -160,33 +168,40 @@ void mark_key_tiles(const AttentionParams& params, const TileIndex& tile, uint64
 
 void find_visibility(const AttentionParams& params, const TileIndex& tile, int64_t first_key,
                      Visibility& found) {
-  bool all[kKeyTileGranules];
+  bool any[kKeyTileGranules] = {}, all[kKeyTileGranules];
   std::fill(all, all + kKeyTileGranules, true);
   for_each_run(params, tile, [&](const Rules& rules, int64_t row) {
+    const bool alone = rules.rows() == tile.rows;  // words are not needed where all rows agree
     uint32_t listed[kKeyTileGranules];
     rules.find_listed(first_key, listed);
     for (int g = 0; g < kKeyTileGranules; ++g) {
       const int64_t key = first_key + g * kGranule;
       uint32_t* words = found.words[g] + row;
-      if (rules.all_rows_see(key, listed[g])) {
-        std::fill(words, words + rules.rows(), kAll);
-      } else {
+      const Rules::Seen seen = rules.granule_seen(key, listed[g]);
+      if (seen == Rules::Seen::kSome) {
         rules.find_words(key, listed[g], words);
-        all[g] = false;
+        any[g] |= std::any_of(words, words + rules.rows(), [](uint32_t x) { return x != 0; });
+      } else {
+        const bool visible = seen == Rules::Seen::kAll;
+        if (!alone) std::fill(words, words + rules.rows(), visible ? kAll : 0);
+        any[g] |= visible;
       }
+      all[g] &= seen == Rules::Seen::kAll;
     }
   });
   found.count = 0;
   for (int g = 0; g < kKeyTileGranules; ++g) {
+    if (!any[g]) continue;
     uint32_t* words = found.words[g];
-    std::fill(words + tile.rows, words + kMaxRows, 0);
-    const bool any = std::any_of(words, words + tile.rows, [](uint32_t word) { return word != 0; });
-    if (any) found.parts[found.count++] = {g, all[g] ? nullptr : words};
+    if (!all[g]) std::fill(words + tile.rows, words + kMaxRows, 0);
+    found.parts[found.count++] = {g, all[g] ? nullptr : words};
   }
 }
 
-bool sees_any_key(const AttentionParams& params, int64_t batch, int64_t head, int64_t row) {
-  return Rules(params, batch, head, row, 1).first_row_sees();
+void find_busy_rows(const AttentionParams& params, const TileIndex& tile, bool* busy) {
+  for_each_run(params, tile, [&](const Rules& rules, int64_t row) {
+    for (int64_t r = 0; r < rules.rows(); ++r) busy[row + r] = rules.row_sees(r);
+  });
 }
 
 }  // namespace sparse_attn::cpu

@@ -30,7 +30,7 @@ void mark_key_tiles(const AttentionParams& params, const TileIndex& tile, uint64
 void find_visibility(const AttentionParams& params, const TileIndex& tile, int64_t first_key,
                      Visibility& found);
 
-// Whether one row sees any key.
-bool sees_any_key(const AttentionParams& params, int64_t batch, int64_t head, int64_t row);
+// Which rows of the tile see any key.
+void find_busy_rows(const AttentionParams& params, const TileIndex& tile, bool* busy);
 
 }  // namespace sparse_attn::cpu
