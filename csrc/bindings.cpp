@@ -16,6 +16,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/kernel.h"
 
@@ -198,6 +199,47 @@ cpu::Parallel torch_threads() {
   return parallel;
 }
 
+// The layout and the scalars, which both ops have in common.
+struct LayoutArguments {
+  const Tensor &sink, &window;
+  const std::optional<Tensor>&kv_num_blocks, &kv_indices, &num_columns, &column_indices, &sinks;
+  int64_t block_q, block_kv, column_group;
+  double scale, softcap;
+  bool is_causal;
+};
+
+void describe_layout(const LayoutArguments& layout, AttentionParams& params) {
+  constexpr int64_t kMaxBlock = std::numeric_limits<int32_t>::max();
+  const auto [block_q, block_kv, group] =
+      std::tuple(layout.block_q, layout.block_kv, layout.column_group);
+  require(block_q >= 1 && block_q <= kMaxBlock, "block_q must be positive, but is ", block_q);
+  require(block_kv >= 1 && block_kv <= kMaxBlock, "block_kv must be positive, but is ", block_kv);
+  require(group >= 1 && group <= kMaxBlock, "column_group must be positive, but is ", group);
+  require(layout.softcap >= 0, "softcap must not be negative, but is ", layout.softcap);
+  params.block_q = block_q;
+  params.block_kv = block_kv;
+  params.column_group = group;
+  params.scale = static_cast<float>(layout.scale);
+  params.softcap = static_cast<float>(layout.softcap);
+  params.is_causal = layout.is_causal;
+  params.sink = describe_per_head(layout.sink, "sink", params);
+  params.window = describe_per_head(layout.window, "window", params);
+  const int64_t query_blocks = ceil_div(params.seqlen_q, block_q);
+  params.blocks = describe_lists(layout.kv_num_blocks, "kv_num_blocks", layout.kv_indices,
+                                 "kv_indices", query_blocks, params);
+  params.columns = describe_lists(layout.num_columns, "num_columns", layout.column_indices,
+                                  "column_indices", ceil_div(query_blocks, group), params);
+  if (layout.sinks.has_value()) {
+    const Tensor& sinks = *layout.sinks;
+    require_shape(sinks, "sinks", 1);
+    require(sinks.scalar_type() == ScalarType::Float, "sinks must be float32");
+    require(sinks.is_contiguous(), "sinks must be contiguous");
+    require(sinks.size(0) == params.num_heads, "sinks has ", sinks.size(0), " entries, but q has ",
+            params.num_heads, " heads");
+    params.sinks = static_cast<const float*>(sinks.const_data_ptr());
+  }
+}
+
 std::tuple<Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sink, const Tensor& window,
     const std::optional<Tensor>& kv_num_blocks, const std::optional<Tensor>& kv_indices,
@@ -206,34 +248,9 @@ std::tuple<Tensor, Tensor> attention(
     double scale, double softcap, bool is_causal) {
   AttentionParams params;
   describe_qkv(q, k, v, params);
-  constexpr int64_t kMaxBlock = std::numeric_limits<int32_t>::max();
-  require(block_q >= 1 && block_q <= kMaxBlock, "block_q must be positive, but is ", block_q);
-  require(block_kv >= 1 && block_kv <= kMaxBlock, "block_kv must be positive, but is ", block_kv);
-  require(column_group >= 1 && column_group <= kMaxBlock, "column_group must be positive, but is ",
-          column_group);
-  require(softcap >= 0, "softcap must not be negative, but is ", softcap);
-  params.block_q = block_q;
-  params.block_kv = block_kv;
-  params.column_group = column_group;
-  params.scale = static_cast<float>(scale);
-  params.softcap = static_cast<float>(softcap);
-  params.is_causal = is_causal;
-  params.sink = describe_per_head(sink, "sink", params);
-  params.window = describe_per_head(window, "window", params);
-  const int64_t query_blocks = ceil_div(params.seqlen_q, block_q);
-  params.blocks = describe_lists(kv_num_blocks, "kv_num_blocks", kv_indices, "kv_indices",
-                                 query_blocks, params);
-  params.columns = describe_lists(num_columns, "num_columns", column_indices, "column_indices",
-                                  ceil_div(query_blocks, column_group), params);
-  if (sinks.has_value()) {
-    require_shape(*sinks, "sinks", 1);
-    require(sinks->scalar_type() == ScalarType::Float, "sinks must be float32");
-    require(sinks->is_contiguous(), "sinks must be contiguous");
-    require(sinks->size(0) == params.num_heads, "sinks has ", sinks->size(0),
-            " entries, but q has ", params.num_heads, " heads");
-    params.sinks = static_cast<const float*>(sinks->const_data_ptr());
-  }
-
+  describe_layout({sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks,
+                   block_q, block_kv, column_group, scale, softcap, is_causal},
+                  params);
   Tensor out = allocate_out(q, params);
   Tensor lse = empty_strided<3>({params.batch, params.num_heads, params.seqlen_q},
                                 {params.num_heads * params.seqlen_q, params.seqlen_q, 1},
@@ -243,6 +260,57 @@ std::tuple<Tensor, Tensor> attention(
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   cpu::forward(params, active_isa(), torch_threads());
   return {out, lse};
+}
+
+// A gradient or result of the forward op: [batch, num_heads, seqlen_q] or one dimension more.
+void require_rows(const Tensor& tensor, const char* name, ScalarType dtype, int64_t last_dim,
+                  const AttentionParams& params) {
+  require_shape(tensor, name, last_dim == 0 ? 3 : 4);
+  require(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  require(tensor.size(0) == params.batch && tensor.size(1) == params.num_heads &&
+              tensor.size(2) == params.seqlen_q && (last_dim == 0 || tensor.size(3) == last_dim),
+          name, " has shape ", shape_of(tensor), ", which does not match q and v");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& sink, const Tensor& window,
+    const std::optional<Tensor>& kv_num_blocks, const std::optional<Tensor>& kv_indices,
+    const std::optional<Tensor>& num_columns, const std::optional<Tensor>& column_indices,
+    const std::optional<Tensor>& sinks, int64_t block_q, int64_t block_kv, int64_t column_group,
+    double scale, double softcap, bool is_causal) {
+  BackwardParams params;
+  describe_qkv(q, k, v, params);
+  describe_layout({sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks,
+                   block_q, block_kv, column_group, scale, softcap, is_causal},
+                  params);
+  require_rows(dout, "dout", q.scalar_type(), params.head_dim_v, params);
+  require_rows(out, "out", q.scalar_type(), params.head_dim_v, params);
+  require_rows(dlse, "dlse", ScalarType::Float, 0, params);
+  require_rows(lse, "lse", ScalarType::Float, 0, params);
+  const bool unit_stride = dout.stride(3) == 1;
+  const Tensor dout_rows = unit_stride ? dout : torch::stable::contiguous(dout);
+  const Tensor dlse_rows = torch::stable::contiguous(dlse);
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  params.dout = dout_rows.const_data_ptr();
+  params.dout_stride = strides_of(dout_rows, "dout");
+  params.dlse = static_cast<const float*>(dlse_rows.const_data_ptr());
+  params.out = const_cast<void*>(out.const_data_ptr());
+  params.out_stride = strides_of(out, "out");
+  params.lse = const_cast<float*>(static_cast<const float*>(lse_rows.const_data_ptr()));
+
+  const auto [batch, heads, kv_heads] =
+      std::tuple(params.batch, params.num_heads, params.num_kv_heads);
+  Tensor dq = torch::stable::new_empty(q, {batch, heads, params.seqlen_q, params.head_dim});
+  Tensor dk = torch::stable::new_empty(q, {batch, kv_heads, params.seqlen_kv, params.head_dim});
+  Tensor dv = torch::stable::new_empty(q, {batch, kv_heads, params.seqlen_kv, params.head_dim_v});
+  Tensor dsinks = torch::stable::new_empty(q, {sinks.has_value() ? heads : 0}, ScalarType::Float);
+  params.dq = dq.mutable_data_ptr();
+  params.dk = dk.mutable_data_ptr();
+  params.dv = dv.mutable_data_ptr();
+  if (sinks.has_value()) params.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
+  cpu::backward(params, active_isa(), torch_threads());
+  return {dq, dk, dv, dsinks};
 }
 
 PyObject* cpu_isa(PyObject*, PyObject*) {
@@ -307,6 +375,7 @@ PyModuleDef kModule = {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("attention", TORCH_BOX(&sparse_attn::attention));
+  m.impl("attention_backward", TORCH_BOX(&sparse_attn::attention_backward));
 }
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&sparse_attn::kModule); }

@@ -59,4 +59,15 @@ struct AttentionParams {
   bool is_causal = false;
 };
 
+// `out` and `lse` are inputs here. The gradients are contiguous.
+struct BackwardParams : AttentionParams {
+  const void* dout = nullptr;
+  Strides dout_stride;
+  const float* dlse = nullptr;  // contiguous [batch, num_heads, seqlen_q]
+  void* dq = nullptr;
+  void* dk = nullptr;
+  void* dv = nullptr;
+  float* dsinks = nullptr;  // [num_heads], or null without sinks
+};
+
 }  // namespace sparse_attn

@@ -126,7 +126,7 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
 
     Without a selector the result is torch's in every case: dense calls that a native kernel serves
-    run there, all others (masks, dropout, gradients, other ranks and dtypes) go to torch itself.
+    run there, all others (masks, dropout, other ranks and dtypes, `torch.func`) go to torch itself.
     With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
     it is refused by name.
 
@@ -166,10 +166,9 @@ def scaled_dot_product_attention(
     reasons = _sdpa_refusals(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     named = backend != "auto"
     if selector is None and not named:
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         if (
             reasons
-            or needs_grad
+            or torch._C._are_functorch_transforms_active()
             or backends.choose("auto", query, value).backend in (None, "reference")
         ):
             return F.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
 """The op pair as torch sees it: schemas, fakes, and the reference as the implementation for every
 device.
 
-A compiled extension overrides ``sparse_attn::attention`` on its dispatch key. The pair
+A compiled extension overrides ``sparse_attn::attention[_backward]`` on its dispatch key. The pair
 ``sparse_attn::attention_reference[_backward]`` has the same schema and no override.
 """
 

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from sparse_attn import BlockLayout, merge_states, sparse_attention
 
-from .oracle import BACKENDS, DTYPES, assert_accurate, cases, dense_attention, random_layout
+from .oracle import (
+    BACKENDS,
+    DTYPES,
+    assert_accurate,
+    cases,
+    dense_attention,
+    random_layout,
+    rounding_noise,
+)
 
 every_case = pytest.mark.parametrize(
     ("backend", "dtype"), cases(), ids=lambda x: str(x).removeprefix("torch.")
@@ -33,7 +41,7 @@ def make_qkv(dtype, *, batch=1, heads=4, kv_heads=2, seqlens=(70, 70), dims=(32,
 
 def run_both(backend, q, k, v, layout, *, is_causal=True, sinks=None, **kwargs):
     """Ours, eager in the same dtype, and float64: outputs, lse and the gradients of a random
-    loss.
+    loss; and the `rounding_noise` of the gradients.
     """
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
     dout = torch.randn(*q.shape[:3], v.shape[-1]).to(q.dtype)
@@ -63,14 +71,15 @@ def run_both(backend, q, k, v, layout, *, is_causal=True, sinks=None, **kwargs):
         gradients(ours, q.dtype),
         gradients(dense, q.dtype),
         gradients(dense, torch.float64),
+        rounding_noise(q, k, v, mask, dout, dlse, sinks=sinks, **kwargs),
     )
 
 
 def check(backend, q, k, v, layout, **kwargs):
-    ours, eager, exact = run_both(backend, q, k, v, layout, **kwargs)
+    ours, eager, exact, noise = run_both(backend, q, k, v, layout, **kwargs)
     eager["lse"] = eager["lse"].to(ours["lse"].dtype)
     for name in ours:
-        assert_accurate(ours[name], exact[name], eager[name], name)
+        assert_accurate(ours[name], exact[name], eager[name], name, noise.get(name))
 
 
 @every_case

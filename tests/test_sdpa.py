@@ -12,7 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import sparse_attn
 from sparse_attn import selectors
 
-from .oracle import DTYPES, assert_accurate, dense_attention
+from .oracle import DTYPES, assert_accurate, dense_attention, rounding_noise
 
 ours = sparse_attn.scaled_dot_product_attention
 INFO = next(x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
@@ -29,20 +29,41 @@ def test_every_sample_of_torchs_own_opinfo(dtype, requires_grad):
         torch.manual_seed(0)
         out = ours(sample.input, *sample.args, **sample.kwargs)
         assert out.requires_grad == expected.requires_grad
+        exact_inputs = [x.detach().double() for x in (sample.input, *sample.args)]
         if not torch.equal(out, expected):
-            exact = F.scaled_dot_product_attention(
-                sample.input.double(), *(x.double() for x in sample.args), **sample.kwargs
-            )
+            exact = F.scaled_dot_product_attention(*exact_inputs, **sample.kwargs)
             assert_accurate(out, exact, expected)
         if requires_grad:
-            tensors = (sample.input, *sample.args, *sample.kwargs.values())
-            inputs = [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
-            for got, want in zip(
-                torch.autograd.grad(out.sum(), inputs),
-                torch.autograd.grad(expected.sum(), inputs),
-                strict=True,
-            ):
-                torch.testing.assert_close(got, want, equal_nan=True)
+            _check_gradients(sample, out, expected, exact_inputs)
+
+
+def _check_gradients(sample, out, expected, exact_inputs):
+    tensors = (sample.input, *sample.args, *sample.kwargs.values())
+    inputs = [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
+    got, want = (torch.autograd.grad(x.sum(), inputs) for x in (out, expected))
+    if all(torch.equal(*pair) for pair in zip(got, want, strict=True)):
+        return
+    leaves = [x.requires_grad_() for x in exact_inputs]
+    exact = F.scaled_dot_product_attention(*leaves, **sample.kwargs)
+    exact_grads = torch.autograd.grad(exact.sum(), leaves)
+    q, k, v = (x.detach() for x in leaves)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    mask = mask.tril() if sample.kwargs.get("is_causal") else mask
+    noise = rounding_noise(
+        q, k, v, mask, torch.ones_like(out), torch.zeros(q.shape[:3]),
+        scale=sample.kwargs.get("scale"),
+    )  # fmt: skip
+    for name, *grads in zip(noise, got, exact_grads, want, strict=True):
+        assert_accurate(*grads, name, noise[name])
+
+
+def test_transforms_of_functions_are_torchs():
+    q, k, v = torch.randn(3, 1, 2, 16, 8).unbind(0)
+
+    def gradient(attend):
+        return torch.func.grad(lambda q: attend(q, k, v, is_causal=True).square().sum())(q)
+
+    torch.testing.assert_close(gradient(ours), gradient(F.scaled_dot_product_attention))
 
 
 def test_torchs_error_samples_raise():

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "backward_kernel.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -19,9 +20,14 @@
 #define SPARSE_ATTN_VECTOR_BYTES 32
 #include "fma_kernel.h"
 
+// The gradients use parts of the forward kernel.
+#include "backward_fma.h"
+
 namespace sparse_attn::cpu {
 
 const TileKernel& avx2_kernel(DType dtype) { return avx2::fma_kernel(dtype); }
+
+const BackwardKernel& avx2_backward_kernel(DType dtype) { return avx2::fma_backward_kernel(dtype); }
 
 }  // namespace sparse_attn::cpu
 #endif

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "backward_kernel.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -18,8 +19,15 @@
 #define SPARSE_ATTN_VECTOR_BYTES 16
 #include "fma_kernel.h"
 
+// The gradients use parts of the forward kernel.
+#include "backward_fma.h"
+
 namespace sparse_attn::cpu {
 
 const TileKernel& generic_kernel(DType dtype) { return generic::fma_kernel(dtype); }
+
+const BackwardKernel& generic_backward_kernel(DType dtype) {
+  return generic::fma_backward_kernel(dtype);
+}
 
 }  // namespace sparse_attn::cpu

@@ -237,14 +237,11 @@ def _by_segments(call: _Call, visible: masks.Visible, selector: Any, backend: st
 
 
 def _torch_is_faster(call: _Call, selector: Any, backend: str) -> bool:
-    """Whether dense attention has no compiled kernel (or gradients), with the choice left to us."""
+    """Whether dense attention has no compiled kernel, with the choice left to us."""
     if backend != "auto" or not isinstance(selector, Dense):
         return False
     if call.softcap or call.sinks is not None:
         return False
-    tensors = (call.query, call.key, call.value)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
     return backends.choose(backend, call.query, call.value).backend == "reference"
 
 

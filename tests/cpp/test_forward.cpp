@@ -16,11 +16,13 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/backward.h"
 #include "../../csrc/cpu/forward.h"
 
 namespace {
 
 using sparse_attn::AttentionParams;
+using sparse_attn::BackwardParams;
 using sparse_attn::DType;
 using sparse_attn::IndexLists;
 using sparse_attn::Strides;
@@ -183,6 +185,11 @@ struct Problem {
   }
 
   void run(Isa isa) {
+    describe();
+    sparse_attn::cpu::forward(params, isa, two_threads());
+  }
+
+  void describe() {
     params.q = q.bytes.data();
     params.k = k.bytes.data();
     params.v = v.bytes.data();
@@ -197,6 +204,9 @@ struct Problem {
     params.blocks = blocks.view;
     params.columns = columns.view;
     params.sinks = sinks.empty() ? nullptr : sinks.data();
+  }
+
+  static Parallel two_threads() {
     Parallel parallel;
     parallel.num_threads = 2;
     parallel.run = [](int64_t n, const std::function<void(int64_t)>& f) {
@@ -206,7 +216,7 @@ struct Problem {
       for (int64_t i = 0; i < n; i += 2) f(i);
       other.join();
     };
-    sparse_attn::cpu::forward(params, isa, parallel);
+    return parallel;
   }
 
   bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
@@ -278,12 +288,132 @@ struct Problem {
   }
 };
 
+// Gradients of a problem whose forward pass has run, and the same from the definition.
+struct Gradients {
+  // A contiguous result, what it should be, and the sum of the absolute values added up for that.
+  struct Result {
+    std::string name;
+    DType dtype;
+    std::vector<char> bytes;
+    std::vector<double> expected, magnitude;
+
+    Result(const char* n, DType type, int64_t size)
+        : name(n),
+          dtype(type),
+          bytes(size * sparse_attn::element_size(type), static_cast<char>(0xff)),
+          expected(size),
+          magnitude(size) {}
+
+    void add(int64_t i, double value, double size) {
+      expected[i] += value;
+      magnitude[i] += size;
+    }
+
+    void check(const std::string& problem, double tolerance) const {
+      for (size_t i = 0; i < expected.size(); ++i) {
+        float value;
+        const char* p = bytes.data() + i * sparse_attn::element_size(dtype);
+        if (dtype == DType::kFloat32) {
+          std::memcpy(&value, p, 4);
+        } else {
+          uint16_t bits;
+          std::memcpy(&bits, p, 2);
+          value = static_cast<float>(from_half(bits, dtype));
+        }
+        if (std::abs(value - expected[i]) <= tolerance * (1 + magnitude[i])) continue;
+        std::printf("%s: %s[%d] = %g, expected %g\n", problem.c_str(), name.c_str(), int(i), value,
+                    expected[i]);
+        std::exit(1);
+      }
+    }
+  };
+
+  Problem& problem;
+  const AttentionParams& params;
+  Tensor dout;
+  std::vector<float> dlse;
+  Result dq, dk, dv, dsinks;
+
+  explicit Gradients(Problem& p)
+      : problem(p),
+        params(p.params),
+        dout(params.dtype, params.batch, params.num_heads, params.seqlen_q, params.head_dim_v),
+        dlse(params.batch * params.num_heads * params.seqlen_q),
+        dq("dq", params.dtype, params.batch * params.num_heads * params.seqlen_q * params.head_dim),
+        dk("dk", params.dtype,
+           params.batch * params.num_kv_heads * params.seqlen_kv * params.head_dim),
+        dv("dv", params.dtype,
+           params.batch * params.num_kv_heads * params.seqlen_kv * params.head_dim_v),
+        dsinks("dsinks", DType::kFloat32, p.sinks.size()) {
+    dout.fill_normal();
+    std::normal_distribution<float> normal;
+    for (float& x : dlse) x = normal(generator);
+  }
+
+  void run(Isa isa) {
+    problem.describe();
+    BackwardParams backward;
+    static_cast<AttentionParams&>(backward) = params;
+    backward.dout = dout.bytes.data();
+    backward.dout_stride = dout.strides;
+    backward.dlse = dlse.data();
+    backward.dq = dq.bytes.data();
+    backward.dk = dk.bytes.data();
+    backward.dv = dv.bytes.data();
+    if (!problem.sinks.empty()) {
+      backward.dsinks = reinterpret_cast<float*>(dsinks.bytes.data());
+    }
+    sparse_attn::cpu::backward(backward, isa, Problem::two_threads());
+  }
+
+  void expect_row(int64_t b, int64_t h, int64_t i) {
+    const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
+    const int64_t row = (b * params.num_heads + h) * params.seqlen_q + i;
+    const double lse = problem.lse[row];
+    double delta = -dlse[row];
+    for (int64_t d = 0; d < params.head_dim_v; ++d) {
+      delta += dout.at(b, h, i, d) * problem.out.at(b, h, i, d);
+    }
+    if (!problem.sinks.empty()) {
+      const double weight = std::exp(problem.sinks[h] - lse);
+      dsinks.add(h, -weight * delta, weight * (1 + std::abs(delta)));
+    }
+    for (int64_t j = 0; j < params.seqlen_kv; ++j) {
+      if (!problem.sees(b, h, i, j)) continue;
+      const double s = problem.score(b, h, i, j), p = std::exp(s - lse);
+      const int64_t key = (b * params.num_kv_heads + kv_head) * params.seqlen_kv + j;
+      double dp = 0;
+      for (int64_t d = 0; d < params.head_dim_v; ++d) {
+        const double x = dout.at(b, h, i, d);
+        dp += x * problem.v.at(b, kv_head, j, d);
+        dv.add(key * params.head_dim_v + d, p * x, p * std::abs(x));
+      }
+      const double slope = params.softcap > 0 ? 1 - s / params.softcap * (s / params.softcap) : 1.0;
+      const double ds = params.scale * p * (dp - delta) * slope;
+      const double size = std::abs(params.scale) * p * (1 + std::abs(dp) + std::abs(delta));
+      for (int64_t d = 0; d < params.head_dim; ++d) {
+        const double x = problem.q.at(b, h, i, d), y = problem.k.at(b, kv_head, j, d);
+        dq.add(row * params.head_dim + d, ds * y, size * std::abs(y));
+        dk.add(key * params.head_dim + d, ds * x, size * std::abs(x));
+      }
+    }
+  }
+
+  void check(const std::string& name) {
+    for (int64_t b = 0; b < params.batch; ++b)
+      for (int64_t h = 0; h < params.num_heads; ++h)
+        for (int64_t i = 0; i < params.seqlen_q; ++i) expect_row(b, h, i);
+    const double tolerance = params.dtype == DType::kFloat32 ? 3e-6 : 1e-2;
+    for (const Result* result : {&dq, &dk, &dv, &dsinks}) result->check(name, tolerance);
+  }
+};
+
 Problem random_problem() {
   const int64_t kv_heads = random_int(1, 2), heads = kv_heads * random_int(1, 2);
   const int64_t batch = random_int(1, 2);
   Problem problem(choose({DType::kFloat32, DType::kBFloat16, DType::kFloat16}), batch, heads,
-                  kv_heads, choose<int64_t>({0, 1, 5, 64, 97, 130}),
-                  choose<int64_t>({0, 1, 31, 64, 100, 170}), choose<int64_t>({1, 16, 40, 64}),
+                  kv_heads, choose<int64_t>({0, 1, 5, 64, 97, 130, 150}),
+                  choose<int64_t>({0, 1, 31, 64, 100, 170, 270}), choose<int64_t>({1, 16, 40, 64}),
                   choose<int64_t>({3, 32, 50}));
   AttentionParams& params = problem.params;
   params.is_causal = random_int(0, 1);
@@ -360,7 +490,12 @@ int main(int argc, char** argv) {
     for (int i = 0; i < num_problems; ++i) {
       Problem problem = random_problem();
       problem.run(isa);
-      problem.check(std::string(isa_name(isa)) + ", problem " + std::to_string(i));
+      const std::string name = std::string(isa_name(isa)) + ", problem " + std::to_string(i);
+      problem.check(name);
+      if (i % 2 == 0) continue;
+      Gradients gradients(problem);
+      gradients.run(isa);
+      gradients.check(name);
     }
     std::printf("%s: %d random problems agree, broken layouts are refused\n", isa_name(isa),
                 num_problems);

@@ -1,0 +1,324 @@
+// One pass over pairs of a key tile and a query tile. The task of a key tile owns dk and dv; dq is
+// added to by the key tiles in ascending order, each query tile telling whose turn it is.
+#include "backward.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "backward_kernel.h"
+#include "layout_check.h"
+
+namespace sparse_attn::cpu {
+
+namespace {
+
+constexpr int64_t kMinRows = 32;  // in a query tile
+
+alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
+
+const BackwardKernel& select_kernel(Isa isa, DType dtype) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_bf16_backward_kernel();
+  if (isa >= Isa::kAvx512) return avx512_backward_kernel(dtype);
+  if (isa == Isa::kAvx2) return avx2_backward_kernel(dtype);
+#endif
+  return generic_backward_kernel(dtype);
+}
+
+int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
+
+// Rows [row, ...) of one head of a tensor.
+class Rows {
+ public:
+  Rows(const void* base, const Strides& strides, DType dtype, int64_t batch, int64_t head)
+      : base_(static_cast<const std::byte*>(base) +
+              (batch * strides.batch + head * strides.head) * element_size(dtype)),
+        stride_(strides.row * element_size(dtype)) {}
+  const void* operator[](int64_t row) const { return base_ + row * stride_; }
+
+ private:
+  const std::byte* base_;
+  int64_t stride_;
+};
+
+// Which key tiles each query tile sees, as bits.
+class TileMap {
+ public:
+  TileMap(int64_t query_tiles, int64_t key_tiles)
+      : key_tiles_(key_tiles), words_(ceil_div(key_tiles, 64)), bits_(query_tiles * words_) {}
+
+  uint64_t* row(int64_t query_tile) { return bits_.data() + query_tile * words_; }
+
+  bool sees(int64_t query_tile, int64_t key_tile) const {
+    return bits_[query_tile * words_ + key_tile / 64] >> key_tile % 64 & 1;
+  }
+
+  // The first key tile from `key_tile` on that the query tile sees; their number if none.
+  int64_t next(int64_t query_tile, int64_t key_tile) const {
+    const uint64_t* bits = bits_.data() + query_tile * words_;
+    int64_t word = key_tile / 64;
+    if (word >= words_) return key_tiles_;
+    uint64_t rest = bits[word] & ~uint64_t{0} << key_tile % 64;
+    while (rest == 0) {
+      if (++word == words_) return key_tiles_;
+      rest = bits[word];
+    }
+    return word * 64 + std::countr_zero(rest);
+  }
+
+  int64_t count(int64_t query_tile) const {
+    const uint64_t* bits = bits_.data() + query_tile * words_;
+    return std::accumulate(bits, bits + words_, int64_t{0},
+                           [](int64_t n, uint64_t word) { return n + std::popcount(word); });
+  }
+
+ private:
+  int64_t key_tiles_, words_;
+  std::vector<uint64_t> bits_;
+};
+
+class Backward {
+ public:
+  Backward(const BackwardParams& params, const BackwardKernel& kernel)
+      : params_(params),
+        kernel_(kernel),
+        shape_(make_shape(params, kernel)),
+        group_size_(params.num_heads / params.num_kv_heads),
+        query_tiles_(ceil_div(params.seqlen_q, shape_.rows)),
+        key_tiles_(ceil_div(params.seqlen_kv, kKeyTile)),
+        num_query_tiles_(params.batch * params.num_heads * query_tiles_),
+        num_kv_heads_(params.batch * params.num_kv_heads),
+        map_(num_query_tiles_, key_tiles_),
+        turn_(num_query_tiles_),
+        dsinks_(params.dsinks != nullptr ? num_query_tiles_ : 0),
+        next_key_tile_(num_kv_heads_) {}
+
+  Backward(const Backward&) = delete;
+  Backward& operator=(const Backward&) = delete;
+  ~Backward() {
+    constexpr int64_t kKeptBytes = int64_t{64} << 20;
+    if (memory().capacity() > kKeptBytes) memory().release();
+  }
+
+  void run(const Parallel& parallel) {
+    tile_bytes_ = kernel_.query_tile_bytes(shape_);
+    memory().reserve(num_query_tiles_ * tile_bytes_);
+    tiles_ = memory().data();
+    parallel.run(num_query_tiles_, [&](int64_t i) {
+      const uint32_t saved = kernel_.enter();
+      prepare_query_tile(i);
+      kernel_.leave(saved);
+    });
+    sort_kv_heads();
+    const int64_t num_tasks = num_kv_heads_ * key_tiles_;
+    parallel.run(std::min(num_tasks, parallel.num_threads), [&](int64_t) {
+      thread_local AlignedBuffer scratch;
+      scratch.reserve(kernel_.scratch_bytes(shape_));
+      const uint32_t saved = kernel_.enter();
+      for (int64_t i = next_kv_head_++; i < num_kv_heads_; i = next_kv_head_++) {
+        run_kv_head(kv_heads_[i], scratch.data());
+      }
+      for (int64_t i = num_kv_heads_; i-- > 0;) run_kv_head(kv_heads_[i], scratch.data());
+      kernel_.leave(saved);
+    });
+    sum_dsinks();
+  }
+
+ private:
+  static TileShape make_shape(const BackwardParams& params, const BackwardKernel& kernel) {
+    TileShape shape;
+    // A tile that spans several lists works on the union of their keys.
+    shape.rows = kMinRows;
+    const int64_t rows = list_rows(params);
+    while (shape.rows < kernel.max_rows && shape.rows * 2 <= rows) shape.rows *= 2;
+    shape.head_dim = params.head_dim;
+    shape.head_dim_v = params.head_dim_v;
+    shape.scale = params.scale;
+    shape.softcap = params.softcap;
+    return shape;
+  }
+
+  static AlignedBuffer& memory() {
+    thread_local AlignedBuffer buffer;
+    return buffer;
+  }
+
+  TileIndex tile_index(int64_t i) const {
+    const int64_t row = i % query_tiles_ * shape_.rows, head = i / query_tiles_;
+    return {head / params_.num_heads, head % params_.num_heads, row,
+            std::min(shape_.rows, params_.seqlen_q - row)};
+  }
+
+  std::byte* tile_memory(int64_t i) const { return tiles_ + i * tile_bytes_; }
+
+  void* dq_rows(const TileIndex& tile) const {
+    const int64_t row = (tile.batch * params_.num_heads + tile.head) * params_.seqlen_q + tile.row;
+    return static_cast<std::byte*>(params_.dq) +
+           row * params_.head_dim * element_size(params_.dtype);
+  }
+
+  void prepare_query_tile(int64_t i) {
+    const TileIndex tile = tile_index(i);
+    mark_key_tiles(params_, tile, map_.row(i));
+    turn_[i] = static_cast<int32_t>(map_.next(i, 0));
+    if (turn_[i] == key_tiles_) {
+      std::memset(dq_rows(tile), 0, tile.rows * params_.head_dim * element_size(params_.dtype));
+    }
+
+    const Rows q(params_.q, params_.q_stride, params_.dtype, tile.batch, tile.head);
+    const Rows dout(params_.dout, params_.dout_stride, params_.dtype, tile.batch, tile.head);
+    const Rows out(params_.out, params_.out_stride, params_.dtype, tile.batch, tile.head);
+    const void *q_rows[kMaxRows], *dout_rows[kMaxRows], *out_rows[kMaxRows];
+    bool busy[kMaxRows] = {};
+    find_busy_rows(params_, tile, busy);
+    for (int64_t r = 0; r < shape_.rows; ++r) {
+      q_rows[r] = busy[r] ? q[tile.row + r] : kZeroRow;
+      dout_rows[r] = busy[r] ? dout[tile.row + r] : kZeroRow;
+      out_rows[r] = busy[r] ? out[tile.row + r] : kZeroRow;
+    }
+    kernel_.pack_queries(shape_, q_rows, dout_rows, out_rows, tile_memory(i));
+
+    constexpr double kLog2e = 1.4426950408889634;
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const QueryTileHead head(tile_memory(i), shape_.rows);
+    const int64_t first =
+        (tile.batch * params_.num_heads + tile.head) * params_.seqlen_q + tile.row;
+    double dsink = 0;
+    for (int64_t r = 0; r < shape_.rows; ++r) {
+      head.lse[r] = kInfinity;
+      if (r >= tile.rows) continue;
+      const float lse = params_.lse[first + r];
+      head.delta[r] -= params_.dlse[first + r];
+      if (params_.sinks != nullptr && params_.sinks[tile.head] > -kInfinity) {
+        dsink -= std::exp(double{params_.sinks[tile.head]} - lse) * head.delta[r];
+      }
+      if (busy[r] && lse > -kInfinity) {
+        head.lse[r] = static_cast<float>(lse * kLog2e);
+      } else {
+        head.delta[r] = 0;
+      }
+    }
+    if (params_.dsinks != nullptr) dsinks_[i] = dsink;
+  }
+
+  // KV heads with the most work come first.
+  void sort_kv_heads() {
+    std::vector<int64_t> work(num_kv_heads_);
+    for (int64_t i = 0; i < num_query_tiles_; ++i) {
+      work[i / (query_tiles_ * group_size_)] += map_.count(i);
+    }
+    kv_heads_.resize(num_kv_heads_);
+    std::iota(kv_heads_.begin(), kv_heads_.end(), 0);
+    std::stable_sort(kv_heads_.begin(), kv_heads_.end(),
+                     [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  }
+
+  void run_kv_head(int64_t kv_head, std::byte* scratch) {
+    std::atomic<int64_t>& next = next_key_tile_[kv_head];
+    for (int64_t t = next++; t < key_tiles_; t = next++) run_key_tile(kv_head, t, scratch);
+  }
+
+  void run_key_tile(int64_t kv_head, int64_t key_tile, std::byte* scratch) {
+    const int64_t first_key = key_tile * kKeyTile;
+    const int64_t keys = std::min(kKeyTile, params_.seqlen_kv - first_key);
+    const int64_t first = kv_head * group_size_ * query_tiles_;
+    const int64_t last = first + group_size_ * query_tiles_;
+    Visibility visibility;
+    pack_keys(kv_head, first_key, first, last, scratch, visibility);
+    for (int64_t i = first; i < last; ++i) {
+      if (!map_.sees(i, key_tile)) continue;
+      const TileIndex tile = tile_index(i);
+      find_visibility(params_, tile, first_key, visibility);
+      while (turn_[i].load(std::memory_order_acquire) != key_tile) std::this_thread::yield();
+      const bool is_first = map_.next(i, 0) == key_tile;
+      const int64_t next = map_.next(i, key_tile + 1);
+      kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), scratch);
+      if (next == key_tiles_) {
+        kernel_.write_queries(shape_, tile_memory(i), tile.rows, dq_rows(tile));
+      }
+      turn_[i].store(static_cast<int32_t>(next), std::memory_order_release);
+    }
+    const int64_t row = kv_head * params_.seqlen_kv + first_key, size = element_size(params_.dtype);
+    kernel_.write_keys(shape_, scratch, keys,
+                       static_cast<std::byte*>(params_.dk) + row * params_.head_dim * size,
+                       static_cast<std::byte*>(params_.dv) + row * params_.head_dim_v * size);
+  }
+
+  // Keys that no row sees are replaced by zeros: what they hold must not matter.
+  void pack_keys(int64_t kv_head, int64_t first_key, int64_t first, int64_t last,
+                 std::byte* scratch, Visibility& visibility) const {
+    const int64_t batch = kv_head / params_.num_kv_heads, head = kv_head % params_.num_kv_heads;
+    const Rows k(params_.k, params_.k_stride, params_.dtype, batch, head);
+    const Rows v(params_.v, params_.v_stride, params_.dtype, batch, head);
+    uint32_t seen[kKeyTileGranules] = {};
+    int64_t num_seen = 0;
+    const int64_t num_keys = std::min(kKeyTile, params_.seqlen_kv - first_key);
+    for (int64_t i = last; i-- > first && num_seen < num_keys;) {
+      if (!map_.sees(i, first_key / kKeyTile)) continue;
+      find_visibility(params_, tile_index(i), first_key, visibility);
+      for (int n = 0; n < visibility.count; ++n) {
+        const auto [g, rows] = visibility.parts[n];
+        if (rows == nullptr)
+          seen[g] = ~uint32_t{0};
+        else
+          for (int64_t r = 0; r < shape_.rows; ++r) seen[g] |= rows[r];
+      }
+      num_seen = std::accumulate(seen, seen + kKeyTileGranules, int64_t{0},
+                                 [](int64_t n, uint32_t w) { return n + std::popcount(w); });
+    }
+    const void *k_rows[kKeyTile], *v_rows[kKeyTile];
+    for (int64_t j = 0; j < kKeyTile; ++j) {
+      const bool is_seen = seen[j / kGranule] >> j % kGranule & 1;
+      k_rows[j] = is_seen ? k[first_key + j] : kZeroRow;
+      v_rows[j] = is_seen ? v[first_key + j] : kZeroRow;
+    }
+    kernel_.pack_keys(shape_, k_rows, v_rows, scratch);
+  }
+
+  void sum_dsinks() const {
+    if (params_.dsinks == nullptr) return;
+    for (int64_t h = 0; h < params_.num_heads; ++h) {
+      double sum = 0;
+      for (int64_t b = 0; b < params_.batch; ++b) {
+        const auto begin = dsinks_.begin() + (b * params_.num_heads + h) * query_tiles_;
+        sum = std::accumulate(begin, begin + query_tiles_, sum);
+      }
+      params_.dsinks[h] = static_cast<float>(sum);
+    }
+  }
+
+  const BackwardParams& params_;
+  const BackwardKernel& kernel_;
+  const TileShape shape_;
+  const int64_t group_size_;       // query heads that share a KV head
+  const int64_t query_tiles_;      // in one query head
+  const int64_t key_tiles_;        // in one KV head
+  const int64_t num_query_tiles_;  // in the whole batch
+  const int64_t num_kv_heads_;     // in the whole batch
+  int64_t tile_bytes_ = 0;
+  std::byte* tiles_ = nullptr;
+  TileMap map_;
+  std::vector<std::atomic<int32_t>> turn_;  // the key tile that may add to dq next
+  std::vector<double> dsinks_;
+  std::vector<int64_t> kv_heads_;
+  std::atomic<int64_t> next_kv_head_{0};
+  std::vector<std::atomic<int64_t>> next_key_tile_;
+};
+
+}  // namespace
+
+void backward(const BackwardParams& params, Isa isa, const Parallel& parallel) {
+  check_layout(params, parallel);
+  if (params.batch == 0 || params.num_heads == 0) return;
+  Backward(params, select_kernel(isa, params.dtype)).run(parallel);
+}
+
+}  // namespace sparse_attn::cpu
