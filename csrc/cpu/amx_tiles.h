@@ -112,7 +112,7 @@ static inline void pack_left_transposed(const void* const* rows, int64_t d, int6
 }
 
 // 2^x to 4e-6 in the visible lanes, 0 in the others; exactly 0 for -inf.
-static inline __m512 exp2_bf16(__m512 x, __mmask16 visible) {
+static inline __m512 exp2_bf16(__m512 x, __mmask16 visible = 0xffff) {
   const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(1.3534166722e-2f);
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.2011462904e-2f));

@@ -9,6 +9,15 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
+#if SPARSE_ATTN_VECTOR_BYTES == 64
+inline constexpr int kMaxMicroRows = 12;
+#else
+inline constexpr int kMaxMicroRows = 6;
+#endif
+
+// Rows of all matrices are so long that products take whole pairs of vectors.
+static inline int64_t padded_columns(int64_t n) { return (n + 31) / 32 * 32; }
+
 inline constexpr int64_t kMaxBackwardRows = 64;
 
 // c[kRows][2 vectors] = a[kRows][depth] b[depth][2 vectors] (+ c); element (r, i) of `a` is at
@@ -75,12 +84,12 @@ struct PackedQueries {
 
   PackedQueries(const TileShape& shape, std::byte* tile) : head(tile, shape.rows) {
     q = reinterpret_cast<float*>(tile + QueryTileHead::bytes(shape.rows));
-    dout = q + shape.rows * padded_dim(shape.head_dim);
-    dq = dout + shape.rows * padded_dim(shape.head_dim_v);
+    dout = q + shape.rows * padded_columns(shape.head_dim);
+    dq = dout + shape.rows * padded_columns(shape.head_dim_v);
   }
   static int64_t bytes(const TileShape& shape) {
     return QueryTileHead::bytes(shape.rows) +
-           shape.rows * (2 * padded_dim(shape.head_dim) + padded_dim(shape.head_dim_v)) * 4;
+           shape.rows * (2 * padded_columns(shape.head_dim) + padded_columns(shape.head_dim_v)) * 4;
   }
 };
 
@@ -89,8 +98,8 @@ struct BackwardScratch {
   float *p, *ds;  // [rows][32 keys]
 
   BackwardScratch(const TileShape& shape, std::byte* memory) {
-    const int64_t k_size = kKeyTile * padded_dim(shape.head_dim);
-    const int64_t v_size = kKeyTile * padded_dim(shape.head_dim_v);
+    const int64_t k_size = kKeyTile * padded_columns(shape.head_dim);
+    const int64_t v_size = kKeyTile * padded_columns(shape.head_dim_v);
     k = reinterpret_cast<float*>(memory);
     k_transposed = k + k_size;
     dk = k_transposed + k_size;
@@ -100,7 +109,7 @@ struct BackwardScratch {
     ds = p + shape.rows * kGranule;
   }
   static int64_t bytes(const TileShape& shape) {
-    return (kKeyTile * (3 * padded_dim(shape.head_dim) + 2 * padded_dim(shape.head_dim_v)) +
+    return (kKeyTile * (3 * padded_columns(shape.head_dim) + 2 * padded_columns(shape.head_dim_v)) +
             2 * shape.rows * kGranule) *
            4;
   }
@@ -108,19 +117,38 @@ struct BackwardScratch {
 
 template <class T>
 static void pack_row(const void* source, int64_t dim, float* dest) {
-  convert_row(static_cast<const T*>(source), dim, 1.0f, dest);
-  std::fill(dest + dim, dest + padded_dim(dim), 0.0f);
+  convert_row(static_cast<const T*>(source), dim, dest);
+  std::fill(dest + dim, dest + padded_columns(dim), 0.0f);
+}
+
+// dest[dim][32 rows]
+template <class T>
+static void pack_transposed(const void* const* rows, int64_t dim, float* dest) {
+  alignas(64) float block[kLanes][kMaxHeadDim];
+  for (int first = 0; first < kGranule; first += kLanes) {
+    for (int i = 0; i < kLanes; ++i) pack_row<T>(rows[first + i], dim, block[i]);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load(block[i] + d);
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store(dest + (d + i) * kGranule + first, x[i]);
+    }
+  }
 }
 
 template <class T>
 static void pack_queries(const TileShape& shape, const void* const* q, const void* const* dout,
                          const void* const* out, std::byte* tile) {
   const PackedQueries packed(shape, tile);
-  const int64_t dim = padded_dim(shape.head_dim), dim_v = padded_dim(shape.head_dim_v);
+  const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
+  // As in the forward pass, so that scores are the same to the last bit.
+  const float factor = shape.scale / score_divisor(shape.softcap);
   float out_row[kMaxHeadDim];
   for (int64_t r = 0; r < shape.rows; ++r) {
     const float* dout_row = packed.dout + r * dim_v;
-    pack_row<T>(q[r], shape.head_dim, packed.q + r * dim);
+    float* q_row = packed.q + r * dim;
+    pack_row<T>(q[r], shape.head_dim, q_row);
+    for (int64_t d = 0; d < dim; d += kLanes) store(q_row + d, load(q_row + d) * factor);
     pack_row<T>(dout[r], shape.head_dim_v, packed.dout + r * dim_v);
     pack_row<T>(out[r], shape.head_dim_v, out_row);
     Vec sum = {};
@@ -133,27 +161,33 @@ template <class T>
 static void pack_keys(const TileShape& shape, const void* const* k, const void* const* v,
                       std::byte* memory) {
   const BackwardScratch scratch(shape, memory);
-  const int64_t dim = padded_dim(shape.head_dim), dim_v = padded_dim(shape.head_dim_v);
+  const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
   for (int64_t j = 0; j < kKeyTile; ++j) pack_row<T>(k[j], shape.head_dim, scratch.k + j * dim);
   for (int64_t j = 0; j < kKeyTile; j += kGranule) {
-    pack_k<T>(k + j, shape.head_dim, scratch.k_transposed + j * dim);
-    pack_k<T>(v + j, shape.head_dim_v, scratch.v_transposed + j * dim_v);
+    pack_transposed<T>(k + j, shape.head_dim, scratch.k_transposed + j * dim);
+    pack_transposed<T>(v + j, shape.head_dim_v, scratch.v_transposed + j * dim_v);
   }
   std::fill(scratch.dk, scratch.dk + kKeyTile * dim, 0.0f);
   std::fill(scratch.dv, scratch.dv + kKeyTile * dim_v, 0.0f);
 }
 
-// Turns raw scores into p, and dp into ds, for one row of a granule.
+// Bit i of `bits` becomes lane i: its score, or -inf.
+SPARSE_ATTN_INLINE Vec keep_visible(Vec scores, uint32_t bits) {
+  IntVec lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  const IntVec selected = (IntVec{} + static_cast<int32_t>(bits)) & lane_bit;
+  return selected != 0 ? scores : broadcast(kMinusInfinity);
+}
+
+// Turns scores into p, and dp into ds, for one row of a granule.
 static void gradient_row(const TileShape& shape, float lse, float delta, uint32_t visible, float* p,
                          float* ds) {
   for (int j = 0; j < kGranule; j += kLanes) {
     Vec s = load(p + j), slope = broadcast(1.0f);
     if (shape.softcap > 0) {
-      const Vec capped = tanh(s * (shape.scale / shape.softcap));
+      const Vec capped = tanh(s);
       slope -= capped * capped;
       s = capped * static_cast<float>(shape.softcap * kLog2e);
-    } else {
-      s *= static_cast<float>(shape.scale * kLog2e);
     }
     const Vec weights = exp2_nonpositive(keep_visible(s - lse, visible >> j));
     const Vec gradient = weights * (load(ds + j) - delta) * slope;
@@ -167,7 +201,7 @@ static void add_pair(const TileShape& shape, const Visibility& visibility, bool 
   const PackedQueries queries(shape, tile);
   const BackwardScratch scratch(shape, memory);
   const int64_t rows = shape.rows;
-  const int64_t dim = padded_dim(shape.head_dim), dim_v = padded_dim(shape.head_dim_v);
+  const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
   if (first) std::fill(queries.dq, queries.dq + rows * dim, 0.0f);
   for (int n = 0; n < visibility.count; ++n) {
     const auto [granule, words] = visibility.parts[n];
@@ -194,7 +228,7 @@ template <class T>
 static void write_gradient_rows(const float* source, int64_t rows, int64_t dim, float factor,
                                 void* dest) {
   T* row = static_cast<T*>(dest);
-  for (int64_t r = 0; r < rows; ++r, row += dim, source += padded_dim(dim)) {
+  for (int64_t r = 0; r < rows; ++r, row += dim, source += padded_columns(dim)) {
     for (int64_t d = 0; d < dim; ++d) from_float(source[d] * factor, row[d]);
   }
 }
@@ -208,7 +242,8 @@ template <class T>
 static void write_keys(const TileShape& shape, std::byte* memory, int64_t keys, void* dk,
                        void* dv) {
   const BackwardScratch scratch(shape, memory);
-  write_gradient_rows<T>(scratch.dk, keys, shape.head_dim, shape.scale, dk);
+  const float factor = score_divisor(shape.softcap);  // q has the rest of the scale
+  write_gradient_rows<T>(scratch.dk, keys, shape.head_dim, factor, dk);
   write_gradient_rows<T>(scratch.dv, keys, shape.head_dim_v, 1.0f, dv);
 }
 

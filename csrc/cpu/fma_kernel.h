@@ -343,12 +343,12 @@ static constexpr auto kSteps = panel_steps(std::make_integer_sequence<int, kPane
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
 static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
-  const float divisor = tile.softcap > 0 ? tile.softcap : static_cast<float>(kLn2);
+  const float factor = tile.scale / score_divisor(tile.softcap);
   Panel panels[kFmaBlockM / kPanel];
   const int64_t num_panels = (tile.rows + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < num_panels; ++i) {
     panels[i] = make_panel(tile, i, memory);
-    load_q<T>(tile, panels[i], tile.scale / divisor);
+    load_q<T>(tile, panels[i], factor);
   }
   Granule granules[kFmaGranules];
   while (const int n = keys.next(granules)) {

@@ -23,6 +23,7 @@
 
 #define SPARSE_ATTN_ISA amx
 #define SPARSE_ATTN_VECTOR_BYTES 64
+#include "amx_tiles.h"
 #include "softmax_state.h"
 
 namespace sparse_attn::cpu {
@@ -32,32 +33,6 @@ namespace amx {
 constexpr int64_t kBlockM = 64;
 constexpr int64_t kStepGranules = 8;
 constexpr int64_t kStepKeys = kStepGranules * kGranule;
-constexpr int64_t kTile = 512;  // bfloat16 elements in one tile
-
-inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
-
-// Orders ordinary memory accesses against tile loads and stores.
-inline void fence_compiler() { asm volatile("" ::: "memory"); }
-
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-uint32_t enter_kernel() {
-  const uint32_t saved = _mm_getcsr();
-  _mm_setcsr(saved | 0x8000);  // flush denormal results to zero
-  static constexpr TileConfig kConfig;
-  _tile_loadconfig(&kConfig);
-  return saved;
-}
-
-void leave_kernel(uint32_t saved) {
-  _tile_release();
-  _mm_setcsr(saved);
-}
-
 struct BFloat16 {
   uint16_t bits;
 };
@@ -73,35 +48,6 @@ inline constexpr int kTerms<BFloat16> = 1;
 template <class T>
 int64_t granule_bytes(int64_t dim) {
   return kTerms<T> * padded_dim(dim) * kGranule * 2;
-}
-
-// Lanes of the 32 elements from `d` on that lie inside a row of n.
-inline __mmask32 lanes_within(int64_t d, int64_t n) {
-  return n - d >= 32 ? ~__mmask32{0} : (__mmask32{1} << (n - d)) - 1;
-}
-
-inline void transpose_16x16(__m512i* x) {
-  __m512i y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
-    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
-    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
-  }
 }
 
 // 32 numbers as two vectors of float32, the lanes outside of the mask 0.
@@ -502,17 +448,6 @@ void value_step(const Scratch& scratch, const Granule* granules, int num_granule
                   scratch.acc + r * acc_stride + d, acc_stride);
     }
   }
-}
-
-// 2^x to 4e-6; exactly 0 for -inf.
-inline __m512 exp2_bf16(__m512 x) {
-  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(1.3534166722e-2f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.2011462904e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4144275554e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9300383472e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000025934f));
-  return _mm512_scalef_ps(p, x);
 }
 
 // Hides the keys that row r does not see: their scores become -inf.

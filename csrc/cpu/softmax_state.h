@@ -19,6 +19,11 @@ static inline ScoreScale split_scale(float scale) {
   return {scale < 0 ? -1.0f : 1.0f, scale < 0 ? -scale : scale};
 }
 
+// q.k times scale / divisor is the argument of the softcap's tanh, or else the logit in base 2.
+static inline float score_divisor(float softcap) {
+  return softcap > 0 ? softcap : static_cast<float>(kLn2);
+}
+
 struct RowEnd {
   float factor;  // what the row's accumulator is multiplied with
   float lse;
