@@ -221,6 +221,7 @@ std::tuple<Tensor, Tensor> attention(
   params.out = out.mutable_data_ptr();
   params.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  params.lse_stride = params.seqlen_q;
   cpu::forward(params, active_isa(), torch_threads());
   return {out, lse};
 }

@@ -40,7 +40,8 @@ struct AttentionParams {
   const void* k = nullptr;
   const void* v = nullptr;
   void* out = nullptr;
-  float* lse = nullptr;  // contiguous [batch, num_heads, seqlen_q]
+  float* lse = nullptr;  // [batch, num_heads, seqlen_q], dense but for the stride of a head
+  int64_t lse_stride = 0;
   Strides q_stride, k_stride, v_stride, out_stride;
   DType dtype = DType::kFloat32;
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "aligned_buffer.h"
+#include "decode.h"
 #include "kernel.h"
 #include "key_cursor.h"
 #include "layout_check.h"
@@ -154,7 +155,7 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
       params.out,
       b * params.out_stride.batch + h * params.out_stride.head + row * params.out_stride.row,
       params.dtype));
-  tile.lse = params.lse + (b * params.num_heads + h) * params.seqlen_q + row;
+  tile.lse = params.lse + (b * params.num_heads + h) * params.lse_stride + row;
   tile.q_row_stride = params.q_stride.row;
   tile.out_row_stride = params.out_stride.row;
   tile.rows = rows;
@@ -171,6 +172,7 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
 
 void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   check_layout(params, parallel);
+  if (is_decode(params)) return decode({&params, 1}, isa, parallel);
   const TileKernel& kernel = select_kernel(isa, params.dtype);
   std::vector<Task> tasks = make_tasks(params, kernel.block_m);
   if (tasks.empty()) return;

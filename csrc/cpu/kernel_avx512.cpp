@@ -7,6 +7,7 @@
 #include <limits>
 #include <utility>
 
+#include "decode.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -14,11 +15,13 @@
 
 #define SPARSE_ATTN_ISA avx512
 #define SPARSE_ATTN_VECTOR_BYTES 64
+#include "decode_kernel.h"
 #include "fma_kernel.h"
 
 namespace sparse_attn::cpu {
 
 const TileKernel& avx512_kernel(DType dtype) { return avx512::fma_kernel(dtype); }
+const DecodeKernel& avx512_decode_kernel(DType dtype) { return avx512::decode_kernel(dtype); }
 
 }  // namespace sparse_attn::cpu
 #endif

@@ -1,7 +1,7 @@
 // Which keys a query tile sees, handed out as packed granules of 32.
 #pragma once
 
-#include "kernel.h"
+#include "candidates.h"
 
 namespace sparse_attn::cpu {
 
@@ -11,10 +11,6 @@ struct KeySource {
   const std::byte* v = nullptr;
   const std::byte* packed_k = nullptr;
   const std::byte* packed_v = nullptr;
-};
-
-struct TileIndex {
-  int64_t batch = 0, head = 0, row = 0, rows = 0;
 };
 
 // An upper estimate of how many keys the tile looks at.
@@ -34,18 +30,6 @@ class KeyCursor {
   int next(Granule* granules);
 
  private:
-  struct Range {
-    int64_t begin = 0, end = 0;
-  };
-  // Candidates among keys [begin, begin + 32): visible to every row, or through the window only.
-  struct Candidates {
-    int64_t begin = 0;
-    uint32_t always = 0, window = 0;
-  };
-
-  bool next_candidates(Candidates& found);
-  Range block_range(int64_t i) const;
-  bool seen_by_all_rows(const Candidates& found) const;
   Granule use_aligned(const Candidates& found, int slot);
   Granule use_gathered(int count, int slot);
   bool join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const;
@@ -56,13 +40,7 @@ class KeyCursor {
   const AttentionParams& params_;
   const TileKernel& kernel_;
   KeySource source_;
-  int64_t rows_, first_position_, limit_, window_size_;
-
-  Range always_, window_;
-  const int32_t* blocks_ = nullptr;
-  int64_t num_blocks_ = 0, next_block_ = 0, block_resume_ = 0;
-  const int32_t* columns_ = nullptr;
-  int64_t num_columns_ = 0, next_column_ = 0;
+  CandidateWalk walk_;
 
   // Candidates of partly listed granules that wait for company.
   int32_t pending_[2 * kGranule];
