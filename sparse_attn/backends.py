@@ -36,7 +36,7 @@ def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
 
 
 _REASONS = {"cpu": _cpu_reasons, "reference": _reference_reasons}
-_OPS = {"cpu": "attention", "reference": "attention_reference"}
+_SUFFIXES = {"cpu": "", "reference": "_reference"}
 _AUTO = {"cpu": ("cpu", "reference")}
 
 
@@ -69,8 +69,8 @@ def choose(backend: str, q: Tensor, v: Tensor) -> Explanation:
     return Explanation(next((name for name in order if not reasons[name]), None), reasons)
 
 
-def op_for(backend: str, q: Tensor, v: Tensor):
-    """The torch op that serves the call.
+def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention"):
+    """The torch op that serves a call of `op`.
 
     Raises:
         ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
@@ -82,4 +82,4 @@ def op_for(backend: str, q: Tensor, v: Tensor):
             f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
             f"v {list(v.shape)}:\n{chosen}"
         )
-    return getattr(torch.ops.sparse_attn, _OPS[chosen.backend])
+    return getattr(torch.ops.sparse_attn, op + _SUFFIXES[chosen.backend])

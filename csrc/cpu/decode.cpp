@@ -175,6 +175,23 @@ void DecodeKeys::append(const Candidates& found, KeyBatch& batch) {
   }
 }
 
+void DecodeKeys::append_from_pages(const Candidates& found, KeyBatch& batch) {
+  const void** k_rows = batch.k + batch.count;
+  const void** v_rows = batch.v + batch.count;
+  for (uint32_t bits = found.all(); bits != 0; bits &= bits - 1) {
+    const int64_t j = found.begin + std::countr_zero(bits);
+    if (j >= page_end_) {
+      const int64_t i = j / params_.page_size, page = params_.pages[i];
+      page_begin_ = i * params_.page_size;
+      page_end_ = page_begin_ + params_.page_size;
+      k_page_ = k_ + page * params_.k_stride.batch * element_size(params_.dtype);
+      v_page_ = v_ + page * params_.v_stride.batch * element_size(params_.dtype);
+    }
+    *k_rows++ = k_page_ + (j - page_begin_) * k_row_bytes_;
+    *v_rows++ = v_page_ + (j - page_begin_) * v_row_bytes_;
+  }
+}
+
 void DecodeKeys::next(KeyBatch& batch) {
   batch.count = 0;
   std::fill(batch.visible, batch.visible + queries_, uint64_t{0});
@@ -183,7 +200,11 @@ void DecodeKeys::next(KeyBatch& batch) {
     const uint32_t bits = found.all();
     const int count = std::popcount(bits);
     if (count == 0) continue;
-    append(found, batch);
+    if (params_.pages == nullptr) {
+      append(found, batch);
+    } else {
+      append_from_pages(found, batch);
+    }
     if (queries_ == 1 || walk_.seen_by_all_rows(found)) {
       const uint64_t seen = low_bits_64(count) << batch.count;
       for (int64_t i = 0; i < queries_; ++i) batch.visible[i] |= seen;
@@ -207,7 +228,7 @@ void DecodeKeys::next(KeyBatch& batch) {
   std::fill(batch.k + batch.count, batch.k + kBatchKeys, batch.k[batch.count - 1]);
 }
 
-bool is_decode(const AttentionParams& params) { return params.seqlen_q <= kMostDecodeQueries; }
+bool is_decode(const AttentionParams& params, Isa) { return params.seqlen_q <= kMostDecodeQueries; }
 
 void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& parallel) {
   thread_local std::vector<Group> groups;

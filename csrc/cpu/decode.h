@@ -50,6 +50,7 @@ class DecodeKeys {
 
  private:
   void append(const Candidates& found, KeyBatch& batch);
+  void append_from_pages(const Candidates& found, KeyBatch& batch);
 
   const AttentionParams& params_;
   CandidateWalk walk_;
@@ -57,6 +58,9 @@ class DecodeKeys {
   const std::byte* k_;
   const std::byte* v_;
   int64_t k_row_bytes_, v_row_bytes_;
+  int64_t page_begin_ = 0, page_end_ = 0;  // the keys of the page that was used last
+  const std::byte* k_page_ = nullptr;
+  const std::byte* v_page_ = nullptr;
 };
 
 // A state is what attention over some of the keys amounts to: for each row the running maximum
@@ -81,7 +85,7 @@ const DecodeKernel& avx2_decode_kernel(DType dtype);
 const DecodeKernel& avx512_decode_kernel(DType dtype);
 #endif
 
-bool is_decode(const AttentionParams& params);
+bool is_decode(const AttentionParams& params, Isa isa);
 
 // Computes out and lse of calls whose layouts have been checked. The result does not depend on the
 // number of threads.

@@ -130,8 +130,8 @@ class PackedKeys {
     for (int64_t i = 0; i < kGranule; ++i) {
       const int64_t j = granule * kGranule + i;
       const bool exists = j < params_.seqlen_kv;
-      k_rows[i] = exists ? head.k + j * params_.k_stride.row * size : kZeroRow;
-      v_rows[i] = exists ? head.v + j * params_.v_stride.row * size : kZeroRow;
+      k_rows[i] = exists ? head.k + params_.key_offset(params_.k_stride, j) * size : kZeroRow;
+      v_rows[i] = exists ? head.v + params_.key_offset(params_.v_stride, j) * size : kZeroRow;
     }
     kernel_.pack_k(k_rows, params_.head_dim, k_ + slot * k_bytes_);
     kernel_.pack_v(v_rows, params_.head_dim_v, v_ + slot * v_bytes_);
@@ -168,11 +168,8 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
   kernel.run_tile(tile, cursor, scratch + KeyCursor::scratch_bytes(params, kernel));
 }
 
-}  // namespace
-
-void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
-  check_layout(params, parallel);
-  if (is_decode(params)) return decode({&params, 1}, isa, parallel);
+// Attention of many rows: tiles of queries over packed keys.
+void prefill(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   const TileKernel& kernel = select_kernel(isa, params.dtype);
   std::vector<Task> tasks = make_tasks(params, kernel.block_m);
   if (tasks.empty()) return;
@@ -197,6 +194,28 @@ void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
     }
     kernel.leave(saved);
   });
+}
+
+}  // namespace
+
+void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
+  check_layout(params, parallel);
+  if (is_decode(params, isa)) return decode({&params, 1}, isa, parallel);
+  prefill(params, isa, parallel);
+}
+
+void forward_varlen(const AttentionParams& greatest, std::span<const AttentionParams> sequences,
+                    Isa isa, const Parallel& parallel) {
+  check_layout(greatest, parallel);
+  std::vector<AttentionParams> short_ones;
+  for (const AttentionParams& params : sequences) {
+    if (is_decode(params, isa)) {
+      short_ones.push_back(params);
+    } else {
+      prefill(params, isa, parallel);
+    }
+  }
+  decode(short_ones, isa, parallel);
 }
 
 }  // namespace sparse_attn::cpu

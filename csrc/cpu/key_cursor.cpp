@@ -81,11 +81,13 @@ void KeyCursor::pack(const int32_t* positions, int count, int slot, Granule& gra
   granule.v = v;
   if (join_halves(positions, count, k, v)) return;
   for (int i = 0; i < kGranule; ++i) {
-    rows[i] = i < count ? source_.k + positions[i] * params_.k_stride.row * size : kZeroRow;
+    rows[i] = i < count ? source_.k + params_.key_offset(params_.k_stride, positions[i]) * size
+                        : kZeroRow;
   }
   kernel_.pack_k(rows, params_.head_dim, k);
   for (int i = 0; i < kGranule; ++i) {
-    rows[i] = i < count ? source_.v + positions[i] * params_.v_stride.row * size : kZeroRow;
+    rows[i] = i < count ? source_.v + params_.key_offset(params_.v_stride, positions[i]) * size
+                        : kZeroRow;
   }
   kernel_.pack_v(rows, params_.head_dim_v, v);
 }
