@@ -228,7 +228,11 @@ void DecodeKeys::next(KeyBatch& batch) {
   std::fill(batch.k + batch.count, batch.k + kBatchKeys, batch.k[batch.count - 1]);
 }
 
-bool is_decode(const AttentionParams& params, Isa) { return params.seqlen_q <= kMostDecodeQueries; }
+bool is_decode(const AttentionParams& params, Isa isa) {
+  // Tiles multiply 16 rows in the time that vectors take for a few.
+  const bool has_tiles = isa == Isa::kAmx && params.dtype == DType::kBFloat16;
+  return params.seqlen_q <= (has_tiles ? kMostDecodeQueries / 2 : kMostDecodeQueries);
+}
 
 void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& parallel) {
   thread_local std::vector<Group> groups;
