@@ -15,6 +15,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
@@ -80,6 +82,19 @@ Strides strides_of(const Tensor& tensor, const char* name) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() / 2;
+
+void require_heads_and_dims(const AttentionParams& params) {
+  require(params.num_heads == 0 ||
+              (params.num_kv_heads > 0 && params.num_heads % params.num_kv_heads == 0),
+          "k has ", params.num_kv_heads, " heads, which do not divide the ", params.num_heads,
+          " heads of q");
+  require(params.head_dim >= 1 && params.head_dim <= cpu::kMaxHeadDim,
+          "q must have a head dimension of 1 to 256, but has ", params.head_dim);
+  require(params.head_dim_v >= 1 && params.head_dim_v <= cpu::kMaxHeadDim,
+          "v must have a head dimension of 1 to 256, but has ", params.head_dim_v);
+}
+
 void describe_qkv(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams& params) {
   require_shape(q, "q", 4);
   require_shape(k, "k", 4);
@@ -99,15 +114,7 @@ void describe_qkv(const Tensor& q, const Tensor& k, const Tensor& v, AttentionPa
   require(v.size(0) == params.batch && v.size(1) == params.num_kv_heads &&
               v.size(2) == params.seqlen_kv,
           "v has shape ", shape_of(v), ", which does not match k of shape ", shape_of(k));
-  require(params.num_heads == 0 ||
-              (params.num_kv_heads > 0 && params.num_heads % params.num_kv_heads == 0),
-          "k has ", params.num_kv_heads, " heads, which do not divide the ", params.num_heads,
-          " heads of q");
-  require(params.head_dim >= 1 && params.head_dim <= cpu::kMaxHeadDim,
-          "q must have a head dimension of 1 to 256, but has ", params.head_dim);
-  require(params.head_dim_v >= 1 && params.head_dim_v <= cpu::kMaxHeadDim,
-          "v must have a head dimension of 1 to 256, but has ", params.head_dim_v);
-  constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() / 2;
+  require_heads_and_dims(params);
   require(params.seqlen_kv <= kMaxLength, "k has more than ", kMaxLength, " keys");
   require(params.seqlen_q <= kMaxLength, "q has more than ", kMaxLength, " rows");
   params.q_stride = strides_of(q, "q");
@@ -258,6 +265,7 @@ std::tuple<Tensor, Tensor> attention(
   params.out = out.mutable_data_ptr();
   params.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  params.lse_stride = params.seqlen_q;
   cpu::forward(params, active_isa(), torch_threads());
   return {out, lse};
 }
@@ -311,6 +319,143 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (sinks.has_value()) params.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   cpu::backward(params, active_isa(), torch_threads());
   return {dq, dk, dv, dsinks};
+}
+
+// int32 values in ascending order from 0, of which the last is at most (or exactly) `total`.
+const int32_t* cumulated(const Tensor& tensor, const char* name, int64_t batch, int64_t total,
+                         bool exactly, const char* what) {
+  require_int32(tensor, name, 1);
+  require(tensor.size(0) == batch + 1, name, " has ", tensor.size(0), " entries, but there are ",
+          batch, " sequences");
+  const int32_t* values = static_cast<const int32_t*>(tensor.const_data_ptr());
+  require(values[0] == 0, name, "[0] = ", values[0], " is not 0");
+  for (int64_t b = 0; b < batch; ++b) {
+    require(values[b + 1] >= values[b], name, "[", b + 1, "] = ", values[b + 1], " follows ",
+            values[b], ": it must be ascending");
+  }
+  require(values[batch] <= total && (!exactly || values[batch] == total), name, "[", batch,
+          "] = ", values[batch], ", but ", what, " has ", total, " rows");
+  return values;
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_kv, const std::optional<Tensor>& seqlens_kv,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_kv,
+    const Tensor& sink, const Tensor& window, const std::optional<Tensor>& kv_num_blocks,
+    const std::optional<Tensor>& kv_indices, const std::optional<Tensor>& num_columns,
+    const std::optional<Tensor>& column_indices, const std::optional<Tensor>& sinks,
+    int64_t block_q, int64_t block_kv, int64_t column_group, double scale, double softcap,
+    bool is_causal) {
+  const bool paged = block_table.has_value();
+  require(paged == seqlens_kv.has_value() && paged != cu_seqlens_kv.has_value(),
+          "give either cu_seqlens_kv, or block_table and seqlens_kv");
+  require_shape(q, "q", 3);
+  require_shape(k, "k", paged ? 4 : 3);
+  require_shape(v, "v", paged ? 4 : 3);
+  AttentionParams params;
+  params.dtype = dtype_of(q);
+  require(k.scalar_type() == q.scalar_type(), "k must have the dtype of q");
+  require(v.scalar_type() == q.scalar_type(), "v must have the dtype of q");
+  const int dim = paged ? 3 : 2;
+  for (int i = 0; i < dim; ++i) {
+    require(v.size(i) == k.size(i), "v has shape ", shape_of(v),
+            ", which does not match k of shape ", shape_of(k));
+  }
+  require(k.size(dim) == q.size(2), "k has shape ", shape_of(k),
+          ", which does not match q of shape ", shape_of(q));
+  params.batch = cu_seqlens_q.dim() == 1 ? cu_seqlens_q.size(0) - 1 : -1;
+  require(params.batch >= 0, "cu_seqlens_q must be int32 [batch + 1]");
+  params.num_heads = q.size(1);
+  params.num_kv_heads = k.size(dim - 1);
+  params.head_dim = q.size(2);
+  params.head_dim_v = v.size(dim);
+  params.seqlen_q = max_seqlen_q;
+  params.seqlen_kv = max_seqlen_kv;
+  require_heads_and_dims(params);
+  require(max_seqlen_q >= 0 && max_seqlen_q <= kMaxLength, "max_seqlen_q is ", max_seqlen_q);
+  require(max_seqlen_kv >= 0 && max_seqlen_kv <= kMaxLength, "max_seqlen_kv is ", max_seqlen_kv);
+  describe_layout({sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks,
+                   block_q, block_kv, column_group, scale, softcap, is_causal},
+                  params);
+  for (const auto& [tensor, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}, std::pair{&v, "v"}}) {
+    const int64_t last = tensor->dim() - 1;
+    require(tensor->stride(last) == 1 || tensor->size(last) <= 1 || tensor->numel() == 0, name,
+            " must have unit stride in its last dimension");
+  }
+  params.q_stride = {0, q.stride(1), q.stride(0)};
+  params.k_stride = {paged ? k.stride(0) : 0, k.stride(dim - 1), k.stride(dim - 2)};
+  params.v_stride = {paged ? v.stride(0) : 0, v.stride(dim - 1), v.stride(dim - 2)};
+
+  const int64_t total_q = q.size(0);
+  const int32_t* begin_q =
+      cumulated(cu_seqlens_q, "cu_seqlens_q", params.batch, total_q, true, "q");
+  const int32_t* begin_kv = nullptr;
+  const int32_t* lengths_kv = nullptr;
+  const int32_t* pages = nullptr;
+  int64_t max_pages = 0;
+  if (paged) {
+    require_int32(*seqlens_kv, "seqlens_kv", 1);
+    require_int32(*block_table, "block_table", 2);
+    require(seqlens_kv->size(0) == params.batch, "seqlens_kv has ", seqlens_kv->size(0),
+            " entries, but there are ", params.batch, " sequences");
+    require(block_table->size(0) == params.batch, "block_table has ", block_table->size(0),
+            " rows, but there are ", params.batch, " sequences");
+    require(k.size(1) >= 1, "k has pages without rows");
+    lengths_kv = static_cast<const int32_t*>(seqlens_kv->const_data_ptr());
+    pages = static_cast<const int32_t*>(block_table->const_data_ptr());
+    max_pages = block_table->size(1);
+    params.page_size = k.size(1);
+  } else {
+    begin_kv = cumulated(*cu_seqlens_kv, "cu_seqlens_kv", params.batch, k.size(0), false, "k");
+  }
+
+  Tensor out = torch::stable::new_empty(q, {total_q, params.num_heads, params.head_dim_v});
+  Tensor lse = torch::stable::new_empty(q, {params.num_heads, total_q}, ScalarType::Float);
+  params.out_stride = {0, params.head_dim_v, params.num_heads * params.head_dim_v};
+  params.lse_stride = total_q;
+  const int64_t size = element_size(params.dtype);
+  const auto at = [&](const void* base, int64_t elements) {
+    return static_cast<const char*>(base) + elements * size;
+  };
+  std::vector<AttentionParams> sequences;
+  for (int64_t b = 0; b < params.batch; ++b) {
+    AttentionParams sequence = params;
+    sequence.batch = 1;
+    sequence.seqlen_q = begin_q[b + 1] - begin_q[b];
+    sequence.seqlen_kv = paged ? lengths_kv[b] : begin_kv[b + 1] - begin_kv[b];
+    require(sequence.seqlen_q <= max_seqlen_q, "cu_seqlens_q: sequence ", b, " has ",
+            sequence.seqlen_q, " queries, but the layout is for at most ", max_seqlen_q);
+    require(sequence.seqlen_kv >= 0 && sequence.seqlen_kv <= max_seqlen_kv,
+            paged ? "seqlens_kv" : "cu_seqlens_kv", ": sequence ", b, " has ", sequence.seqlen_kv,
+            " keys, but the layout is for at most ", max_seqlen_kv);
+    sequence.q = at(q.const_data_ptr(), begin_q[b] * q.stride(0));
+    sequence.out =
+        const_cast<char*>(at(out.mutable_data_ptr(), begin_q[b] * params.out_stride.row));
+    sequence.lse = static_cast<float*>(lse.mutable_data_ptr()) + begin_q[b];
+    sequence.k = at(k.const_data_ptr(), paged ? 0 : begin_kv[b] * k.stride(0));
+    sequence.v = at(v.const_data_ptr(), paged ? 0 : begin_kv[b] * v.stride(0));
+    if (paged) {
+      sequence.pages = pages + b * max_pages;
+      const int64_t used = ceil_div(sequence.seqlen_kv, params.page_size);
+      require(used <= max_pages, "seqlens_kv[", b, "] = ", sequence.seqlen_kv,
+              ", but block_table has ", max_pages, " pages of ", params.page_size,
+              " keys for a sequence");
+      for (int64_t i = 0; i < used; ++i) {
+        require(sequence.pages[i] >= 0 && sequence.pages[i] < k.size(0), "block_table[", b, ", ", i,
+                "] = ", sequence.pages[i], " is out of range: k has ", k.size(0), " pages");
+      }
+    }
+    for (IndexLists* lists : {&sequence.blocks, &sequence.columns}) {
+      if (!lists->present() || lists->batch == 1) continue;
+      lists->batch = 1;
+      lists->counts += b * lists->heads * lists->rows;
+      lists->indices += b * lists->heads * lists->rows * lists->width;
+    }
+    if (sequence.seqlen_q > 0) sequences.push_back(sequence);
+  }
+  cpu::forward_varlen(params, sequences, active_isa(), torch_threads());
+  return {out, lse};
 }
 
 PyObject* cpu_isa(PyObject*, PyObject*) {
@@ -376,6 +521,7 @@ PyModuleDef kModule = {
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("attention", TORCH_BOX(&sparse_attn::attention));
   m.impl("attention_backward", TORCH_BOX(&sparse_attn::attention_backward));
+  m.impl("attention_varlen", TORCH_BOX(&sparse_attn::attention_varlen));
 }
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&sparse_attn::kModule); }

@@ -40,13 +40,19 @@ struct AttentionParams {
   const void* k = nullptr;
   const void* v = nullptr;
   void* out = nullptr;
-  float* lse = nullptr;  // contiguous [batch, num_heads, seqlen_q]
+  float* lse = nullptr;  // [batch, num_heads, seqlen_q], dense but for the stride of a head
+  int64_t lse_stride = 0;
   Strides q_stride, k_stride, v_stride, out_stride;
   DType dtype = DType::kFloat32;
 
   int64_t batch = 0, num_heads = 0, num_kv_heads = 0;
   int64_t seqlen_q = 0, seqlen_kv = 0;
   int64_t head_dim = 0, head_dim_v = 0;
+
+  // Keys in pages: key j is row j % page_size of page pages[j / page_size], and the batch strides
+  // of k and v lead from one page to the next. Null: the rows follow each other.
+  const int32_t* pages = nullptr;
+  int64_t page_size = 1;
 
   PerHead sink, window;
   IndexLists blocks;   // rows are query blocks, values are key blocks
@@ -57,6 +63,12 @@ struct AttentionParams {
   float scale = 1.0f;
   float softcap = 0.0f;
   bool is_causal = false;
+
+  // Where key j lies in k or v, in elements from the first row of its KV head.
+  int64_t key_offset(const Strides& stride, int64_t j) const {
+    if (pages == nullptr) return j * stride.row;
+    return pages[j / page_size] * stride.batch + j % page_size * stride.row;
+  }
 };
 
 // `out` and `lse` are inputs here. The gradients are contiguous.

@@ -1,7 +1,12 @@
 """Sparse long-context attention: one op, one mask type, many ways to choose the mask."""
 
 from . import autograd, selectors
-from .api import explain, scaled_dot_product_attention, sparse_attention
+from .api import (
+    explain,
+    scaled_dot_product_attention,
+    sparse_attention,
+    sparse_attention_varlen,
+)
 from .backends import Explanation
 from .hf import patch
 from .layout import BlockLayout
@@ -18,6 +23,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "selectors",
     "sparse_attention",
+    "sparse_attention_varlen",
 ]
 
 del autograd

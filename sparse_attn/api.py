@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, backends, ops, validation
+from . import autograd, backends, ops, validation, varlen
 from .layout import BlockLayout
 
 Selector = Callable[..., BlockLayout]
@@ -83,6 +83,105 @@ def sparse_attention(
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
     out, lse = autograd.run(op, q, k, v, *args)
+    return (out, lse) if return_lse else out
+
+
+def sparse_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor | None = None,
+    seqlens_kv: Tensor | None = None,
+    block_table: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`sparse_attention` for sequences of different lengths, without padding; long and short ones
+    may be mixed.
+
+    Equivalent PyTorch for packed k and v, with ``layout_of(b)`` the layout for the lengths of
+    sequence ``b``::
+
+        for b in range(batch):
+            rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
+            keys = slice(cu_seqlens_kv[b], cu_seqlens_kv[b + 1])
+            one = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+            out[rows] = sparse_attention(*one, layout_of(b))[0].transpose(0, 1)
+
+    Args:
+        q: ``[total_q, num_heads, head_dim]``, the queries of all sequences after one another.
+        k: packed ``[total_kv, num_kv_heads, head_dim]`` with `cu_seqlens_kv`, or a paged cache
+            ``[num_pages, page_size, num_kv_heads, head_dim]`` with `block_table` and `seqlens_kv`.
+        v: like k, with ``head_dim_v``.
+        layout: one layout for the batch, whose `seqlens` are at least the greatest lengths; its
+            lists have batch size 1 or `batch`. Sequence ``b`` uses its first rows; position ``p``
+            follows from its own lengths, and blocks and columns beyond them are not seen.
+        cu_seqlens_q: int32 ``[batch + 1]``, where each sequence's queries begin, from 0 to
+            `total_q`.
+        cu_seqlens_kv: int32 ``[batch + 1]``, the same for keys, to at most `total_kv`.
+        seqlens_kv: int32 ``[batch]``, number of keys of each sequence in the cache.
+        block_table: int32 ``[batch, max_pages]``: key ``j`` of sequence ``b`` lies in row
+            ``j % page_size`` of page ``block_table[b, j // page_size]``. Entries behind a
+            sequence's last page are ignored.
+        is_causal: as in `sparse_attention`, for each sequence by its own lengths. Default True.
+        scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
+        softcap: bound of the scores, 0 for none. Default 0.
+        sinks: learnable sink logits ``[num_heads]``, or None. Default None.
+        return_lse: whether to return the log-sum-exp too. Default False.
+        backend: "auto", "cpu" or "reference". Default "auto".
+
+    Returns:
+        Tensor: ``[total_q, num_heads, head_dim_v]`` in q's dtype; with ``return_lse=True`` a tuple
+        ``(out, lse)``, lse ``[num_heads, total_q]``. Differentiable for packed k and v.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument; for gradients with a paged cache.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 12, 4, 64).unbind(0)
+        >>> ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> layout = BlockLayout.sink_window((7, 7), sink=1, window=4)
+        >>> out = sparse_attention_varlen(
+        ...     q, k, v, layout, cu_seqlens_q=ends, cu_seqlens_kv=ends
+        ... )
+        >>> out.shape
+        torch.Size([12, 4, 64])
+    """
+    q, k, v = _autocast(q, k, v)
+    packing = varlen.Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
+    validation.check_packed(q, k, v, packing)
+    scale = validation.check_scalars(q, scale, softcap)
+    validation.check_sinks(sinks, q)
+    validation.check_packed_layout(layout, q, cu_seqlens_q.shape[0] - 1)
+    if sinks is not None:
+        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if block_table is not None:
+            raise ValueError(
+                "a paged cache (block_table) has no gradients: detach q, k, v and sinks, or use "
+                "torch.no_grad()"
+            )
+        op = backends.op_for(backend, q, v)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+            return op(q, k, v, *ops.layout_args(layout, sinks, scale, float(softcap), is_causal))
+
+        out, lse = varlen.attention(attend, q, k, v, layout.validate(), packing)
+    else:
+        op = backends.op_for(backend, q, v, "attention_varlen")
+        tensors = (cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
+        tensors = (None if x is None else x.contiguous() for x in tensors)
+        args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
+        out, lse = op(q, k, v, *tensors, *layout.seqlens, *args)
     return (out, lse) if return_lse else out
 
 

@@ -82,3 +82,22 @@ def _once(name: str):
 for _name in ("attention", "attention_reference"):
     library.impl(_name, _differentiable(_name), "Autograd")
     library.impl(f"{_name}_backward", _once(f"{_name}_backward"), "Autograd")
+
+
+def _not_differentiable(name: str):
+    """The Autograd kernel of an op without a gradient: it refuses inputs that need one."""
+    op = getattr(torch.ops.sparse_attn, name).default
+
+    def call(*args):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(
+                f"sparse_attn::{name} has no gradient; sparse_attention_varlen is differentiable"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+for _name in ("attention_varlen", "attention_varlen_reference"):
+    library.impl(_name, _not_differentiable(_name), "Autograd")

@@ -36,10 +36,7 @@ def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
 
 
 _REASONS = {"cpu": _cpu_reasons, "reference": _reference_reasons}
-_OPS = {
-    "cpu": torch.ops.sparse_attn.attention.default,
-    "reference": torch.ops.sparse_attn.attention_reference.default,
-}
+_SUFFIXES = {"cpu": "", "reference": "_reference"}
 _AUTO = {"cpu": ("cpu", "reference")}
 
 
@@ -77,8 +74,8 @@ def _order(backend: str, q: Tensor) -> tuple[str, ...]:
     return _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
 
 
-def op_for(backend: str, q: Tensor, v: Tensor):
-    """The torch op that serves the call.
+def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention"):
+    """The torch op that serves a call of `op`.
 
     Raises:
         ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
@@ -86,7 +83,7 @@ def op_for(backend: str, q: Tensor, v: Tensor):
     """
     for name in _order(backend, q):
         if name in _REASONS and not _REASONS[name](q, v):
-            return _OPS[name]
+            return getattr(torch.ops.sparse_attn, op + _SUFFIXES[name]).default
     raise ValueError(
         f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
         f"v {list(v.shape)}:\n{choose(backend, q, v)}"

@@ -13,7 +13,7 @@ import logging
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, varlen
 from .layout import BlockLayout
 
 _LAYOUT = (
@@ -25,6 +25,11 @@ _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_VARLEN = (
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_kv, "
+    "Tensor? seqlens_kv, Tensor? block_table, int max_seqlen_q, int max_seqlen_kv, "
+    f"{_LAYOUT}) -> (Tensor, Tensor)"
 )
 
 library = torch.library.Library("sparse_attn", "DEF")
@@ -54,10 +59,14 @@ def _reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
     """The schema's arguments from `sink` on as the reference takes them, with the layout
     validated.
     """
+    return _layout_args((q.shape[2], k.shape[2]), args)
+
+
+def _layout_args(seqlens: tuple[int, int], args: tuple) -> tuple[tuple, dict]:
     sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks = args[:7]
     block_q, block_kv, column_group, scale, softcap, is_causal = args[7:]
     layout = BlockLayout(
-        (q.shape[2], k.shape[2]),
+        seqlens,
         sink,
         window,
         (block_q, block_kv),
@@ -97,6 +106,20 @@ def _fake_attention_backward(dout, dlse, q, k, v, out, lse, *args) -> tuple[Tens
     )
 
 
+def _attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    (layout, sinks), scalars = _layout_args(args[4:6], args[6:])
+
+    def attend(q, k, v, layout):
+        return reference.attention(q, k, v, layout, sinks, **scalars)
+
+    return varlen.attention(attend, q, k, v, layout, varlen.Packing(*args[:4]))
+
+
+def _fake_attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=reference.compute_dtype(q.dtype))
+    return q.new_empty((*q.shape[:2], v.shape[-1])), lse
+
+
 for _name in ("attention", "attention_reference"):
     for _suffix, _schema, _impl, _fake in (
         ("", _FORWARD, _attention, _fake_attention),
@@ -105,6 +128,10 @@ for _name in ("attention", "attention_reference"):
         library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(_name + _suffix, _impl, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sparse_attn::{_name}{_suffix}", _fake, lib=library)
+for _name in ("attention_varlen", "attention_varlen_reference"):
+    library.define(_name + _VARLEN, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(_name, _attention_varlen, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_attn::{_name}", _fake_attention_varlen, lib=library)
 
 try:
     _C = importlib.import_module("sparse_attn._C")

@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 from .layout import BlockLayout
+from .varlen import Packing
+
+
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -16,21 +29,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it must be.
     """
+    _check_kinds(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x is q:
-            dtype, device = q.dtype, q.device
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must be [batch, heads, seqlen, head_dim], got shape {list(x.shape)}"
             )
-        if not x.dtype.is_floating_point:
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-        if x.dtype != dtype:
-            raise ValueError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
     batch, num_heads, _, head_dim = q.shape
     k_batch, num_kv_heads, seqlen_kv, k_head_dim = k.shape
     v_batch, v_heads, v_seqlen, head_dim_v = v.shape
@@ -55,6 +59,73 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def check_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> None:
+    """Types, dtypes and shapes of packed sequences. Values are checked by the op.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it must be.
+    """
+    _check_kinds(q, k, v)
+    paged = packing.block_table is not None
+    if paged != (packing.seqlens_kv is not None) or paged == (packing.cu_seqlens_kv is not None):
+        raise ValueError(
+            "give either cu_seqlens_kv for packed k and v, or block_table and seqlens_kv for a "
+            "paged cache"
+        )
+    rows = "[num_pages, page_size," if paged else "[total_kv,"
+    for name, x, shape in (
+        ("q", q, "[total_q, num_heads, head_dim]"),
+        ("k", k, f"{rows} num_kv_heads, head_dim]"),
+        ("v", v, f"{rows} num_kv_heads, head_dim_v]"),
+    ):
+        if x.dim() != shape.count(",") + 1:
+            raise ValueError(f"{name} must be {shape}, got shape {list(x.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v must have k's shape {list(k.shape[:-1])}, got {list(v.shape[:-1])}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
+    if min(q.shape[1], *k.shape[1:], v.shape[-1]) < 1:
+        raise ValueError(
+            "heads, head dims and page_size must be positive, got "
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if q.shape[1] % k.shape[-2]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, not a multiple of the {k.shape[-2]} heads of k"
+        )
+    sizes = {"cu_seqlens_q": (1, 1), "cu_seqlens_kv": (1, 1), "seqlens_kv": (1, 0)}
+    for name, (dim, extra) in (sizes | {"block_table": (2, 0)}).items():
+        x = getattr(packing, name)
+        if x is None and name != "cu_seqlens_q":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype != torch.int32 or x.dim() != dim or x.device != q.device:
+            raise ValueError(
+                f"{name} must be int32, {dim}-D and on {q.device}, got {x.dtype} {list(x.shape)} "
+                f"on {x.device}"
+            )
+        batch = packing.cu_seqlens_q.shape[0] - 1
+        if batch < 0 or x.shape[0] != batch + extra:
+            raise ValueError(
+                f"{name} has {x.shape[0]} entries, but cu_seqlens_q tells of {batch} sequences"
+            )
+
+
+def check_packed_layout(layout: BlockLayout, q: Tensor, batch: int) -> None:
+    """Whether the layout fits the heads and the batch of packed sequences.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit.
+    """
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(
+            f"layout must be a BlockLayout, got {type(layout).__name__}; selectors look at padded "
+            "q and k, so call them on each sequence and put their lists into one layout"
+        )
+    _check_layout_fits(layout, q, q.shape[1], batch)
+
+
 def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
     """Whether the layout was made for these tensors. Its values are checked by the backend.
 
@@ -66,12 +137,15 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
             "layout_or_selector must be a BlockLayout or a selector that returns one, got "
             f"{type(layout).__name__}"
         )
-    batch, num_heads, seqlen_q, _ = q.shape
-    seqlens = (seqlen_q, k.shape[2])
+    seqlens = (q.shape[2], k.shape[2])
     if tuple(layout.seqlens) != seqlens:
         raise ValueError(
             f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have {seqlens}"
         )
+    _check_layout_fits(layout, q, q.shape[1], q.shape[0])
+
+
+def _check_layout_fits(layout: BlockLayout, q: Tensor, num_heads: int, batch: int) -> None:
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, but q is on {q.device}")
     for name, x in layout.tensors().items():

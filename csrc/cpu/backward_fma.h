@@ -171,14 +171,6 @@ static void pack_keys(const TileShape& shape, const void* const* k, const void* 
   std::fill(scratch.dv, scratch.dv + kKeyTile * dim_v, 0.0f);
 }
 
-// Bit i of `bits` becomes lane i: its score, or -inf.
-SPARSE_ATTN_INLINE Vec keep_visible(Vec scores, uint32_t bits) {
-  IntVec lane_bit;
-  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
-  const IntVec selected = (IntVec{} + static_cast<int32_t>(bits)) & lane_bit;
-  return selected != 0 ? scores : broadcast(kMinusInfinity);
-}
-
 // Turns scores into p, and dp into ds, for one row of a granule.
 static void gradient_row(const TileShape& shape, float lse, float delta, uint32_t visible, float* p,
                          float* ds) {

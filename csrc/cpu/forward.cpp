@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "aligned_buffer.h"
+#include "decode.h"
 #include "kernel.h"
 #include "key_cursor.h"
 #include "layout_check.h"
@@ -153,8 +154,8 @@ class PackedKeys {
     for (int64_t i = 0; i < kGranule; ++i) {
       const int64_t j = first + i;
       const bool exists = j < params_.seqlen_kv;
-      k_rows[i] = exists ? head.k + j * params_.k_stride.row * size : kZeroRow;
-      v_rows[i] = exists ? head.v + j * params_.v_stride.row * size : kZeroRow;
+      k_rows[i] = exists ? head.k + params_.key_offset(params_.k_stride, j) * size : kZeroRow;
+      v_rows[i] = exists ? head.v + params_.key_offset(params_.v_stride, j) * size : kZeroRow;
     }
     kernel_.pack_k(k_rows, params_.head_dim, k_ + slot * k_bytes_);
     kernel_.pack_v(v_rows, params_.head_dim_v, v_ + slot * v_bytes_);
@@ -182,7 +183,7 @@ void run_task(const AttentionParams& params, const TileKernel& kernel, const Tas
       params.out,
       b * params.out_stride.batch + h * params.out_stride.head + row * params.out_stride.row,
       params.dtype));
-  tile.lse = params.lse + (b * params.num_heads + h) * params.seqlen_q + row;
+  tile.lse = params.lse + (b * params.num_heads + h) * params.lse_stride + row;
   tile.q_row_stride = params.q_stride.row;
   tile.out_row_stride = params.out_stride.row;
   tile.rows = rows;
@@ -238,10 +239,8 @@ void run_heads(const AttentionParams& params, const TileKernel& kernel, HeadRang
   });
 }
 
-}  // namespace
-
-void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
-  check_layout(params, parallel);
+// Attention of many rows: tiles of queries over packed keys.
+void prefill(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   const int64_t num_kv_heads = params.batch * params.num_kv_heads;
   if (num_kv_heads == 0 || params.num_heads == 0 || params.seqlen_q == 0) return;
   const TileKernel& kernel = select_kernel(isa, params.dtype);
@@ -255,6 +254,28 @@ void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   for (int64_t begin = 0; begin < num_kv_heads; begin += count) {
     run_heads(params, kernel, {begin, std::min(begin + count, num_kv_heads)}, keys, parallel);
   }
+}
+
+}  // namespace
+
+void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
+  check_layout(params, parallel);
+  if (is_decode(params, isa)) return decode({&params, 1}, isa, parallel);
+  prefill(params, isa, parallel);
+}
+
+void forward_varlen(const AttentionParams& greatest, std::span<const AttentionParams> sequences,
+                    Isa isa, const Parallel& parallel) {
+  check_layout(greatest, parallel);
+  std::vector<AttentionParams> short_ones;
+  for (const AttentionParams& params : sequences) {
+    if (is_decode(params, isa)) {
+      short_ones.push_back(params);
+    } else {
+      prefill(params, isa, parallel);
+    }
+  }
+  decode(short_ones, isa, parallel);
 }
 
 }  // namespace sparse_attn::cpu

@@ -11,13 +11,15 @@
 #include <utility>
 
 #include "backward_kernel.h"
+#include "decode.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 #define SPARSE_ATTN_ISA avx2
 #define SPARSE_ATTN_VECTOR_BYTES 32
+#include "decode_kernel.h"
 #include "fma_kernel.h"
 
 // The gradients use parts of the forward kernel.
@@ -26,6 +28,7 @@
 namespace sparse_attn::cpu {
 
 const TileKernel& avx2_kernel(DType dtype) { return avx2::fma_kernel(dtype); }
+const DecodeKernel& avx2_decode_kernel(DType dtype) { return avx2::decode_kernel(dtype); }
 
 const BackwardKernel& avx2_backward_kernel(DType dtype) { return avx2::fma_backward_kernel(dtype); }
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "backward_kernel.h"
+#include "decode.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -18,6 +19,7 @@
 
 #define SPARSE_ATTN_ISA avx512
 #define SPARSE_ATTN_VECTOR_BYTES 64
+#include "decode_kernel.h"
 #include "fma_kernel.h"
 
 // The gradients use parts of the forward kernel.
@@ -26,6 +28,7 @@
 namespace sparse_attn::cpu {
 
 const TileKernel& avx512_kernel(DType dtype) { return avx512::fma_kernel(dtype); }
+const DecodeKernel& avx512_decode_kernel(DType dtype) { return avx512::decode_kernel(dtype); }
 
 const BackwardKernel& avx512_backward_kernel(DType dtype) {
   return avx512::fma_backward_kernel(dtype);

@@ -12,11 +12,13 @@
 #endif
 
 #include "backward_kernel.h"
+#include "decode.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
 #define SPARSE_ATTN_ISA generic
 #define SPARSE_ATTN_VECTOR_BYTES 16
+#include "decode_kernel.h"
 #include "fma_kernel.h"
 
 // The gradients use parts of the forward kernel.
@@ -25,6 +27,7 @@
 namespace sparse_attn::cpu {
 
 const TileKernel& generic_kernel(DType dtype) { return generic::fma_kernel(dtype); }
+const DecodeKernel& generic_decode_kernel(DType dtype) { return generic::decode_kernel(dtype); }
 
 const BackwardKernel& generic_backward_kernel(DType dtype) {
   return generic::fma_backward_kernel(dtype);

@@ -1,7 +1,7 @@
 // Which keys a query tile sees, handed out as packed granules of 32.
 #pragma once
 
-#include "kernel.h"
+#include "candidates.h"
 
 namespace sparse_attn::cpu {
 
@@ -13,10 +13,6 @@ struct KeySource {
   int64_t packed_granules = 0;
   const std::byte* packed_k = nullptr;
   const std::byte* packed_v = nullptr;
-};
-
-struct TileIndex {
-  int64_t batch = 0, head = 0, row = 0, rows = 0;
 };
 
 // An upper estimate of how many keys the tile looks at.
@@ -37,19 +33,7 @@ class KeyCursor {
   int next(Granule* granules);
 
  private:
-  struct Range {
-    int64_t begin = 0, end = 0;
-  };
-  // Candidates among keys [begin, begin + 32): visible to every row, or through the window only.
-  struct Candidates {
-    int64_t begin = 0;
-    uint32_t always = 0, window = 0;
-  };
-
-  bool next_candidates(Candidates& found);
-  Range block_range(int64_t i) const;
   bool is_run(const Candidates& found) const;
-  bool seen_by_all_rows(const Range& run, bool in_window) const;
   Granule packed_granule(const std::byte* k, const std::byte* v, int count) const;
   Granule use_run(const Candidates& found, int slot);
   Granule use_gathered(int count, int slot);
@@ -61,13 +45,7 @@ class KeyCursor {
   const AttentionParams& params_;
   const TileKernel& kernel_;
   KeySource source_;
-  int64_t rows_, first_position_, limit_, window_size_;
-
-  Range always_, window_;
-  const int32_t* blocks_ = nullptr;
-  int64_t num_blocks_ = 0, next_block_ = 0, block_resume_ = 0;
-  const int32_t* columns_ = nullptr;
-  int64_t num_columns_ = 0, next_column_ = 0;
+  CandidateWalk walk_;
 
   // Candidates of partly listed granules that wait for company.
   int32_t pending_[2 * kGranule];

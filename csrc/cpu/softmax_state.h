@@ -24,6 +24,14 @@ static inline float score_divisor(float softcap) {
   return softcap > 0 ? softcap : static_cast<float>(kLn2);
 }
 
+// Bit i of `bits` becomes lane i: its score, or -inf.
+SPARSE_ATTN_INLINE Vec keep_visible(Vec scores, uint32_t bits) {
+  IntVec lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  const IntVec selected = (IntVec{} + static_cast<int32_t>(bits)) & lane_bit;
+  return selected != 0 ? scores : broadcast(kMinusInfinity);
+}
+
 struct RowEnd {
   float factor;  // what the row's accumulator is multiplied with
   float lse;

@@ -195,6 +195,7 @@ struct Problem {
     params.v = v.bytes.data();
     params.out = out.bytes.data();
     params.lse = lse.data();
+    params.lse_stride = params.seqlen_q;
     params.q_stride = q.strides;
     params.k_stride = k.strides;
     params.v_stride = v.strides;
@@ -408,13 +409,14 @@ struct Gradients {
   }
 };
 
-Problem random_problem() {
-  const int64_t kv_heads = random_int(1, 2), heads = kv_heads * random_int(1, 2);
+Problem random_problem(bool decode) {
+  const int64_t kv_heads = random_int(1, 2), heads = kv_heads * random_int(1, 5);
   const int64_t batch = random_int(1, 2);
   Problem problem(choose({DType::kFloat32, DType::kBFloat16, DType::kFloat16}), batch, heads,
-                  kv_heads, choose<int64_t>({0, 1, 5, 64, 97, 130, 150}),
-                  choose<int64_t>({0, 1, 31, 64, 100, 170, 270}), choose<int64_t>({1, 16, 40, 64}),
-                  choose<int64_t>({3, 32, 50}));
+                  kv_heads,
+                  decode ? random_int(1, 16) : choose<int64_t>({0, 1, 5, 64, 97, 130, 150}),
+                  decode ? random_int(1, 5000) : choose<int64_t>({0, 1, 31, 64, 100, 170, 270}),
+                  choose<int64_t>({1, 16, 40, 64}), choose<int64_t>({3, 32, 50}));
   AttentionParams& params = problem.params;
   params.is_causal = random_int(0, 1);
   params.scale = choose({0.25f, 0.1f, -0.2f});
@@ -488,7 +490,7 @@ int main(int argc, char** argv) {
     generator.seed(20240229);
     check_refusals(isa);
     for (int i = 0; i < num_problems; ++i) {
-      Problem problem = random_problem();
+      Problem problem = random_problem(i % 4 == 0);
       problem.run(isa);
       const std::string name = std::string(isa_name(isa)) + ", problem " + std::to_string(i);
       problem.check(name);

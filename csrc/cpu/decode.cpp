@@ -1,0 +1,296 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <vector>
+
+#include "aligned_buffer.h"
+
+namespace sparse_attn::cpu {
+
+namespace {
+
+constexpr int64_t kSplitKeys = 2048;
+
+const DecodeKernel& select_kernel(Isa isa, DType dtype) {
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx512) return avx512_decode_kernel(dtype);
+  if (isa == Isa::kAvx2) return avx2_decode_kernel(dtype);
+#endif
+  return generic_decode_kernel(dtype);
+}
+
+const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const std::byte*>(base) + elements * element_size(dtype);
+}
+
+uint64_t low_bits_64(int n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+
+// A tile, and where its states lie among those of all tiles.
+struct Group {
+  const AttentionParams* params = nullptr;
+  TileIndex index;
+  int64_t kv_head = 0, heads = 0;
+  int64_t candidates = 0, num_splits = 1;
+  int64_t first_task = 0, first_float = 0;
+
+  int64_t rows() const { return heads * index.rows; }
+  int64_t floats_per_state() const { return state_floats(rows(), params->head_dim_v); }
+};
+
+bool same_candidates(const AttentionParams& params, int64_t a, int64_t b) {
+  const auto entry = [&](int64_t head, int64_t heads) { return head / (params.num_heads / heads); };
+  const auto same_value = [&](const PerHead& x) {
+    return x.data[entry(a, x.heads)] == x.data[entry(b, x.heads)];
+  };
+  const auto same_list = [&](const IndexLists& x) {
+    return !x.present() || entry(a, x.heads) == entry(b, x.heads);
+  };
+  return same_value(params.sink) && same_value(params.window) && same_list(params.blocks) &&
+         same_list(params.columns);
+}
+
+// Appends the groups of one KV head and of queries that share their lists.
+void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64_t row,
+                int64_t rows, std::vector<Group>& groups) {
+  const int64_t group_size = params.num_heads / params.num_kv_heads;
+  const int64_t end = (kv_head + 1) * group_size;
+  const int64_t most = std::max<int64_t>(1, kMostDecodeRows / rows);
+  for (int64_t head = kv_head * group_size, next = head; head < end; head = next) {
+    for (next = head + 1; next < end && next - head < most; ++next) {
+      if (!same_candidates(params, head, next)) break;
+    }
+    Group group;
+    group.params = &params;
+    group.index = {b, head, row, rows};
+    group.kv_head = kv_head;
+    group.heads = next - head;
+    const CandidateWalk walk(params, group.index);
+    group.candidates = walk.count_below(walk.limit());
+    group.num_splits = std::max<int64_t>(1, (group.candidates + kSplitKeys - 1) / kSplitKeys);
+    groups.push_back(group);
+  }
+}
+
+void add_groups(const AttentionParams& params, std::vector<Group>& groups) {
+  int64_t unit = params.seqlen_q;
+  if (params.columns.present()) unit = std::min(unit, params.block_q * params.column_group);
+  if (params.blocks.present()) unit = std::min(unit, params.block_q);
+  for (int64_t b = 0; b < params.batch; ++b) {
+    for (int64_t kv_head = 0; kv_head < params.num_kv_heads; ++kv_head) {
+      for (int64_t row = 0; row < params.seqlen_q; row += unit) {
+        add_groups(params, b, kv_head, row, std::min(unit, params.seqlen_q - row), groups);
+      }
+    }
+  }
+}
+
+// The position, a multiple of 32, before which about i of n equal parts of the candidates lie.
+int64_t split_point(const CandidateWalk& walk, int64_t candidates, int64_t i, int64_t n) {
+  if (i == 0) return 0;
+  if (i == n) return walk.limit();
+  const int64_t wanted = candidates / n * i;
+  int64_t low = 0, high = walk.limit() / kGranule;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (walk.count_below(middle * kGranule) < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low * kGranule;
+}
+
+DecodeTile describe_tile(const Group& group) {
+  const AttentionParams& params = *group.params;
+  const auto [b, head, row, rows] = group.index;
+  const auto offset = [&](const Strides& stride) {
+    return b * stride.batch + head * stride.head + row * stride.row;
+  };
+  DecodeTile tile;
+  tile.q = byte_offset(params.q, offset(params.q_stride), params.dtype);
+  tile.out =
+      const_cast<std::byte*>(byte_offset(params.out, offset(params.out_stride), params.dtype));
+  tile.lse = params.lse + (b * params.num_heads + head) * params.lse_stride + row;
+  tile.q_head_stride = params.q_stride.head;
+  tile.q_row_stride = params.q_stride.row;
+  tile.out_head_stride = params.out_stride.head;
+  tile.out_row_stride = params.out_stride.row;
+  tile.lse_head_stride = params.lse_stride;
+  tile.heads = group.heads;
+  tile.queries = rows;
+  tile.head_dim = params.head_dim;
+  tile.head_dim_v = params.head_dim_v;
+  tile.scale = params.scale;
+  tile.softcap = params.softcap;
+  tile.sinks = params.sinks != nullptr ? params.sinks + head : nullptr;
+  return tile;
+}
+
+void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, float* states,
+               std::byte* scratch) {
+  CandidateWalk walk(*group.params, group.index);
+  if (group.num_splits > 1) {
+    walk.restrict_to({split_point(walk, group.candidates, split, group.num_splits),
+                      split_point(walk, group.candidates, split + 1, group.num_splits)});
+  }
+  DecodeKeys keys(*group.params, walk, group.index.batch, group.kv_head, group.index.rows);
+  const DecodeTile tile = describe_tile(group);
+  float* state = states + group.first_float + split * group.floats_per_state();
+  kernel.run(tile, keys, state, scratch);
+  if (group.num_splits == 1) kernel.finish(tile, state, 1);
+}
+
+}  // namespace
+
+DecodeKeys::DecodeKeys(const AttentionParams& params, const CandidateWalk& walk, int64_t batch,
+                       int64_t kv_head, int64_t queries)
+    : params_(params),
+      walk_(walk),
+      queries_(queries),
+      k_(byte_offset(params.k, batch * params.k_stride.batch + kv_head * params.k_stride.head,
+                     params.dtype)),
+      v_(byte_offset(params.v, batch * params.v_stride.batch + kv_head * params.v_stride.head,
+                     params.dtype)),
+      k_row_bytes_(params.k_stride.row * element_size(params.dtype)),
+      v_row_bytes_(params.v_stride.row * element_size(params.dtype)) {}
+
+void DecodeKeys::append(const Candidates& found, KeyBatch& batch) {
+  const std::byte* k = k_ + found.begin * k_row_bytes_;
+  const std::byte* v = v_ + found.begin * v_row_bytes_;
+  const void** k_rows = batch.k + batch.count;
+  const void** v_rows = batch.v + batch.count;
+  uint32_t bits = found.all();
+  if (bits == ~uint32_t{0}) {
+    for (int i = 0; i < kGranule; ++i) k_rows[i] = k + i * k_row_bytes_;
+    for (int i = 0; i < kGranule; ++i) v_rows[i] = v + i * v_row_bytes_;
+    return;
+  }
+  for (; bits != 0; bits &= bits - 1) {
+    const int i = std::countr_zero(bits);
+    *k_rows++ = k + i * k_row_bytes_;
+    *v_rows++ = v + i * v_row_bytes_;
+  }
+}
+
+void DecodeKeys::append_from_pages(const Candidates& found, KeyBatch& batch) {
+  const void** k_rows = batch.k + batch.count;
+  const void** v_rows = batch.v + batch.count;
+  for (uint32_t bits = found.all(); bits != 0; bits &= bits - 1) {
+    const int64_t j = found.begin + std::countr_zero(bits);
+    if (j >= page_end_) {
+      const int64_t i = j / params_.page_size, page = params_.pages[i];
+      page_begin_ = i * params_.page_size;
+      page_end_ = page_begin_ + params_.page_size;
+      k_page_ = k_ + page * params_.k_stride.batch * element_size(params_.dtype);
+      v_page_ = v_ + page * params_.v_stride.batch * element_size(params_.dtype);
+    }
+    *k_rows++ = k_page_ + (j - page_begin_) * k_row_bytes_;
+    *v_rows++ = v_page_ + (j - page_begin_) * v_row_bytes_;
+  }
+}
+
+void DecodeKeys::next(KeyBatch& batch) {
+  batch.count = 0;
+  std::fill(batch.visible, batch.visible + queries_, uint64_t{0});
+  Candidates found;
+  while (batch.count <= kBatchKeys - kGranule && walk_.next(found)) {
+    const uint32_t bits = found.all();
+    const int count = std::popcount(bits);
+    if (count == 0) continue;
+    if (params_.pages == nullptr) {
+      append(found, batch);
+    } else {
+      append_from_pages(found, batch);
+    }
+    const KeyRange run{found.begin + std::countr_zero(bits),
+                       found.begin + kGranule - std::countl_zero(bits)};
+    if (queries_ == 1 || walk_.seen_by_all_rows(run, found.window != 0)) {
+      const uint64_t seen = low_bits_64(count) << batch.count;
+      for (int64_t i = 0; i < queries_; ++i) batch.visible[i] |= seen;
+    } else {
+      int32_t positions[kGranule];
+      uint32_t always = 0, masks[kMostDecodeQueries];
+      int n = 0;
+      for (uint32_t rest = bits; rest != 0; rest &= rest - 1, ++n) {
+        const int i = std::countr_zero(rest);
+        positions[n] = static_cast<int32_t>(found.begin + i);
+        always |= (found.always >> i & 1) << n;
+      }
+      walk_.row_masks(positions, count, always, ~always & low_bits(count), masks);
+      for (int64_t i = 0; i < queries_; ++i) {
+        batch.visible[i] |= static_cast<uint64_t>(masks[i]) << batch.count;
+      }
+    }
+    batch.count += count;
+  }
+  if (batch.count == 0) return;
+  std::fill(batch.k + batch.count, batch.k + kBatchKeys, batch.k[batch.count - 1]);
+}
+
+bool is_decode(const AttentionParams& params, Isa isa) {
+  // Tiles multiply 16 rows in the time that vectors take for a few.
+  const bool has_tiles = isa == Isa::kAmx && params.dtype == DType::kBFloat16;
+  return params.seqlen_q <= (has_tiles ? kMostDecodeQueries / 2 : kMostDecodeQueries);
+}
+
+void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& parallel) {
+  thread_local std::vector<Group> groups;
+  thread_local AlignedBuffer memory;
+  groups.clear();
+  int64_t num_tasks = 0, num_floats = 0, bytes_read = 0, most_scratch = 0;
+  if (calls.empty()) return;
+  const DecodeKernel& kernel = select_kernel(isa, calls.front().dtype);
+  for (const AttentionParams& params : calls) add_groups(params, groups);
+  if (groups.empty()) return;
+  for (Group& group : groups) {
+    group.first_task = num_tasks;
+    group.first_float = num_floats;
+    num_tasks += group.num_splits;
+    num_floats += group.num_splits * group.floats_per_state();
+    const AttentionParams& params = *group.params;
+    bytes_read += group.candidates * (params.head_dim + params.head_dim_v) *
+                  element_size(params.dtype) * std::max<int64_t>(1, group.rows() / 4);
+    most_scratch = std::max(most_scratch, kernel.scratch_bytes(group.rows(), params.head_dim));
+  }
+  memory.reserve(num_floats * static_cast<int64_t>(sizeof(float)));
+  float* states = reinterpret_cast<float*>(memory.data());
+
+  // Other threads are not worth waking for some 20 microseconds of work.
+  constexpr int64_t kSerialBytes = int64_t{1} << 18;
+  const auto run_parallel = [&](int64_t n, const std::function<void(int64_t)>& f) {
+    if (bytes_read > kSerialBytes && n > 1) {
+      parallel.run(n, f);
+    } else {
+      for (int64_t i = 0; i < n; ++i) f(i);
+    }
+  };
+  const std::span<const Group> all = groups;
+  const int64_t num_workers = std::min(num_tasks, parallel.num_threads);
+  std::atomic<int64_t> next_task{0};
+  run_parallel(num_workers, [&](int64_t) {
+    thread_local AlignedBuffer scratch;
+    scratch.reserve(most_scratch);
+    const uint32_t saved = kernel.enter();
+    size_t g = 0;
+    for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
+      while (i >= all[g].first_task + all[g].num_splits) ++g;
+      run_split(all[g], i - all[g].first_task, kernel, states, scratch.data());
+    }
+    kernel.leave(saved);
+  });
+  if (num_tasks == static_cast<int64_t>(all.size())) return;
+  std::atomic<size_t> next_group{0};
+  run_parallel(std::min<int64_t>(all.size(), parallel.num_threads), [&](int64_t) {
+    const uint32_t saved = kernel.enter();
+    for (size_t g = next_group++; g < all.size(); g = next_group++) {
+      if (all[g].num_splits == 1) continue;
+      kernel.finish(describe_tile(all[g]), states + all[g].first_float, all[g].num_splits);
+    }
+    kernel.leave(saved);
+  });
+}
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,129 @@
+"""Sequences of different lengths in packed tensors or a paged cache: what each of them is, and
+attention over one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+from .reference import compute_dtype
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences lie: queries packed; keys packed, or in the pages of a cache.
+
+    Shapes as in `sparse_attention_varlen`.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor | None = None
+    seqlens_kv: Tensor | None = None
+    block_table: Tensor | None = None
+
+
+def _cumulated(x: Tensor, name: str, total: int, whole: bool) -> list[int]:
+    values = x.tolist()
+    if not values or values[0] != 0:
+        raise ValueError(f"{name} must start with 0, got {values[:1]}")
+    for b in range(1, len(values)):
+        if values[b] < values[b - 1]:
+            raise ValueError(
+                f"{name}[{b}] = {values[b]} follows {values[b - 1]}: it must be ascending"
+            )
+    if values[-1] > total or (whole and values[-1] != total):
+        raise ValueError(f"{name}[{len(values) - 1}] = {values[-1]}, but there are {total} rows")
+    return values
+
+
+def _check_lengths(lengths: list[int], name: str, most: int, what: str) -> None:
+    for b, n in enumerate(lengths):
+        if not 0 <= n <= most:
+            raise ValueError(
+                f"{name}: sequence {b} has {n} {what}, but the layout is for at most {most}"
+            )
+
+
+def _key_rows(k: Tensor, packing: Packing, most: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """For each sequence the function that takes its rows ``[S, Hkv, D]`` out of k or v."""
+    if packing.block_table is None:
+        ends = _cumulated(packing.cu_seqlens_kv, "cu_seqlens_kv", k.shape[0], False)
+        lengths = [b - a for a, b in pairwise(ends)]
+        _check_lengths(lengths, "cu_seqlens_kv", most, "keys")
+        for begin, end in pairwise(ends):
+            yield lambda x, rows=slice(begin, end): x[rows]
+        return
+    lengths, page_size = packing.seqlens_kv.tolist(), k.shape[1]
+    _check_lengths(lengths, "seqlens_kv", most, "keys")
+    for b, (n, table) in enumerate(zip(lengths, packing.block_table, strict=True)):
+        used = -(-n // page_size)
+        if used > len(table):
+            raise ValueError(
+                f"seqlens_kv[{b}] = {n}, but block_table has {len(table)} pages of {page_size} "
+                "keys for a sequence"
+            )
+        pages = table[:used].long()
+        for i, page in enumerate(pages.tolist()):
+            if not 0 <= page < k.shape[0]:
+                raise ValueError(
+                    f"block_table[{b}, {i}] = {page} is out of range: k has {k.shape[0]} pages"
+                )
+        yield lambda x, pages=pages, n=n: x[pages].flatten(0, 1)[:n]
+
+
+def sequence_layout(layout: BlockLayout, b: int, seqlens: tuple[int, int]) -> BlockLayout:
+    """What a layout for the greatest lengths means for sequence `b`: its first rows, and of their
+    lists the blocks and columns that the sequence has.
+    """
+    fields = {}
+    rows_q = -(-seqlens[0] // layout.block_size[0])
+    for counts, indices, rows, most in (
+        ("kv_num_blocks", "kv_indices", rows_q, -(-seqlens[1] // layout.block_size[1])),
+        ("num_columns", "column_indices", -(-rows_q // layout.column_group), seqlens[1]),
+    ):
+        if getattr(layout, counts) is None:
+            continue
+        batch = slice(b, b + 1) if getattr(layout, counts).shape[0] > 1 else slice(None)
+        n, x = (getattr(layout, name)[batch, :, :rows] for name in (counts, indices))
+        listed = torch.arange(x.shape[-1], device=x.device) < n[..., None]
+        fields[counts] = (listed & (x < most)).sum(-1, dtype=torch.int32)
+        fields[indices] = x.contiguous()
+    return replace(layout, seqlens=seqlens, **fields)
+
+
+def attention(
+    attend: Callable[[Tensor, Tensor, Tensor, BlockLayout], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    packing: Packing,
+) -> tuple[Tensor, Tensor]:
+    """``out [total_q, H, Dv]`` and ``lse [H, total_q]`` of all sequences, by a function for one.
+
+    Args:
+        attend: takes q, k, v as ``[1, heads, seqlen, dim]`` and the layout for their lengths.
+        q, k, v, layout, packing: as in `sparse_attention_varlen`, the layout's values validated.
+    """
+    ends = _cumulated(packing.cu_seqlens_q, "cu_seqlens_q", q.shape[0], True)
+    lengths = [b - a for a, b in pairwise(ends)]
+    _check_lengths(lengths, "cu_seqlens_q", layout.seqlen_q, "queries")
+    outs = [q.new_empty(0, q.shape[1], v.shape[-1])]
+    lses = [q.new_empty(q.shape[1], 0, dtype=compute_dtype(q.dtype))]
+    takers = _key_rows(k, packing, layout.seqlen_kv)
+    for b, take in enumerate(takers):
+        rows = slice(ends[b], ends[b + 1])
+        if ends[b] == ends[b + 1]:
+            continue
+        one = [x.transpose(0, 1)[None] for x in (q[rows], take(k), take(v))]
+        lengths = (one[0].shape[2], one[1].shape[2])
+        out, lse = attend(*one, sequence_layout(layout, b, lengths))
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
