@@ -174,14 +174,15 @@ static void pack_keys(const TileShape& shape, const void* const* k, const void* 
 // Turns scores into p, and dp into ds, for one row of a granule.
 static void gradient_row(const TileShape& shape, float lse, float delta, uint32_t visible, float* p,
                          float* ds) {
+  constexpr float kBase2 = kLog2e;
   for (int j = 0; j < kGranule; j += kLanes) {
     Vec s = load(p + j), slope = broadcast(1.0f);
     if (shape.softcap > 0) {
       const Vec capped = tanh(s);
       slope -= capped * capped;
-      s = capped * static_cast<float>(shape.softcap * kLog2e);
+      s = capped * shape.softcap;
     }
-    const Vec weights = exp2_nonpositive(keep_visible(s - lse, visible >> j));
+    const Vec weights = exp2_nonpositive(keep_visible(s * kBase2 - lse, visible >> j));
     const Vec gradient = weights * (load(ds + j) - delta) * slope;
     store(p + j, weights);
     store(ds + j, weights == 0.0f ? Vec{} : gradient);

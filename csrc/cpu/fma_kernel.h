@@ -191,9 +191,8 @@ static void add_values(const Panel& panel, const Granule* granules, int num_gran
 }
 
 static void cap_scores(float* scores, int64_t num_keys, float softcap) {
-  const float factor = static_cast<float>(softcap * kLog2e);
   for (int64_t i = 0; i < num_keys * kPanel; i += kLanes) {
-    store(scores + i, tanh(load(scores + i)) * factor);
+    store(scores + i, tanh(load(scores + i)) * softcap);
   }
 }
 
@@ -215,9 +214,10 @@ static void mask_scores(float* scores, const uint32_t* visible, int num_keys, in
 template <int kVectors>
 static void softmax(const Panel& panel, int64_t num_keys) {
   constexpr int64_t kChains = 8 / kVectors;
+  constexpr float kBase2 = kLog2e;  // what makes a score a logit in base 2
   Vec top[kChains][kVectors];
   for (int i = 0; i < kChains; ++i) {
-    for (int v = 0; v < kVectors; ++v) top[i][v] = load(panel.m + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) top[i][v] = broadcast(kMinusInfinity);
   }
   int64_t j = 0;
   for (; j + kChains <= num_keys; j += kChains) {
@@ -235,8 +235,8 @@ static void softmax(const Panel& panel, int64_t num_keys) {
   Vec base[kVectors], sum[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const Vec m_old = load(panel.m + v * kLanes);
-    Vec m_new = top[0][v];
-    for (int i = 1; i < kChains; ++i) m_new = maximum(top[i][v], m_new);
+    for (int i = 1; i < kChains; ++i) top[0][v] = maximum(top[i][v], top[0][v]);
+    const Vec m_new = maximum(top[0][v] * kBase2, m_old);
     base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
     const Vec factor = exp2_nonpositive(m_old - base[v]);
     sum[v] = load(panel.l + v * kLanes) * factor;
@@ -246,7 +246,7 @@ static void softmax(const Panel& panel, int64_t num_keys) {
   for (j = 0; j < num_keys; ++j) {
     for (int v = 0; v < kVectors; ++v) {
       float* s = panel.scores + j * kPanel + v * kLanes;
-      const Vec p = exp2_nonpositive(load(s) - base[v]);
+      const Vec p = exp2_nonpositive(load(s) * kBase2 - base[v]);
       store(s, p);
       sum[v] += p;
     }
