@@ -63,6 +63,7 @@ struct AttentionParams {
   float scale = 1.0f;
   float softcap = 0.0f;
   bool is_causal = false;
+  bool split_float32 = false;  // float32 may be multiplied as the sum of two bfloat16
 
   // Where key j lies in k or v, in elements from the first row of its KV head.
   int64_t key_offset(const Strides& stride, int64_t j) const {

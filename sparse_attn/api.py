@@ -55,6 +55,9 @@ def sparse_attention(
         return_lse: whether to return the log-sum-exp too. Default False.
         backend: "auto", "cpu" or "reference". A named backend never falls back. Default "auto".
 
+    float32 is multiplied as float32, unless `torch.set_float32_matmul_precision` permits less: at
+    "high" or "medium" a CPU with AMX multiplies it as the sum of two bfloat16, to 16 bits.
+
     Returns:
         Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no
         key. With ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for float64)
@@ -82,7 +85,8 @@ def sparse_attention(
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
-    out, lse = autograd.run(op, q, k, v, *args)
+    split = q.dtype == torch.float32 and _may_split_float32()
+    out, lse = autograd.run(op, q, k, v, *args, *((split,) if split else ()))
     return (out, lse) if return_lse else out
 
 
@@ -183,6 +187,12 @@ def sparse_attention_varlen(
         args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
         out, lse = op(q, k, v, *tensors, *layout.seqlens, *args)
     return (out, lse) if return_lse else out
+
+
+@torch.compiler.assume_constant_result
+def _may_split_float32() -> bool:
+    """Whether torch's global setting permits products of float32 in fewer bits."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,8 @@ def _differentiable(name: str):
         def forward(ctx, *args):
             with torch._C._AutoDispatchBelowAutograd():
                 out, lse = forward_op(*args)
-            tensors, ctx.scalars = args[:10], args[10:]
+            tensors, ctx.scalars = args[:10], args[10:16]
+            ctx.num_args = len(args)
             ctx.save_for_backward(*tensors, out, lse)
             return out, lse
 
@@ -51,7 +52,8 @@ def _differentiable(name: str):
                 dout, dlse, q, k, v, out, lse, *layout, sinks, *ctx.scalars
             )
             none = (None,) * len(layout)
-            return dq, dk, dv, *none, None if sinks is None else dsinks, *(None,) * len(ctx.scalars)
+            dsinks = None if sinks is None else dsinks
+            return dq, dk, dv, *none, dsinks, *(None,) * (ctx.num_args - 10)
 
     def call(*args):
         if _needs_grad(args):

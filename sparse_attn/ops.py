@@ -21,7 +21,10 @@ _LAYOUT = (
     "Tensor? column_indices, Tensor? sinks, int block_q, int block_kv, int column_group, "
     "float scale, float softcap, bool is_causal"
 )
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)"
+# split_float32 permits products of float32 in three of bfloat16.
+_FORWARD = (
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, bool split_float32=False) -> (Tensor, Tensor)"
+)
 _BACKWARD = (
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -64,7 +67,7 @@ def _reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
 
 def _layout_args(seqlens: tuple[int, int], args: tuple) -> tuple[tuple, dict]:
     sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks = args[:7]
-    block_q, block_kv, column_group, scale, softcap, is_causal = args[7:]
+    block_q, block_kv, column_group, scale, softcap, is_causal = args[7:13]
     layout = BlockLayout(
         seqlens,
         sink,

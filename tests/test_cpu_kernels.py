@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-import sparse_attn  # noqa: F401 - defines the ops
+import sparse_attn
 
 _C = pytest.importorskip("sparse_attn._C")
 
@@ -406,6 +406,28 @@ def test_runs_are_bitwise_equal_on_any_number_of_threads(isa, dtype):
         torch.set_num_threads(threads)
         again = case.run()
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_float32_in_two_terms_where_torch_permits_it():
+    q, k, v = torch.randn(3, 2, 2, 300, 48).unbind(0)
+    layout = sparse_attn.BlockLayout.sink_window((300, 300), sink=5, window=100)
+    exact = sparse_attn.sparse_attention(q.double(), k.double(), v.double(), layout)
+    errors, before = {}, torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            out = sparse_attn.sparse_attention(q, k, v, layout)
+            errors[precision] = float((out - exact).abs().max())
+            compiled = torch.compile(sparse_attn.sparse_attention, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(q, k, v, layout), out)
+            leaf = q.clone().requires_grad_()
+            grad = torch.autograd.grad(sparse_attn.sparse_attention(leaf, k, v, layout).sum(), leaf)
+            assert torch.isfinite(grad[0]).all()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 2e-6 and errors["high"] < 1e-4
+    if _C.cpu_isa() == "amx":
+        assert errors["high"] > 2 * errors["highest"], "AMX was not used"
 
 
 def test_choice_of_instruction_set():

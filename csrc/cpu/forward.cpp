@@ -14,9 +14,11 @@ namespace sparse_attn::cpu {
 
 namespace {
 
-const TileKernel& select_kernel(Isa isa, DType dtype) {
+const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
+  const DType dtype = params.dtype;
 #if defined(__x86_64__)
-  if (isa == Isa::kAmx && dtype != DType::kFloat32) return amx_kernel(dtype);
+  const bool for_amx = dtype != DType::kFloat32 || params.split_float32;
+  if (isa == Isa::kAmx && for_amx) return amx_kernel(dtype);
   if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
   if (isa == Isa::kAvx2) return avx2_kernel(dtype);
 #endif
@@ -243,7 +245,7 @@ void run_heads(const AttentionParams& params, const TileKernel& kernel, HeadRang
 void prefill(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   const int64_t num_kv_heads = params.batch * params.num_kv_heads;
   if (num_kv_heads == 0 || params.num_heads == 0 || params.seqlen_q == 0) return;
-  const TileKernel& kernel = select_kernel(isa, params.dtype);
+  const TileKernel& kernel = select_kernel(isa, params);
   PackedKeys keys(params, kernel);
 
   // As many KV heads at a time as the caches hold packed.
