@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_attn import BlockLayout, sparse_attention
-from tests.oracle import assert_accurate, dense_attention
+from tests.oracle import assert_accurate, dense_attention, rounding_noise
 
 from . import cases, report
 from .cases import Case
@@ -120,9 +120,9 @@ def worst_error(case: str, compared: dict[str, tuple[Tensor, Tensor, Tensor]]) -
         WrongResult: if it is more than eager attention in the same dtype justifies.
     """
     worst = 0.0
-    for name, (ours, exact, eager) in compared.items():
+    for name, (ours, exact, eager, *noise) in compared.items():
         try:
-            assert_accurate(ours, exact, eager.to(ours.dtype), name)
+            assert_accurate(ours, exact, eager.to(ours.dtype), name, *noise)
         except AssertionError as error:
             raise WrongResult(f"{case}: {error}") from error
         worst = max(worst, float((ours.double() - exact).abs().max()))
@@ -150,8 +150,10 @@ def forward_results(
     return dict(zip(("out", "lse"), zip(ours, exact, eager, strict=True), strict=True))
 
 
-def backward_results(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """dq, dk, dv of ours, of float64 and of eager attention, for the last KV head."""
+def backward_results(problem: Problem) -> dict[str, tuple[Tensor, ...]]:
+    """dq, dk, dv of ours, of float64 and of eager attention, and what rounding lse can change, for
+    the last KV head.
+    """
     case = problem.case
     group = case.num_heads // case.kv_heads
     heads = slice(case.num_heads - group, None)
@@ -167,8 +169,14 @@ def backward_results(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor
 
     dq, dk, dv = problem.ours()()
     ours = (dq[:, heads], dk[:, -1:], dv[:, -1:])
-    pairs = zip(ours, dense(torch.float64), dense(problem.q.dtype), strict=True)
-    return dict(zip(("dq", "dk", "dv"), pairs, strict=True))
+    q, k, v = (x[:, -n:] for x, n in zip(problem.leaves, (group, 1, 1), strict=True))
+    dout = problem.dout[:, heads]
+    noise = rounding_noise(q, k, v, mask, dout, dout.new_zeros(dout.shape[:3]))
+    exact, eager = dense(torch.float64), dense(problem.q.dtype)
+    return {
+        name: (ours[i], exact[i], eager[i], noise[name])
+        for i, name in enumerate(("dq", "dk", "dv"))
+    }
 
 
 def sampled_rows(seqlen: int) -> Tensor:
