@@ -49,7 +49,7 @@ def rounds(tokenizer, tokens: int, retrieval: bool) -> list[tuple[texts.Prompt, 
     if not retrieval:  # a vocabulary of 262144 makes the loss dearer than the model
         reading = replace(reading, scored_from=tokens * 3 // 4)
         return [(reading, False)] + [(reading, True)] * 3
-    copies = texts.second_copy(tokenizer, tokens // 2)
+    copies = texts.second_copy(tokenizer, tokens * 3 // 4)
     hidden = [texts.passkey(tokenizer, tokens, depth) for depth in PASSKEY_DEPTHS]
     return [(reading, False), (copies, False), *((prompt, True) for prompt in hidden)]
 
@@ -87,7 +87,7 @@ the paired ratios to torch SDPA. The time of attention is measured around the at
 every layer, choosing keys included. Density is the share of the causal (query, key) pairs that are
 seen, mean over layers. Perplexity is over the {tokens} tokens of the documentation of Python
 (gemma3: over their last quarter); its change is against torch SDPA. The loss on the second copy
-(nats per token) is over the second half of {tokens // 2} tokens that are a text twice: low only
+(nats per token) is over the second half of {tokens * 3 // 4} tokens that are a text twice: low only
 if attention finds the first copy. The passkey is a number to be repeated at the end of {tokens}
 tokens, said once at three places; those where it was found are named by their token."""
 

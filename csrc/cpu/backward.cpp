@@ -186,7 +186,6 @@ class Backward {
     }
     kernel_.pack_queries(shape_, q_rows, dout_rows, out_rows, tile_memory(i));
 
-    constexpr double kLog2e = 1.4426950408889634;
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const QueryTileHead head(tile_memory(i), shape_.rows);
     const int64_t first =
@@ -201,7 +200,7 @@ class Backward {
         dsink -= std::exp(double{params_.sinks[tile.head]} - lse) * head.delta[r];
       }
       if (busy[r] && lse > -kInfinity) {
-        head.lse[r] = static_cast<float>(lse * kLog2e);
+        head.lse[r] = lse;
       } else {
         head.delta[r] = 0;
       }

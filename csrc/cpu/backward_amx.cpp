@@ -230,7 +230,8 @@ struct Gradients {
 template <bool kSoftcap>
 inline Gradients gradients(const TileShape& shape, __m512 s, __m512 dp, float lse, float delta,
                            __mmask16 visible) {
-  const __m512 offset = _mm512_set1_ps(lse), base = _mm512_set1_ps(delta);
+  const __m512 offset = _mm512_set1_ps(lse * static_cast<float>(kLog2e)),
+               base = _mm512_set1_ps(delta);
   __m512 x, slope;
   if constexpr (kSoftcap) {
     const Vec capped = tanh((Vec)s * (shape.scale / shape.softcap));

@@ -182,7 +182,7 @@ static void gradient_row(const TileShape& shape, float lse, float delta, uint32_
       slope -= capped * capped;
       s = capped * shape.softcap;
     }
-    const Vec weights = exp2_nonpositive(keep_visible(s * kBase2 - lse, visible >> j));
+    const Vec weights = exp2_nonpositive(keep_visible(s - lse, visible >> j) * kBase2);
     const Vec gradient = weights * (load(ds + j) - delta) * slope;
     store(p + j, weights);
     store(ds + j, weights == 0.0f ? Vec{} : gradient);

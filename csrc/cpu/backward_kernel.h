@@ -1,6 +1,6 @@
 // What the gradient kernel of one instruction set offers.
 //
-// With p = 2^(s - lse) and ds = p * (dp - delta), a key tile adds, for each query tile that sees
+// With p = exp(s - lse) and ds = p * (dp - delta), a key tile adds, for each query tile that sees
 // it, dv += p^T dout, dk += ds^T q and dq += ds k. Query tiles are packed once in a call, a key
 // tile when its turn comes; dk and dv stay in scratch memory until all query tiles have been added.
 #pragma once
@@ -12,7 +12,7 @@ namespace sparse_attn::cpu {
 
 // The memory of a query tile: one float each per row, then what the kernel wants.
 struct QueryTileHead {
-  float* lse;    // in base 2; +inf for rows without weights
+  float* lse;    // +inf for rows without weights
   float* delta;  // rowsum(dout * out) - dlse
 
   static int64_t bytes(int64_t rows) { return (2 * rows * 4 + 63) / 64 * 64; }

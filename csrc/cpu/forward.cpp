@@ -248,8 +248,8 @@ void prefill(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   const TileKernel& kernel = select_kernel(isa, params);
   PackedKeys keys(params, kernel);
 
-  // As many KV heads at a time as the caches hold packed.
-  constexpr int64_t kPackedBytesPerThread = int64_t{4} << 20;
+  // As many KV heads at a time as moderate memory holds packed.
+  constexpr int64_t kPackedBytesPerThread = int64_t{32} << 20;
   const int64_t fitting =
       parallel.num_threads * kPackedBytesPerThread / std::max<int64_t>(1, keys.head_bytes());
   const int64_t count = kernel.in_place ? num_kv_heads : std::max<int64_t>(1, fitting);
