@@ -252,9 +252,10 @@ std::tuple<Tensor, Tensor> attention(
     const std::optional<Tensor>& kv_num_blocks, const std::optional<Tensor>& kv_indices,
     const std::optional<Tensor>& num_columns, const std::optional<Tensor>& column_indices,
     const std::optional<Tensor>& sinks, int64_t block_q, int64_t block_kv, int64_t column_group,
-    double scale, double softcap, bool is_causal, bool split_float32) {
+    double scale, double softcap, bool is_causal, bool split_float32, bool for_gradients) {
   AttentionParams params;
   params.split_float32 = split_float32;
+  params.for_gradients = for_gradients;
   describe_qkv(q, k, v, params);
   describe_layout({sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks,
                    block_q, block_kv, column_group, scale, softcap, is_causal},

@@ -56,7 +56,8 @@ def sparse_attention(
         backend: "auto", "cpu" or "reference". A named backend never falls back. Default "auto".
 
     float32 is multiplied as float32, unless `torch.set_float32_matmul_precision` permits less: at
-    "high" or "medium" a CPU with AMX multiplies it as the sum of two bfloat16, to 16 bits.
+    "high" or "medium" a CPU with AMX multiplies it as the sum of two bfloat16, to 16 bits, when
+    no gradient is asked for.
 
     Returns:
         Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no

@@ -39,7 +39,7 @@ def _differentiable(name: str):
         @staticmethod
         def forward(ctx, *args):
             with torch._C._AutoDispatchBelowAutograd():
-                out, lse = forward_op(*args)
+                out, lse = forward_op(*args[:17], for_gradients=True)
             tensors, ctx.scalars = args[:10], args[10:16]
             ctx.num_args = len(args)
             ctx.save_for_backward(*tensors, out, lse)

@@ -21,9 +21,11 @@ _LAYOUT = (
     "Tensor? column_indices, Tensor? sinks, int block_q, int block_kv, int column_group, "
     "float scale, float softcap, bool is_causal"
 )
-# split_float32 permits products of float32 in three of bfloat16.
+# split_float32 permits products of float32 in three of bfloat16. for_gradients asks for the scores,
+# rounding included, that the backward op computes again from lse.
 _FORWARD = (
-    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, bool split_float32=False) -> (Tensor, Tensor)"
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, bool split_float32=False, "
+    "bool for_gradients=False) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

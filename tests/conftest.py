@@ -30,6 +30,37 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def isa(request):
+    """Each instruction set of this processor in turn, see `pytest_generate_tests`."""
+    from sparse_attn import _C
+
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(None)
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        from .oracle import BACKENDS
+
+        names = ()
+        if "cpu" in BACKENDS:  # fails without the extension
+            from sparse_attn import _C
+
+            names = _C.supported_cpu_isas()
+        metafunc.parametrize("isa", names, indirect=True)
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors on a busy machine: threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def real_qk():
     """q [1, 9, 1024, 64] and k [1, 3, 1024, 64] of some layers of SmolLM2-135M on English text."""

@@ -67,9 +67,8 @@ def rounding_noise(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What one rounding to float32 of lse, of the scores that are computed anew, and of every dp
-    and delta can change in each gradient: the gradients' formulas with absolute values in place of
-    differences.
+    """What one rounding of lse to float32, and one of every dp and delta, can change in each
+    gradient: the gradients' formulas with absolute values in place of differences.
 
     Eager attention never rounds a logarithm of its sums, and where a row sees one key it cancels
     dp and delta exactly; a kernel that gets ``(out, lse)`` can do neither.
@@ -81,7 +80,7 @@ def rounding_noise(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     delta = (dout * (probs @ v)).abs().sum(-1) + dlse.abs()
     lse = torch.where(torch.isinf(lse), 0, lse)
-    roundings = 2.0**-24 * (1 + 2 * lse.abs())  # scores that count are about as large as lse
+    roundings = 2.0**-24 * (1 + lse.abs())
     probs = probs * roundings[..., None]
     ds = probs * (dout.abs() @ v.abs().mT + delta[..., None])
     ds = ds * (q.shape[-1] ** -0.5 if scale is None else abs(scale))

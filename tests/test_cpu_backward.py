@@ -14,24 +14,8 @@ from sparse_attn import BlockLayout, ops, sparse_attention
 from .oracle import DTYPES, random_layout
 from .test_attention import check, make_qkv
 
-_C = pytest.importorskip("sparse_attn._C")
-
-
-@pytest.fixture(params=_C.supported_cpu_isas())
-def isa(request):
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors on a busy machine: threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytest.importorskip("sparse_attn._C")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
 

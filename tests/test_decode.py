@@ -15,11 +15,11 @@ from .test_cpu_kernels import (
     ISAS,
     Case,
     check,
-    isa,  # noqa: F401 - a fixture
     make_qkv,
-    one_thread,  # noqa: F401 - a fixture
     random_lists,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _case(
@@ -55,14 +55,14 @@ def _case(
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("rows", range(1, 18))
-def test_rows(isa, request, dtype, rows):  # noqa: F811
+def test_rows(isa, request, dtype, rows):
     check(_case(rows=rows, dtype=dtype, block=(rows, 16), window=[5], sink=[2]), request)
 
 
 @pytest.mark.parametrize("rows", (1, 3, 16))
 @pytest.mark.parametrize("group", (1, 2, 3, 4, 7, 16, 71))
 @pytest.mark.parametrize("list_heads", ("all", "kv", "query"))
-def test_groups_of_heads(isa, request, rows, group, list_heads):  # noqa: F811
+def test_groups_of_heads(isa, request, rows, group, list_heads):
     heads = 2 * group
     list_heads = {"all": 1, "kv": 2, "query": heads}[list_heads]
     case = _case(rows=rows, heads=heads, list_heads=list_heads, dims=(32, 16), keys=130)
@@ -75,7 +75,7 @@ def test_groups_of_heads(isa, request, rows, group, list_heads):  # noqa: F811
 @pytest.mark.parametrize("block", ((1, 1), (1, 16), (4, 64), (16, 1), (16, 128)), ids=str)
 @pytest.mark.parametrize("rows", (1, 7))
 @pytest.mark.parametrize("is_causal", (True, False))
-def test_lists(isa, request, dtype, block, rows, is_causal):  # noqa: F811
+def test_lists(isa, request, dtype, block, rows, is_causal):
     case = _case(
         rows=rows,
         block=block,
@@ -93,7 +93,7 @@ def test_lists(isa, request, dtype, block, rows, is_causal):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dims", [(1, 3), (40, 17), (72, 80), (128, 64), (256, 256), (64, 200)])
-def test_head_dims(isa, request, dtype, dims):  # noqa: F811
+def test_head_dims(isa, request, dtype, dims):
     check(_case(rows=2, dims=dims, dtype=dtype, window=[-1], density=0, heads=6), request)
 
 
@@ -110,7 +110,7 @@ LONG = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("rows", (1, 4))
-def test_keys_in_several_parts(isa, request, dtype, name, rows):  # noqa: F811
+def test_keys_in_several_parts(isa, request, dtype, name, rows):
     case = _case(keys=9000, rows=rows, heads=4, kv_heads=1, dtype=dtype, **LONG[name])
     case.sinks = torch.tensor([0.0, -math.inf, 1.0, 30.0])
     case.softcap = 3.0 if rows == 4 else 0.0
@@ -118,7 +118,7 @@ def test_keys_in_several_parts(isa, request, dtype, name, rows):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_any_number_of_threads_gives_the_same_bits(isa, name):  # noqa: F811
+def test_any_number_of_threads_gives_the_same_bits(isa, name):
     case = _case(keys=9000, heads=6, kv_heads=3, dtype=torch.bfloat16, **LONG[name] | {"batch": 2})
     first = case.run()
     for threads in (1, 2, 3):
@@ -129,7 +129,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa, name):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", (1, 5))
-def test_other_keys_and_slack_are_never_used(isa, dtype, rows):  # noqa: F811
+def test_other_keys_and_slack_are_never_used(isa, dtype, rows):
     case = _case(
         rows=rows, keys=5000, dims=(24, 40), dtype=dtype, kv_heads=1, density=0.5, columns=0.01
     )

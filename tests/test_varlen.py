@@ -11,7 +11,7 @@ import torch
 
 from sparse_attn import BlockLayout, ops, selectors, sparse_attention_varlen
 
-from .oracle import assert_accurate, cases, dense_attention, random_layout
+from .oracle import BACKENDS, assert_accurate, cases, dense_attention, random_layout
 
 LENGTHS = {
     "decode": [(1, 70), (1, 0), (1, 5000), (1, 33)],
@@ -145,21 +145,15 @@ def test_against_each_sequence_alone(backend, dtype, page_size, name):
             torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(ops._C is None, reason="needs the C++ extension")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_every_instruction_set(dtype, page_size):
+def test_every_instruction_set(isa, dtype, page_size):
     batch = Batch(LENGTHS["mixed"], dtype, page_size=page_size)
     for kind, layout in layouts(batch):
         exact, _ = batch.dense(layout, torch.float64)
         eager, _ = batch.dense(layout, dtype)
-        for isa in ops._C.supported_cpu_isas():
-            ops._C.set_cpu_isa(isa)
-            try:
-                out, _ = batch.run(layout, backend="cpu")
-            finally:
-                ops._C.set_cpu_isa(None)
-            assert_accurate(out, exact, eager, f"{kind} on {isa}")
+        out, _ = batch.run(layout, backend="cpu")
+        assert_accurate(out, exact, eager, f"{kind} on {isa}")
 
 
 def test_unseen_pages_are_never_read():
@@ -256,11 +250,9 @@ BAD_PAGES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [*BAD, *BAD_PAGES])
 def test_bad_inputs_are_refused(backend, name):
-    if backend == "cpu" and ops._C is None:
-        pytest.skip("needs the C++ extension")
     batch = Batch([(5, 9), (7, 8)], torch.float32, page_size=4)
     call = {"q": batch.q, "layout": BlockLayout.dense((7, 9)), "cu_seqlens_q": batch.cu_q}
     if name in BAD:

@@ -141,14 +141,10 @@ static void pack_queries(const TileShape& shape, const void* const* q, const voi
                          const void* const* out, std::byte* tile) {
   const PackedQueries packed(shape, tile);
   const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
-  // As in the forward pass, so that scores are the same to the last bit.
-  const float factor = shape.scale / score_divisor(shape.softcap);
   float out_row[kMaxHeadDim];
   for (int64_t r = 0; r < shape.rows; ++r) {
     const float* dout_row = packed.dout + r * dim_v;
-    float* q_row = packed.q + r * dim;
-    pack_row<T>(q[r], shape.head_dim, q_row);
-    for (int64_t d = 0; d < dim; d += kLanes) store(q_row + d, load(q_row + d) * factor);
+    pack_row<T>(q[r], shape.head_dim, packed.q + r * dim);
     pack_row<T>(dout[r], shape.head_dim_v, packed.dout + r * dim_v);
     pack_row<T>(out[r], shape.head_dim_v, out_row);
     Vec sum = {};
@@ -171,18 +167,19 @@ static void pack_keys(const TileShape& shape, const void* const* k, const void* 
   std::fill(scratch.dv, scratch.dv + kKeyTile * dim_v, 0.0f);
 }
 
-// Turns scores into p, and dp into ds, for one row of a granule.
+// Turns raw scores into p, and dp into ds, for one row of a granule.
 static void gradient_row(const TileShape& shape, float lse, float delta, uint32_t visible, float* p,
                          float* ds) {
   constexpr float kBase2 = kLog2e;
   for (int j = 0; j < kGranule; j += kLanes) {
-    Vec s = load(p + j), slope = broadcast(1.0f);
+    const Vec s = load(p + j);
+    Vec slope = broadcast(1.0f), logit = s * shape.scale - lse;
     if (shape.softcap > 0) {
-      const Vec capped = tanh(s);
+      const Vec capped = tanh(s * (shape.scale / shape.softcap));
       slope -= capped * capped;
-      s = capped * shape.softcap;
+      logit = capped * shape.softcap - lse;
     }
-    const Vec weights = exp2_nonpositive(keep_visible(s - lse, visible >> j) * kBase2);
+    const Vec weights = exp2_nonpositive(keep_visible(logit, visible >> j) * kBase2);
     const Vec gradient = weights * (load(ds + j) - delta) * slope;
     store(p + j, weights);
     store(ds + j, weights == 0.0f ? Vec{} : gradient);
@@ -235,8 +232,7 @@ template <class T>
 static void write_keys(const TileShape& shape, std::byte* memory, int64_t keys, void* dk,
                        void* dv) {
   const BackwardScratch scratch(shape, memory);
-  const float factor = score_divisor(shape.softcap);  // q has the rest of the scale
-  write_gradient_rows<T>(scratch.dk, keys, shape.head_dim, factor, dk);
+  write_gradient_rows<T>(scratch.dk, keys, shape.head_dim, shape.scale, dk);
   write_gradient_rows<T>(scratch.dv, keys, shape.head_dim_v, 1.0f, dv);
 }
 

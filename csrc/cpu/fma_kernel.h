@@ -159,7 +159,7 @@ SPARSE_ATTN_INLINE void for_parts(int64_t n, int64_t most, F f) {
 
 // What a tile keeps for one panel of rows.
 struct Panel {
-  float* q;       // [head_dim][kPanel], scaled
+  float* q;       // [head_dim][kPanel]
   float* scores;  // [kStepKeys][kPanel], weights after the softmax
   float* acc;     // [head_dim_v][kPanel]
   float* m;       // [kPanel] running maximum, base 2
@@ -190,9 +190,10 @@ static void add_values(const Panel& panel, const Granule* granules, int num_gran
   });
 }
 
-static void cap_scores(float* scores, int64_t num_keys, float softcap) {
+// scores = softcap * tanh(scores * factor)
+static void cap_scores(float* scores, int64_t num_keys, float factor, float softcap) {
   for (int64_t i = 0; i < num_keys * kPanel; i += kLanes) {
-    store(scores + i, tanh(load(scores + i)) * softcap);
+    store(scores + i, tanh(load(scores + i) * factor) * softcap);
   }
 }
 
@@ -210,11 +211,11 @@ static void mask_scores(float* scores, const uint32_t* visible, int num_keys, in
   }
 }
 
-// Turns scores into weights and brings (m, l, factor) up to date.
+// Turns scores into weights and brings (m, l, factor) up to date. `base2` makes a score a logit in
+// base 2; it is positive.
 template <int kVectors>
-static void softmax(const Panel& panel, int64_t num_keys) {
+static void softmax(const Panel& panel, int64_t num_keys, float base2) {
   constexpr int64_t kChains = 8 / kVectors;
-  constexpr float kBase2 = kLog2e;  // what makes a score a logit in base 2
   Vec top[kChains][kVectors];
   for (int i = 0; i < kChains; ++i) {
     for (int v = 0; v < kVectors; ++v) top[i][v] = broadcast(kMinusInfinity);
@@ -236,7 +237,7 @@ static void softmax(const Panel& panel, int64_t num_keys) {
   for (int v = 0; v < kVectors; ++v) {
     const Vec m_old = load(panel.m + v * kLanes);
     for (int i = 1; i < kChains; ++i) top[0][v] = maximum(top[i][v], top[0][v]);
-    const Vec m_new = maximum(top[0][v] * kBase2, m_old);
+    const Vec m_new = maximum(top[0][v] * base2, m_old);
     base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
     const Vec factor = exp2_nonpositive(m_old - base[v]);
     sum[v] = load(panel.l + v * kLanes) * factor;
@@ -246,7 +247,7 @@ static void softmax(const Panel& panel, int64_t num_keys) {
   for (j = 0; j < num_keys; ++j) {
     for (int v = 0; v < kVectors; ++v) {
       float* s = panel.scores + j * kPanel + v * kLanes;
-      const Vec p = exp2_nonpositive(load(s) * kBase2 - base[v]);
+      const Vec p = exp2_nonpositive(load(s) * base2 - base[v]);
       store(s, p);
       sum[v] += p;
     }
@@ -328,7 +329,7 @@ static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory)
 // The work on one panel, for each number of vectors.
 struct PanelSteps {
   void (*score_keys)(const Panel&, const Granule&, int64_t, int64_t);
-  void (*softmax)(const Panel&, int64_t);
+  void (*softmax)(const Panel&, int64_t, float);
   void (*add_values)(const Panel&, const Granule*, int, int64_t);
 };
 
@@ -343,12 +344,14 @@ static constexpr auto kSteps = panel_steps(std::make_integer_sequence<int, kPane
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
 static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
-  const float factor = tile.scale / score_divisor(tile.softcap);
+  const ScoreScale scaling = split_scale(tile.scale);
+  const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
+  const float base2 = static_cast<float>(logit_scale * kLog2e);
   Panel panels[kFmaBlockM / kPanel];
   const int64_t num_panels = (tile.rows + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < num_panels; ++i) {
     panels[i] = make_panel(tile, i, memory);
-    load_q<T>(tile, panels[i], factor);
+    load_q<T>(tile, panels[i], scaling.q_factor);
   }
   Granule granules[kFmaGranules];
   while (const int n = keys.next(granules)) {
@@ -360,14 +363,16 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
     }
     for (int64_t i = 0; i < num_panels; ++i) {
       const Panel& panel = panels[i];
-      if (tile.softcap > 0) cap_scores(panel.scores, num_keys, tile.softcap);
+      if (tile.softcap > 0) {
+        cap_scores(panel.scores, num_keys, scaling.scale / tile.softcap, tile.softcap);
+      }
       int64_t first_key = 0;
       for (int g = 0; g < n; first_key += granules[g].count, ++g) {
         if (granules[g].visible == nullptr) continue;
         mask_scores(panel.scores + first_key * kPanel, granules[g].visible + panel.first_row,
                     granules[g].count, panel.rows);
       }
-      kSteps[panel.vectors - 1].softmax(panel, num_keys);
+      kSteps[panel.vectors - 1].softmax(panel, num_keys, base2);
       kSteps[panel.vectors - 1].add_values(panel, granules, n, tile.head_dim_v);
     }
   }

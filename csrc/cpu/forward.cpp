@@ -17,7 +17,7 @@ namespace {
 const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
   const DType dtype = params.dtype;
 #if defined(__x86_64__)
-  const bool for_amx = dtype != DType::kFloat32 || params.split_float32;
+  const bool for_amx = dtype != DType::kFloat32 || (params.split_float32 && !params.for_gradients);
   if (isa == Isa::kAmx && for_amx) return amx_kernel(dtype);
   if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
   if (isa == Isa::kAvx2) return avx2_kernel(dtype);
@@ -262,7 +262,7 @@ void prefill(const AttentionParams& params, Isa isa, const Parallel& parallel) {
 
 void forward(const AttentionParams& params, Isa isa, const Parallel& parallel) {
   check_layout(params, parallel);
-  if (is_decode(params, isa)) return decode({&params, 1}, isa, parallel);
+  if (is_decode(params, isa) && !params.for_gradients) return decode({&params, 1}, isa, parallel);
   prefill(params, isa, parallel);
 }
 

@@ -181,64 +181,62 @@ int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
                     kTerms<T> * (kStepKeys + padded_dim(head_dim)) * 2);
 }
 
+// Four tiles of sums, two by two: rows 16 apart, columns 16 apart.
+inline void load_sums(const float* c, int64_t stride) {
+  _tile_loadd(0, c, stride * 4);
+  _tile_loadd(1, c + 16, stride * 4);
+  _tile_loadd(2, c + 16 * stride, stride * 4);
+  _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+}
+
+inline void store_sums(float* c, int64_t stride) {
+  _tile_stored(0, c, stride * 4);
+  _tile_stored(1, c + 16, stride * 4);
+  _tile_stored(2, c + 16 * stride, stride * 4);
+  _tile_stored(3, c + 16 * stride + 16, stride * 4);
+}
+
+// 32 rows of 32 numbers, the left factor.
+inline void load_left(const uint16_t* a, int64_t stride) {
+  _tile_loadd(4, a, stride * 2);
+  _tile_loadd(5, a + 16 * stride, stride * 2);
+}
+
+// Two packed tiles, the right factor.
+inline void load_right(const uint16_t* b0, const uint16_t* b1) {
+  _tile_loadd(6, b0, 64);
+  _tile_loadd(7, b1, 64);
+}
+
+inline void add_product() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 // scores[32][32] = q[32][head_dim] k[32][head_dim]^T
+template <int kTerms>
 inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  const uint16_t* k_high = k + 16 * dim;
+  const uint16_t* k_high = k + kTerms * 16 * dim;  // the other 16 keys
   for (int64_t d = 0; d < dim; d += 32) {
-    _tile_loadd(4, q + d, dim * 2);
-    _tile_loadd(6, k + d * 16, 64);
-    _tile_loadd(7, k_high + d * 16, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, q + 16 * dim + d, dim * 2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    load_left(q + d, dim);
+    if constexpr (kTerms == 2) {
+      load_right(k + (dim + d) * 16, k_high + (dim + d) * 16);
+      add_product();
+    }
+    load_right(k + d * 16, k_high + d * 16);
+    add_product();
+    if constexpr (kTerms == 2) {
+      load_left(q + kBlockM * dim + d, dim);
+      add_product();
+    }
   }
-  _tile_stored(0, scores, kStepKeys * 4);
-  _tile_stored(1, scores + 16, kStepKeys * 4);
-  _tile_stored(2, scores + 16 * kStepKeys, kStepKeys * 4);
-  _tile_stored(3, scores + 16 * kStepKeys + 16, kStepKeys * 4);
-}
-
-// The same with two terms each.
-inline void score_block_split(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const uint16_t* q_low = q + kBlockM * dim;
-  const uint16_t* k_low = k + 16 * dim;
-  const int64_t half = 32 * dim;
-  for (int64_t d = 0; d < dim; d += 32) {
-    _tile_loadd(4, q + d, dim * 2);
-    _tile_loadd(5, q + 16 * dim + d, dim * 2);
-    _tile_loadd(6, k_low + d * 16, 64);
-    _tile_loadd(7, k_low + half + d * 16, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(6, k + d * 16, 64);
-    _tile_loadd(7, k + half + d * 16, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(4, q_low + d, dim * 2);
-    _tile_loadd(5, q_low + 16 * dim + d, dim * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, scores, kStepKeys * 4);
-  _tile_stored(1, scores + 16, kStepKeys * 4);
-  _tile_stored(2, scores + 16 * kStepKeys, kStepKeys * 4);
-  _tile_stored(3, scores + 16 * kStepKeys + 16, kStepKeys * 4);
+  store_sums(scores, kStepKeys);
 }
 
 // scores[32][keys] = q[32][64] k[keys][64]^T. All of q stays in tiles 4 to 7, which halves the
@@ -298,20 +296,11 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
 template <int kTerms>
 void score_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
                 int64_t dim) {
-  if constexpr (kTerms == 2) {
-    for (int g = 0; g < num_granules; ++g) {
-      for (int64_t r = 0; r < rows; r += 32) {
-        score_block_split(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
-                          scratch.scores + r * kStepKeys + g * kGranule);
-      }
-    }
-    return;
-  }
-  if (rows == 16) {
+  if (kTerms == 1 && rows == 16) {
     score_strip(scratch.q, dim, granules, num_granules, scratch.scores);
     return;
   }
-  if (dim == 64) {
+  if (kTerms == 1 && dim == 64) {
     for (int64_t r = 0; r < rows; r += 32) {
       score_rows_dim64(scratch.q + r * dim, granules, num_granules, scratch.scores + r * kStepKeys);
     }
@@ -319,72 +308,33 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
   }
   for (int g = 0; g < num_granules; ++g) {
     for (int64_t r = 0; r < rows; r += 32) {
-      score_block(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
-                  scratch.scores + r * kStepKeys + g * kGranule);
+      score_block<kTerms>(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
+                          scratch.scores + r * kStepKeys + g * kGranule);
     }
   }
 }
 
 // acc[32][32] += weights[32][keys] v[keys][32]
+template <int kTerms>
 inline void value_block(const uint16_t* weights, const Granule* granules, int num_granules,
                         int64_t d, float* acc, int64_t acc_stride) {
-  _tile_loadd(0, acc, acc_stride * 4);
-  _tile_loadd(1, acc + 16, acc_stride * 4);
-  _tile_loadd(2, acc + 16 * acc_stride, acc_stride * 4);
-  _tile_loadd(3, acc + 16 * acc_stride + 16, acc_stride * 4);
-  for (int g = 0; g < num_granules; ++g) {
+  load_sums(acc, acc_stride);
+  for (int g = 0; g < num_granules; ++g, weights += kGranule) {
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
-    _tile_loadd(4, weights + g * kGranule, kStepKeys * 2);
-    _tile_loadd(6, v, 64);
-    _tile_loadd(7, v + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, weights + 16 * kStepKeys + g * kGranule, kStepKeys * 2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    load_left(weights, kStepKeys);
+    if constexpr (kTerms == 2) {
+      const uint16_t* v_low = v + acc_stride * kGranule;
+      load_right(v_low, v_low + kTile);
+      add_product();
+    }
+    load_right(v, v + kTile);
+    add_product();
+    if constexpr (kTerms == 2) {
+      load_left(weights + kBlockM * kStepKeys, kStepKeys);
+      add_product();
+    }
   }
-  _tile_stored(0, acc, acc_stride * 4);
-  _tile_stored(1, acc + 16, acc_stride * 4);
-  _tile_stored(2, acc + 16 * acc_stride, acc_stride * 4);
-  _tile_stored(3, acc + 16 * acc_stride + 16, acc_stride * 4);
-}
-
-// The same with two terms each; those of v are `v_low` elements apart.
-inline void value_block_split(const uint16_t* weights, const Granule* granules, int num_granules,
-                              int64_t d, int64_t v_low, float* acc, int64_t acc_stride) {
-  _tile_loadd(0, acc, acc_stride * 4);
-  _tile_loadd(1, acc + 16, acc_stride * 4);
-  _tile_loadd(2, acc + 16 * acc_stride, acc_stride * 4);
-  _tile_loadd(3, acc + 16 * acc_stride + 16, acc_stride * 4);
-  for (int g = 0; g < num_granules; ++g) {
-    const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
-    const uint16_t* w = weights + g * kGranule;
-    const uint16_t* w_low = w + kBlockM * kStepKeys;
-    _tile_loadd(4, w, kStepKeys * 2);
-    _tile_loadd(5, w + 16 * kStepKeys, kStepKeys * 2);
-    _tile_loadd(6, v + v_low, 64);
-    _tile_loadd(7, v + v_low + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(6, v, 64);
-    _tile_loadd(7, v + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(4, w_low, kStepKeys * 2);
-    _tile_loadd(5, w_low + 16 * kStepKeys, kStepKeys * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, acc, acc_stride * 4);
-  _tile_stored(1, acc + 16, acc_stride * 4);
-  _tile_stored(2, acc + 16 * acc_stride, acc_stride * 4);
-  _tile_stored(3, acc + 16 * acc_stride + 16, acc_stride * 4);
+  store_sums(acc, acc_stride);
 }
 
 // acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
@@ -423,16 +373,7 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
 template <int kTerms>
 void value_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
                 int64_t acc_stride) {
-  if constexpr (kTerms == 2) {
-    for (int64_t d = 0; d < acc_stride; d += 32) {
-      for (int64_t r = 0; r < rows; r += 32) {
-        value_block_split(scratch.weights + r * kStepKeys, granules, num_granules, d,
-                          acc_stride * kGranule, scratch.acc + r * acc_stride + d, acc_stride);
-      }
-    }
-    return;
-  }
-  if (rows == 16) {
+  if (kTerms == 1 && rows == 16) {
     int64_t d = 0;
     for (; d + 64 <= acc_stride; d += 64) {
       value_strip<2>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride);
@@ -444,8 +385,8 @@ void value_step(const Scratch& scratch, const Granule* granules, int num_granule
   }
   for (int64_t d = 0; d < acc_stride; d += 32) {
     for (int64_t r = 0; r < rows; r += 32) {
-      value_block(scratch.weights + r * kStepKeys, granules, num_granules, d,
-                  scratch.acc + r * acc_stride + d, acc_stride);
+      value_block<kTerms>(scratch.weights + r * kStepKeys, granules, num_granules, d,
+                          scratch.acc + r * acc_stride + d, acc_stride);
     }
   }
 }

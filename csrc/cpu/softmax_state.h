@@ -19,9 +19,6 @@ static inline ScoreScale split_scale(float scale) {
   return {scale < 0 ? -1.0f : 1.0f, scale < 0 ? -scale : scale};
 }
 
-// q.k times scale / divisor is the argument of the softcap's tanh, or else the logit.
-static inline float score_divisor(float softcap) { return softcap > 0 ? softcap : 1.0f; }
-
 // Bit i of `bits` becomes lane i: its score, or -inf.
 SPARSE_ATTN_INLINE Vec keep_visible(Vec scores, uint32_t bits) {
   IntVec lane_bit;
