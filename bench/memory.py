@@ -15,6 +15,7 @@ def peak_growth(call: Callable[[], object]) -> tuple[object, int]:
 
     It runs in a thread of its own, and every larger block of memory comes from the operating
     system: neither buffers that a thread keeps nor memory that was freed before can be used unseen.
+    Linux counts pages in batches: the figure is exact to some hundred KiB.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 2**16)

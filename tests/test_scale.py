@@ -83,7 +83,8 @@ def growth():
 
 
 def test_the_measure_sees_an_array_of_seqlen_squared(growth):
-    assert growth["an array of seqlen squared"] >= (SEQLEN // 4) ** 2
+    # Linux counts resident pages in batches, so its figures are some dozens of pages off.
+    assert growth["an array of seqlen squared"] >= 0.99 * (SEQLEN // 4) ** 2
 
 
 @pytest.mark.parametrize("name", list(CALLS)[1:])
