@@ -21,16 +21,12 @@ static inline int64_t padded_columns(int64_t n) { return (n + 31) / 32 * 32; }
 inline constexpr int64_t kMaxBackwardRows = 64;
 
 // c[kRows][2 vectors] = a[kRows][depth] b[depth][2 vectors] (+ c); element (r, i) of `a` is at
-// a[r * a_row + i * a_step], so that `a` may be a transposed matrix.
+// a[r * a_row + i * a_step], so that `a` may be a transposed matrix. What was in c is added last: a
+// long sum is one of short sums, and rounds less.
 template <int kRows>
 static void product_rows(const float* a, int64_t a_row, int64_t a_step, const float* b,
                          int64_t b_step, int64_t depth, float* c, int64_t c_row, bool accumulate) {
-  Vec sum[kRows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = accumulate ? load(c + r * c_row) : Vec{};
-    sum[r][1] = accumulate ? load(c + r * c_row + kLanes) : Vec{};
-  }
+  Vec sum[kRows][2] = {};
   for (int64_t i = 0; i < depth; ++i, a += a_step, b += b_step) {
     const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
@@ -42,6 +38,10 @@ static void product_rows(const float* a, int64_t a_row, int64_t a_step, const fl
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
+    if (accumulate) {
+      sum[r][0] += load(c + r * c_row);
+      sum[r][1] += load(c + r * c_row + kLanes);
+    }
     store(c + r * c_row, sum[r][0]);
     store(c + r * c_row + kLanes, sum[r][1]);
   }
