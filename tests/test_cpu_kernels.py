@@ -422,3 +422,40 @@ def test_choice_of_instruction_set():
     with pytest.raises(ValueError, match="unknown instruction set"):
         _C.set_cpu_isa("mmx")
     assert _C.cpu_isa() == ISAS[-1]
+
+
+def test_long_sums_round_no_more_than_eager(isa):
+    """Thousands of keys a row, and thousands of rows a key: no slack for units in the last place."""
+    q = torch.randn(1, 1, 64, 64)
+    k, v = torch.randn(2, 1, 1, 8192, 64).unbind(0)
+    layout = sparse_attn.BlockLayout.dense((64, 8192))
+
+    def eager(dtype):
+        x, y, z = (x.to(dtype) for x in (q, k, v))
+        s = x @ y.mT / 8
+        return s.softmax(-1) @ z, s.logsumexp(-1)
+
+    ours = sparse_attn.sparse_attention(q, k, v, layout, is_causal=False, return_lse=True)
+    for x, exact, theirs in zip(ours, eager(torch.float64), eager(torch.float32), strict=True):
+        assert (x - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+def test_long_sums_of_gradients_round_no_more_than_eager(isa):
+    q, dout = torch.randn(2, 1, 1, 8192, 64).unbind(0)
+    k, v = torch.randn(2, 1, 1, 64, 64).unbind(0)
+    layout = sparse_attn.BlockLayout.dense((8192, 64))
+
+    def gradients(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attend(*leaves), leaves, dout.to(dtype))
+
+    def eager(q, k, v):
+        return (q @ k.mT / 8).softmax(-1) @ v
+
+    def sparse(q, k, v):
+        return sparse_attn.sparse_attention(q, k, v, layout, is_causal=False)
+
+    ours = gradients(sparse, torch.float32)
+    exact, theirs = gradients(eager, torch.float64), gradients(eager, torch.float32)
+    for x, y, z in zip(ours, exact, theirs, strict=True):
+        assert (x - y).abs().max() <= 2 * (z - y).abs().max()

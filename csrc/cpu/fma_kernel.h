@@ -101,17 +101,12 @@ static void score_part(const float* k, int64_t k_stride, const float* q, int64_t
   }
 }
 
-// acc[kDims][rows] = acc * factor + sum over the keys of v[key][kDims] weights[key][rows]
+// acc[kDims][rows] = acc * factor + sum over the keys of v[key][kDims] weights[key][rows], where
+// the sum begins at zero: short sums round less than one long one.
 template <int kVectors, int kDims>
 static void value_part(const Granule* granules, int num_granules, int64_t first_dim,
                        const float* weights, const float* factor, float* acc) {
-  Vec sum[kDims][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kDims; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      sum[i][v] = load(acc + i * kPanel + v * kLanes) * load(factor + v * kLanes);
-    }
-  }
+  Vec sum[kDims][kVectors] = {};
   for (int g = 0; g < num_granules; ++g) {
     const float* row = static_cast<const float*>(granules[g].v) + first_dim;
 #pragma GCC unroll 2
@@ -127,7 +122,10 @@ static void value_part(const Granule* granules, int num_granules, int64_t first_
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kDims; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(acc + i * kPanel + v * kLanes, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* dest = acc + i * kPanel + v * kLanes;
+      store(dest, load(dest) * load(factor + v * kLanes) + sum[i][v]);
+    }
   }
 }
 
@@ -233,16 +231,14 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
       top[0][v] = maximum(load(panel.scores + j * kPanel + v * kLanes), top[0][v]);
     }
   }
-  Vec base[kVectors], sum[kVectors];
+  Vec base[kVectors], sum[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) {
     const Vec m_old = load(panel.m + v * kLanes);
     for (int i = 1; i < kChains; ++i) top[0][v] = maximum(top[i][v], top[0][v]);
     const Vec m_new = maximum(top[0][v] * base2, m_old);
     base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
-    const Vec factor = exp2_nonpositive(m_old - base[v]);
-    sum[v] = load(panel.l + v * kLanes) * factor;
     store(panel.m + v * kLanes, m_new);
-    store(panel.factor + v * kLanes, factor);
+    store(panel.factor + v * kLanes, exp2_nonpositive(m_old - base[v]));
   }
   for (j = 0; j < num_keys; ++j) {
     for (int v = 0; v < kVectors; ++v) {
@@ -252,7 +248,10 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
       sum[v] += p;
     }
   }
-  for (int v = 0; v < kVectors; ++v) store(panel.l + v * kLanes, sum[v]);
+  for (int v = 0; v < kVectors; ++v) {
+    float* l = panel.l + v * kLanes;
+    store(l, load(l) * load(panel.factor + v * kLanes) + sum[v]);
+  }
 }
 
 // q of one panel, transposed; lanes without a row are zero.
