@@ -425,7 +425,7 @@ def test_choice_of_instruction_set():
 
 
 def test_long_sums_round_no_more_than_eager(isa):
-    """Thousands of keys a row, and thousands of rows a key: no slack for units in the last place."""
+    """Of thousands of keys, without slack for units in the last place."""
     q = torch.randn(1, 1, 64, 64)
     k, v = torch.randn(2, 1, 1, 8192, 64).unbind(0)
     layout = sparse_attn.BlockLayout.dense((64, 8192))
