@@ -76,10 +76,9 @@ def sparse_attention(
         torch.Size([1, 4, 256, 64])
     """
     q, k, v = _autocast(q, k, v)
-    validation.check_qkv(q, k, v)
+    op = _op_for(q, k, v, backend)
     scale = validation.check_scalars(q, scale, softcap)
     validation.check_sinks(sinks, q)
-    op = backends.op_for(backend, q, v)
     layout = _layout(layout_or_selector, q, k, is_causal, scale)
     if sinks is not None:
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -188,6 +187,32 @@ def sparse_attention_varlen(
         args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
         out, lse = op(q, k, v, *tensors, *layout.seqlens, *args)
     return (out, lse) if return_lse else out
+
+
+_ops: dict[tuple, object] = {}
+
+
+def _op_for(q: Tensor, k: Tensor, v: Tensor, backend: str):
+    """The op that serves q, k and v, which are checked. Shapes, dtypes and devices seen before skip
+    the checks, which take longer than a small call.
+    """
+    if torch.compiler.is_compiling():
+        validation.check_qkv(q, k, v)
+        return backends.op_for(backend, q, v)
+    try:
+        shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+        seen = (backend, ops._C, *shapes, *dtypes, q.device, k.device, v.device)
+        op = _ops.get(seen)
+    except (AttributeError, TypeError):  # no tensors, or sizes that are symbols
+        seen = op = None
+    if op is None:
+        validation.check_qkv(q, k, v)
+        op = backends.op_for(backend, q, v)
+        if seen is not None:
+            if len(_ops) >= 4096:
+                _ops.clear()
+            _ops[seen] = op
+    return op
 
 
 @torch.compiler.assume_constant_result

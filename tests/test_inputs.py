@@ -128,3 +128,17 @@ def test_nan_and_inf_inputs_stay_in_their_rows():
     rest = [i for i in range(64) if i not in (5, 6)]
     assert torch.equal(out[0, 0, rest], expected[0, 0, rest])
     assert out[0, 0, 5].isnan().all()
+
+
+def test_a_call_that_was_right_hides_no_wrong_one():
+    """Checks are skipped for shapes, dtypes and devices seen before, all of them together."""
+    layout = selectors.Dense()
+    sparse_attention(Q, K, K, layout)
+    with pytest.raises(ValueError, match="v must have q's dtype"):
+        sparse_attention(Q, K, K.double(), layout)
+    with pytest.raises(ValueError, match="v must have k's heads"):
+        sparse_attention(Q, K, K[:, :, 1:], layout)
+    with pytest.raises(ValueError, match="backend must be"):
+        sparse_attention(Q, K, K, layout, backend="fastest")
+    with pytest.raises(TypeError, match="k must be a tensor"):
+        sparse_attention(Q, K.tolist(), K, layout)
