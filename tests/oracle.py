@@ -93,6 +93,11 @@ def rounding_noise(
     return noise
 
 
+def short_id(value: object) -> str:
+    """The id of a parameter: the keys of a dict, which may hold random tensors."""
+    return "-".join(value) if isinstance(value, dict) else str(value)[:30]
+
+
 def assert_accurate(
     ours: Tensor, exact: Tensor, eager: Tensor, name: str = "out", noise: Tensor | None = None
 ) -> None:

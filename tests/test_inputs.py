@@ -10,7 +10,7 @@ import torch
 
 from sparse_attn import BlockLayout, explain, selectors, sparse_attention
 
-from .oracle import BACKENDS
+from .oracle import BACKENDS, short_id
 from .test_layout import bad_values
 
 Q = torch.randn(2, 4, 8, 16)
@@ -70,7 +70,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), CASES, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("change", "error", "message"), CASES, ids=short_id)
 def test_bad_arguments_are_named(change, error, message):
     arguments = {"q": Q, "k": K, "v": K, "layout_or_selector": DENSE} | change
     with pytest.raises(error, match=re.escape(message)):

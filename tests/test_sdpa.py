@@ -12,7 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import sparse_attn
 from sparse_attn import selectors
 
-from .oracle import DTYPES, assert_accurate, dense_attention, rounding_noise
+from .oracle import DTYPES, assert_accurate, dense_attention, rounding_noise, short_id
 
 ours = sparse_attn.scaled_dot_product_attention
 INFO = next(x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
@@ -119,7 +119,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=short_id)
 @pytest.mark.parametrize("asker", [{"selector": selectors.Dense()}, {"backend": "reference"}])
 def test_refused_by_name(change, message, asker):
     arguments = {"query": Q, "key": Q, "value": Q} | change
