@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	$(PYTHON) -m bench.demo
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
 bench: $(INSTALLED)
 	$(PYTHON) -m bench.kernels
