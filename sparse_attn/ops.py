@@ -1,9 +1,9 @@
 """The op pair as torch sees it: schemas, fakes, and the reference as the implementation for every
 device.
 
-The compiled extension overrides ``sparse_attn::attention[_backward]`` on the CPU, Triton on GPUs. The
-pairs ``sparse_attn::attention_reference[_backward]`` and ``attention_triton[_backward]`` have the
-same schema and no override.
+The compiled extension overrides ``sparse_attn::attention[_backward]`` on the CPU, Triton on GPUs.
+The pairs ``sparse_attn::attention_reference[_backward]`` and ``attention_triton[_backward]`` have
+the same schema and no override.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages: the single table that launchers and compile checks read."""
+"""Tile sizes, warps and pipeline stages: the one table for launchers and compile checks."""
 
 from __future__ import annotations
 

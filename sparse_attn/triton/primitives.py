@@ -40,11 +40,13 @@ def store_rows(ptr, x, offsets, live, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def key_offsets(j, live, stride, pages_ptr, stride_page, num_pages, PAGE_SIZE: tl.constexpr):
     """Where keys lie, in elements from the first row of their KV head; and which of them exist."""
     if pages_ptr is None:
-        return j.to(tl.int64) * stride, live
-    page = tl.load(pages_ptr + j // PAGE_SIZE, mask=live, other=-1)
-    live = live & (page >= 0) & (page < num_pages)
-    page = tl.where(live, page, 0)
-    return page.to(tl.int64) * stride_page + (j % PAGE_SIZE).to(tl.int64) * stride, live
+        offsets = j.to(tl.int64) * stride
+    else:
+        page = tl.load(pages_ptr + j // PAGE_SIZE, mask=live, other=-1)
+        live = live & (page >= 0) & (page < num_pages)
+        offsets = tl.where(live, page, 0).to(tl.int64) * stride_page
+        offsets += (j % PAGE_SIZE).to(tl.int64) * stride
+    return offsets, live
 
 
 @triton.jit
@@ -268,9 +270,10 @@ def tanh(x):
 @triton.jit
 def scores(qk, inner_scale, softcap, SOFTCAP: tl.constexpr):
     """``inner_scale * qk``, or ``softcap * tanh(inner_scale * qk)``."""
+    s = inner_scale * qk
     if SOFTCAP:
-        return softcap * tanh(inner_scale * qk)
-    return inner_scale * qk
+        s = softcap * tanh(s)
+    return s
 
 
 @triton.jit
