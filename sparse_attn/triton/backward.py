@@ -386,7 +386,7 @@ def _preprocess(call: Call, dout, dlse, out, lse, delta, seen_lse) -> Launch:
 def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Launch:
     q, v = tensors["q_ptr"], tensors["v_ptr"]
     dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    config = configs.backward_rows(q.dtype, dims, target)
+    config = configs.backward_rows(q.dtype, dims, call.is_irregular, target)
     config, rows_per_block, parts = call.row_tiles(config)
     num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
     programs = num_row_blocks * parts * call.num_packs
@@ -413,7 +413,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
     layout = call.layout
     q, v = tensors["q_ptr"], tensors["v_ptr"]
     dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    config = configs.backward_keys(q.dtype, dims, target)
+    config = configs.backward_keys(q.dtype, dims, call.is_irregular, target)
     config, rows_per_block, parts = call.row_tiles(config)
     listed = call.lists()
     used = ("sink", "window", "block_counts", "block_indices", "block_run", "block_batch")

@@ -262,7 +262,8 @@ def launches(
         "BLOCK_D": configs.padded(q.shape[-1]),
         "BLOCK_DV": configs.padded(v.shape[-1]),
     }
-    config = configs.forward(q.dtype, max(sizes["BLOCK_D"], sizes["BLOCK_DV"]), target)
+    dims = max(sizes["BLOCK_D"], sizes["BLOCK_DV"])
+    config = configs.forward(q.dtype, dims, call.is_irregular, target)
     config, rows_per_block, parts = call.row_tiles(config)
     num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
     programs = num_row_blocks * parts * call.num_packs

@@ -259,7 +259,7 @@ def tile_of_columns(
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent to the last bits of float32, from what every target has."""
-    e = tl.exp2(-2 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     large = (1 - e) / (1 + e)
     large = tl.where(x < 0, -large, large)
     y = x * x
