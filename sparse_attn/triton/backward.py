@@ -12,6 +12,7 @@ from torch import Tensor
 from . import configs, lists
 from .launch import Call, Launch, input_precision, strides
 from .primitives import (
+    SIZES,
     band_of_rows,
     in_list,
     list_of_row,
@@ -30,7 +31,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _preprocess_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, delta_ptr, seen_lse_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, num_heads, num_rows,
@@ -80,7 +81,7 @@ def _rows_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_rows_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -219,7 +220,7 @@ def _band_of_keys(j_low, j_high, shift, seqlen_q, sink, window, IS_CAUSAL: tl.co
     return tl.maximum(begin, 0), tl.where(through_sink, seqlen_q, end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
