@@ -49,7 +49,7 @@ format: $(TOOLS)
 
 # The kernels' own tests under the address and undefined-behaviour sanitizers; needs a C++ compiler.
 sanitize:
-	$(MAKE) -C tests/cpp sanitize
+	$(MAKE) -j 2 -C tests/cpp sanitize
 
 clean:
 	rm -rf $(VENV) build *.egg-info sparse_attn/_C*.so
