@@ -1,0 +1,188 @@
+"""The cost model: its counts are those made by hand and by brute force."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import roofline
+from bench.gpus import GPUS, gpu
+from bench.roofline import Comparison, Shape, compare, cost, keys_touched, tiles_touched
+from sparse_attn import BlockLayout
+
+from .oracle import literal_mask, random_layout
+
+H100 = gpu("H100")
+
+
+def tiles(layout, tile=(64, 64), is_causal=True):
+    return tiles_touched(layout, tile, is_causal=is_causal)
+
+
+def columns(seqlen, listed, group=1000):
+    none = torch.zeros(1, dtype=torch.int32)
+    indices = torch.tensor(listed, dtype=torch.int32)[None, None, None]
+    counts = torch.full((1, 1, 1), len(listed), dtype=torch.int32)
+    fields = {"num_columns": counts, "column_indices": indices, "column_group": group}
+    return BlockLayout((seqlen, seqlen), none, none, **fields)
+
+
+def block_list(seqlen, size, mask):
+    mask = torch.tensor(mask, dtype=torch.bool)[None, None]
+    return BlockLayout.from_dense(mask, block_size=size, seqlens=(seqlen, seqlen))
+
+
+def test_tiles_by_hand():
+    assert tiles(BlockLayout.dense((256, 256))) == (1 + 2 + 3 + 4, 4)
+    assert tiles(BlockLayout.dense((256, 256)), is_causal=False) == (16, 4)
+    # Tiles of rows see: sink; sink + window; then the window lies in two tiles.
+    layout = BlockLayout.sink_window((256, 256), sink=4, window=16)
+    assert tiles(layout) == (1 + 2 + 3 + 3, 4)
+    # Each of four small blocks pays for a whole tile, each query block is a tile of rows.
+    assert tiles(block_list(64, (16, 16), torch.eye(4).tolist())) == (4, 4)
+    # A block of 128 rows is two tiles of rows; the first ends at its diagonal.
+    assert tiles(block_list(128, (128, 128), [[1]])) == (1 + 2, 2)
+    # 70 columns in two tiles; the first 64 rows see 40 of them.
+    listed = [*range(40), *range(90, 120)]
+    assert tiles(columns(128, listed)) == (1 + 2, 2)
+
+
+def test_what_sink_and_window_cover_is_not_paid_for_again():
+    all_blocks = block_list(256, (64, 64), torch.ones(4, 4).tolist())
+    assert tiles(all_blocks) == tiles(all_blocks | BlockLayout.dense((256, 256))) == (10, 4)
+    both = all_blocks | BlockLayout.sink_window((256, 256), sink=64, window=8)
+    assert tiles(both) == (10, 4)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("seqlens", [(96, 96), (50, 130), (100, 40), (1, 77)])
+def test_tiles_of_aligned_blocks_are_those_that_hold_a_pair(seqlens, is_causal):
+    layout = random_layout(seqlens, heads=2, sink=20, window=30)
+    touched = 0
+    for head in range(2):
+        mask = literal_mask(layout, is_causal=is_causal, head=head, num_heads=2)
+        rows = [mask[i : i + 16].any(0) for i in range(0, seqlens[0], 16)]
+        touched += sum(bool(keys.any()) for row in rows for keys in row.split(16))
+    assert tiles(layout, (16, 16), is_causal)[0] == touched / 2
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("seqlens", [(96, 96), (50, 130), (100, 40), (1, 77)])
+def test_keys_touched_are_those_that_a_row_sees(seqlens, is_causal):
+    layout = random_layout(seqlens, batch=2, heads=4, keep=0.1, window=9, columns=3, column_group=2)
+    seen = 0
+    for batch in range(2):
+        masks = [
+            literal_mask(layout, is_causal=is_causal, batch=batch, head=head, num_heads=4)
+            for head in range(4)
+        ]
+        seen += sum(int((a | b).any(0).sum()) for a, b in (masks[:2], masks[2:]))
+    shape = Shape(num_heads=4, kv_heads=2, is_causal=is_causal)
+    assert keys_touched(layout, shape) == seen / 4
+    for heads in (2, 8):  # groups that share a list, and heads that do
+        coarse = Shape(num_heads=8, kv_heads=heads, is_causal=is_causal)
+        assert keys_touched(layout, coarse) >= max(
+            keys_touched(layout[:, h], replace(coarse, kv_heads=1)) / 2 for h in range(4)
+        )
+
+
+def test_flops_and_bytes_by_hand():
+    layout = BlockLayout.dense((128, 128))
+    shape = Shape(num_heads=4, kv_heads=2, head_dim=32, head_dim_v=16, batch=3)
+    found = cost(layout, shape, H100)
+    assert found.flops == 3 * 4 * (128 * 129 / 2) * 2 * (32 + 16)
+    assert found.tile_flops == 3 * 4 * 3 * 64 * 64 * 2 * (32 + 16)
+    assert found.kv_bytes == 3 * 2 * 128 * (32 + 16) * 2
+    assert found.bytes == found.kv_bytes + 3 * 4 * 128 * ((32 + 16) * 2 + 4) + 8
+    backward = cost(layout, replace(shape, part="backward"), H100)
+    assert backward.flops == found.flops / (2 * (32 + 16)) * 2 * (3 * 32 + 2 * 16)
+    rows, keys = 3 * 4 * 128, 3 * 2 * 128
+    assert backward.bytes == rows * (4 * 48 + 8) + 2 * keys * 48 * 2 + 8
+
+
+def test_floor_is_the_slower_of_both_peaks():
+    prefill = cost(BlockLayout.dense((8192, 8192)), Shape(), H100)
+    assert (prefill.bound, prefill.floor) == ("compute", prefill.flops / 989.4e12)
+    decode = cost(BlockLayout.dense((1, 8192)), Shape(), H100)
+    assert (decode.bound, decode.floor) == ("memory", decode.bytes / 3.35e12)
+    # One token: the heads of a group share a tile, and the rows of 32 heads weigh little.
+    assert decode.tile_flops == 8 * 128 * 64 * 64 * 2 * 256
+    assert decode.bytes == pytest.approx(8 * 8192 * 256 * 2, rel=1e-2)
+    for found in (prefill, decode):
+        assert found.expected > found.floor
+
+
+def test_few_programs_leave_a_gpu_idle():
+    one = Shape(num_heads=1, kv_heads=1)
+    few = cost(BlockLayout.dense((256, 256)), one, H100)
+    many = cost(BlockLayout.dense((256, 256)), replace(one, batch=33), H100)
+    assert few.compute == pytest.approx(many.compute)
+
+
+def test_more_keys_cost_more():
+    layouts = [BlockLayout.sink_window((8192, 8192), window=2**n) for n in range(5, 14)]
+    costs = [cost(layout, Shape(), H100) for layout in layouts]
+    for less, more in itertools.pairwise(costs):
+        assert less.flops < more.flops
+        assert less.expected <= more.expected
+    ratios = [compare(layout, Shape(), H100).speedup for layout in layouts]
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_in_the_dense_limit_nothing_is_gained():
+    dense = BlockLayout.dense((4096, 4096))
+    found = compare(dense, Shape(), H100, tile=roofline.DENSE_TILE)
+    ours, theirs = roofline.SHARES["H100", "forward"]
+    assert found.sparse.floor == found.dense.floor
+    assert found.speedup == pytest.approx(theirs / ours, rel=0.05)
+    same = Comparison(found.dense, found.dense)
+    assert same.speedup == 1 and same.crossover == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seqlen_q, part", [(4096, "forward"), (4096, "backward"), (1, "forward")])
+def test_at_the_crossover_both_take_as_long(seqlen_q, part):
+    layout = BlockLayout.sink_window((seqlen_q, 4096), window=400)
+    found = compare(layout, Shape(part=part), H100)
+    scale = found.crossover / found.sparse.density
+    grown = replace(
+        found.sparse,
+        compute=found.sparse.compute * scale,
+        memory=found.sparse.memory * (1 + (scale - 1) * found.sparse.kv_bytes / found.sparse.bytes),
+    )
+    assert grown.expected == pytest.approx(found.dense.expected, rel=0.02)
+    assert 0.1 < found.crossover <= 1
+
+
+def test_nothing_seen_costs_nothing_but_the_rows():
+    found = compare(BlockLayout.sink_window((128, 128)), Shape(), H100)
+    assert (found.sparse.flops, found.sparse.tile_flops, found.sparse.kv_bytes) == (0, 0, 0)
+    assert found.crossover == 0
+
+
+def test_gpus_and_shapes_that_do_not_exist_are_refused():
+    assert gpu("sm_90") is H100
+    with pytest.raises(ValueError, match=r"gpu must be one of A100 \(sm_80\), .*, got 'T4'"):
+        gpu("T4")
+    with pytest.raises(ValueError, match="no share of peak is known for MI300X"):
+        cost(BlockLayout.dense((8, 8)), Shape(), gpu("MI300X"))
+    wrong = ({"kv_heads": 5}, {"part": "both"}, {"dtype": "int8"}, {"head_dim": 0})
+    for fields in wrong:
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            Shape(**fields)
+    assert len({g.name for g in GPUS}) == len({g.arch for g in GPUS}) == len(GPUS)
+
+
+def test_the_page_says_that_it_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "TABLE", roofline.TABLE[:2])
+    monkeypatch.setattr("sys.argv", ["roofline", "--out", str(tmp_path / "page.md")])
+    roofline.main()
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# What to expect on a GPU: a model, not a measurement")
+    for name in ("A100", "H100", "B200"):
+        assert f"## {name}" in page
+    assert page.count("prefill") == 6
+
+
+def test_the_table_has_each_case_once():
+    assert len(set(roofline.TABLE)) == len(roofline.TABLE)
