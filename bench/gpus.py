@@ -17,7 +17,6 @@ class Gpu:
         flops: floating-point operations a second by dtype, dense, float32 accumulation; "fp32" is
             without tensor cores (true float32).
         bandwidth: bytes a second of the memory.
-        num_sms: multiprocessors.
         shared_per_sm, shared_per_block: bytes of shared memory.
         registers_per_sm: 32-bit registers.
         warp_size: threads that share an instruction.
@@ -30,7 +29,6 @@ class Gpu:
     arch: str
     flops: dict[str, float]
     bandwidth: float
-    num_sms: int
     shared_per_sm: int
     shared_per_block: int
     source: str
@@ -50,7 +48,6 @@ GPUS = [
         "sm_80",
         _flops(312e12, 19.5e12),
         bandwidth=2.039e12,
-        num_sms=108,
         shared_per_sm=164 * KIB,
         shared_per_block=163 * KIB,
         source="NVIDIA A100 80GB SXM datasheet; CUDA programming guide, compute capability 8.0",
@@ -60,7 +57,6 @@ GPUS = [
         "sm_90",
         _flops(989.4e12, 66.9e12),
         bandwidth=3.35e12,
-        num_sms=132,
         shared_per_sm=228 * KIB,
         shared_per_block=227 * KIB,
         source="NVIDIA H100 SXM5 datasheet and whitepaper; compute capability 9.0",
@@ -70,7 +66,6 @@ GPUS = [
         "sm_100",
         _flops(2250e12, 75e12),
         bandwidth=7.7e12,
-        num_sms=148,
         shared_per_sm=228 * KIB,
         shared_per_block=227 * KIB,
         source="NVIDIA HGX B200 datasheet, an eighth of the board, without sparsity; compute "
@@ -81,7 +76,6 @@ GPUS = [
         "gfx942",
         _flops(1307.4e12, 163.4e12),
         bandwidth=5.3e12,
-        num_sms=304,
         shared_per_sm=64 * KIB,
         shared_per_block=64 * KIB,
         registers_per_sm=128 * KIB,

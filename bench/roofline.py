@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ SHARES = {
 }
 BANDWIDTH_SHARE = 0.9
 LAUNCH_SECONDS = 5e-6
-SPARSE_TILE, DENSE_TILE = (64, 64), (128, 128)
+SPARSE_TILE, DENSE_TILE = (128, 64), (128, 128)
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def cost(
         layout: which keys each row sees.
         shape: heads, widths, dtype, forward or backward.
         gpu: see `bench.gpus`.
-        tile: query rows and keys that the kernel multiplies at once; a part of a tile costs as much
-            as a whole one. Default 64 by 64.
+        tile: rows and keys that the kernel multiplies at once; a part of a tile costs as much
+            as a whole one. Default 128 by 64.
         share: of peak arithmetic that the kernel reaches. Default: what sparse kernels do (SHARES).
 
     Returns:
@@ -157,16 +158,14 @@ def cost(
         'compute'
     """
     share = _share(gpu, shape, 1) if share is None else share
-    packed = layout.seqlen_q * (shape.num_heads // shape.kv_heads) <= tile[0]
-    heads = shape.kv_heads if packed else shape.num_heads
     density = layout.density(is_causal=shape.is_causal)
     pairs = shape.batch * shape.num_heads * density * all_pairs(layout, shape.is_causal)
-    tiles, programs = tiles_touched(layout, tile, is_causal=shape.is_causal)
-    tile_pairs = shape.batch * heads * tiles * tile[0] * tile[1]
+    pack = heads_per_tile(layout, shape)
+    tiles, height = tiles_touched(layout, tile, pack=pack, is_causal=shape.is_causal)
+    tile_pairs = shape.batch * shape.num_heads // pack * tiles * height * tile[1]
     flops, tile_flops = (shape.flops_per_pair * n for n in (pairs, tile_pairs))
     total, kv = traffic(layout, shape)
     peak = gpu.flops[shape.dtype]
-    busy = 1.0 if packed else min(1.0, shape.batch * heads * programs / gpu.num_sms)
     times = {"compute": flops / peak, "memory": total / gpu.bandwidth}
     bound = max(times, key=times.get)
     return Cost(
@@ -177,7 +176,7 @@ def cost(
         kv_bytes=kv,
         floor=times[bound],
         bound=bound,
-        compute=tile_flops / (peak * share * busy) if tile_flops else 0.0,
+        compute=tile_flops / (peak * share),
         memory=total / (gpu.bandwidth * BANDWIDTH_SHARE),
     )
 
@@ -207,88 +206,89 @@ def all_pairs(layout: BlockLayout, is_causal: bool) -> int:
     return rows * (seqlen_kv - rows) + rows * (rows + 1) // 2
 
 
+def heads_per_tile(layout: BlockLayout, shape: Shape) -> int:
+    """Consecutive query heads that share a KV head and everything in the layout."""
+    sizes = (x.shape[0 if x.dim() == 1 else 1] for x in layout.tensors().values())
+    return gcd(shape.num_heads // shape.kv_heads, *(shape.num_heads // size for size in sizes))
+
+
 def tiles_touched(
-    layout: BlockLayout, tile: tuple[int, int], *, is_causal: bool
+    layout: BlockLayout, tile: tuple[int, int], *, pack: int = 1, is_causal: bool = True
 ) -> tuple[float, int]:
-    """Tiles that a kernel multiplies, and programs (tiles of query rows) that run; of one head of
-    one batch element, on average.
+    """Tiles that a kernel multiplies for `pack` heads, on average over heads and batch, and how
+    high they are.
 
-    A tile of rows lies within one query block, as another block has other lists. It goes over sink
-    and window in tiles aligned to the tile's width, over what is left of each listed block, and
-    over its columns gathered into tiles; all end where the last row does.
+    A tile holds the rows of `pack` heads within one query block, as another block has other lists;
+    it is no higher than a query block needs. It goes over sink and window, over the listed blocks,
+    and over the columns, each gathered into tiles of keys that end where the last row does.
     """
+    step = _rows_that_share_lists(layout) or max(1, tile[0] // pack)
+    step = min(step, max(layout.seqlen_q, 1))
+    height = min(tile[0], max(16, 1 << (step * pack - 1).bit_length()))
     heads = [layout[b, h] for b in range(layout.batch) for h in range(layout.num_heads)]
-    counts = [_tiles_of_head(x, tile, is_causal) for x in heads]
-    return sum(n for n, _ in counts) / len(counts), counts[0][1]
+    counts = [_tiles_of_head(x, step, height, pack, tile[1], is_causal) for x in heads]
+    return sum(counts) / len(counts), height
 
 
-def _tiles_of_head(layout: BlockLayout, tile: tuple[int, int], is_causal: bool) -> tuple[int, int]:
-    first, last, block = _row_tiles(layout, tile[0])
-    width, seqlen_kv = tile[1], layout.seqlen_kv
-    offset = seqlen_kv - layout.seqlen_q
-    first, last = first + offset, last + offset
-    every = torch.full_like(last, seqlen_kv)
-    limit = (last + 1).clamp(0, seqlen_kv) if is_causal else every
-
-    sink, window = int(layout.sink), int(layout.window)
-    sink_end = _up(limit.clamp(max=sink), width)
-    if window == 0:
-        begin = end = sink_end
-    else:
-        begin = torch.zeros_like(last) if window == -1 else (first + 1 - window).clamp(min=0)
-        ahead = every if window == -1 else last + window
-        end = _up(torch.minimum(limit, ahead).clamp(min=0), width)
-        begin = torch.maximum(begin // width * width, sink_end)
-        end = torch.maximum(begin, end)
-    tiles = (sink_end + end - begin).sum() // width
+def _rows_that_share_lists(layout: BlockLayout) -> int | None:
+    block_q = layout.block_size[0]
     if layout.kv_num_blocks is not None:
-        tiles += _block_tiles(layout, block, limit, width, sink_end, begin, end)
-    if layout.num_columns is not None:
-        columns = _columns_before(layout, block // layout.column_group, limit)
-        tiles += (_up(columns, width)).sum() // width
-    return int(tiles), int((limit > 0).sum())
+        return block_q
+    return block_q * layout.column_group if layout.num_columns is not None else None
 
 
-def _up(x: Tensor, step: int) -> Tensor:
-    return (x + step - 1) // step * step
-
-
-def _row_tiles(layout: BlockLayout, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last row of each tile of query rows, and the query block that it lies in."""
-    block_q, seqlen_q = layout.block_size[0], layout.seqlen_q
-    if layout.kv_num_blocks is not None:
-        step = block_q
-    elif layout.num_columns is not None:
-        step = block_q * layout.column_group
-    else:
-        step = max(seqlen_q, 1)
-    begin = torch.arange(0, seqlen_q, step)[:, None]
-    first = begin + torch.arange(0, min(step, seqlen_q), rows)
-    end = (begin + step).clamp(max=seqlen_q)
+def _tiles_of_head(
+    layout: BlockLayout, step: int, height: int, pack: int, width: int, is_causal: bool
+) -> int:
+    seqlen_q, seqlen_kv = layout.seqlens
+    block = torch.arange(0, seqlen_q, step)[:, None]
+    slot = torch.arange(0, step * pack, height)
+    end = (block + step).clamp(max=seqlen_q)
+    first = block + slot // pack
     inside = first < end
-    last = torch.minimum(first + rows, end) - 1
-    first, last = first[inside], last[inside]
-    return first, last, first // block_q
+    last = torch.minimum(block + (slot + height - 1) // pack, end - 1)[inside]
+    first = first[inside]
+    q_block = first // layout.block_size[0]
+    first, last = first + seqlen_kv - seqlen_q, last + seqlen_kv - seqlen_q
+    limit = (last + 1).clamp(0, seqlen_kv) if is_causal else torch.full_like(last, seqlen_kv)
+
+    keys = [*_band(layout, first, last, limit, is_causal)]
+    if layout.kv_num_blocks is not None:
+        keys.append(_listed_before(layout, q_block, limit))
+    if layout.num_columns is not None:
+        keys.append(_columns_before(layout, q_block // layout.column_group, limit))
+    return sum(int(((x + width - 1) // width).sum()) for x in keys)
 
 
-def _block_tiles(
-    layout: BlockLayout, block: Tensor, limit: Tensor, width: int, *covered: Tensor
-) -> Tensor:
-    """Tiles of listed blocks, without ``[0, sink_end)`` and ``[begin, end)``."""
-    sink_end, begin, end = (x[:, None] for x in covered)
-    block_kv = layout.block_size[1]
-    total = torch.zeros((), dtype=torch.long)
-    slots = max(1, 2**24 // max(1, layout.kv_indices.shape[-1]))
-    for rows in torch.arange(len(block)).split(slots):
-        indices = layout.kv_indices[0, 0, block[rows]].long()
-        counts = layout.kv_num_blocks[0, 0, block[rows]]
-        kept = torch.arange(indices.shape[-1]) < counts[:, None]
-        low = torch.maximum(indices * block_kv, sink_end[rows])
-        high = torch.minimum((indices + 1) * block_kv, limit[rows, None])
-        before = (torch.minimum(high, begin[rows]) - low).clamp(min=0)
-        after = (high - torch.maximum(low, end[rows])).clamp(min=0)
-        total += ((_up(before, width) + _up(after, width)) * kept).sum() // width
-    return total
+def _band(
+    layout: BlockLayout, first: Tensor, last: Tensor, limit: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys of sink and window for rows at positions `first` to `last`; all in the second where the
+    two meet.
+    """
+    sink = limit.clamp(max=int(layout.sink))
+    window = int(layout.window)
+    if window == 0:
+        return sink, torch.zeros_like(sink)
+    if window == -1:
+        return torch.zeros_like(sink), limit
+    begin = (first + 1 - window).clamp(min=0)
+    end = limit if is_causal else torch.minimum(limit, last + window)
+    meet = begin <= sink
+    together = torch.where(meet, torch.maximum(end, sink), end - begin)
+    return torch.where(meet, 0, sink), together.clamp(min=0)
+
+
+def _listed_before(layout: BlockLayout, q_block: Tensor, limit: Tensor) -> Tensor:
+    """For each tile of rows, how many keys of its listed blocks lie before `limit`."""
+    block_kv, width = layout.block_size[1], layout.kv_indices.shape[-1]
+    keys = torch.zeros_like(limit)
+    for rows in torch.arange(len(limit)).split(max(1, 2**24 // max(1, width))):
+        counts = layout.kv_num_blocks[0, 0, q_block[rows]]
+        begin = layout.kv_indices[0, 0, q_block[rows]].long() * block_kv
+        kept = torch.arange(width) < counts[:, None]
+        keys[rows] = ((limit[rows, None] - begin).clamp(0, block_kv) * kept).sum(-1)
+    return keys
 
 
 def _columns_before(layout: BlockLayout, group: Tensor, limit: Tensor) -> Tensor:
@@ -403,12 +403,13 @@ HEADER = (
 
 NOTES = """\
 **This is a model, not a measurement**: no GPU was used. Batch 1, bfloat16, head_dim 128, 32 query
-heads on 8 KV heads, causal; tiles of 64 by 64. TFLOP are of the pairs that are seen, "in tiles" of
-all pairs of the tiles that a kernel multiplies. "Floor" is peak arithmetic or peak bandwidth,
-whichever takes longer; "expected" and "dense" take the shares of them that published Triton kernels
-and the fastest published dense kernels reach. "Faster below" is the density from which on
-such a layout is expected to beat dense attention. Choosing the keys is not in it. Formulas and
-sources: [docs/roofline.md](../../docs/roofline.md)."""
+heads on 8 KV heads, causal; tiles of 128 rows by 64 keys. TFLOP are of the pairs that are seen,
+"in tiles" of all pairs of the tiles that a kernel multiplies. "Floor" is peak arithmetic or peak
+bandwidth, whichever takes longer; "expected" and "dense" take the shares of them that published
+Triton kernels and the fastest published dense kernels reach. "Faster below" is the density from
+which on such a layout is expected to beat dense attention. Choosing the keys is not in it.
+Formulas and sources:
+[docs/roofline.md](../../docs/roofline.md)."""
 
 
 def cells(case: Case, found: Comparison) -> list[str]:
