@@ -34,6 +34,7 @@ SHARES = {
 BANDWIDTH_SHARE = 0.9
 LAUNCH_SECONDS = 5e-6
 SPARSE_TILE, DENSE_TILE = (128, 64), (128, 128)
+LEAST_ROWS = 64  # of the tensor-core instructions of sm_90 and sm_100
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,12 @@ def tiles_touched(
     high they are.
 
     A tile holds the rows of `pack` heads within one query block, as another block has other lists;
-    it is no higher than a query block needs. It goes over sink and window, over the listed blocks,
+    it is no higher than a query block needs, but costs as much as `LEAST_ROWS`. It goes over sink and window, over the listed blocks,
     and over the columns, each gathered into tiles of keys that end where the last row does.
     """
     step = _rows_that_share_lists(layout) or max(1, tile[0] // pack)
     step = min(step, max(layout.seqlen_q, 1))
-    height = min(tile[0], max(16, 1 << (step * pack - 1).bit_length()))
+    height = min(tile[0], max(LEAST_ROWS, 1 << (step * pack - 1).bit_length()))
     heads = [layout[b, h] for b in range(layout.batch) for h in range(layout.num_heads)]
     counts = [_tiles_of_head(x, step, height, pack, tile[1], is_causal) for x in heads]
     return sum(counts) / len(counts), height

@@ -49,21 +49,22 @@ def test_tiles_by_hand():
     assert tiles(layout) == (1 + 3 + 3 + 3, 64)
     # A query block is a tile of rows; the blocks of keys that it lists are gathered.
     small = block_list(64, (16, 16), torch.ones(4, 4).tolist())
-    assert tiles(small) == (4, 16)
+    assert tiles(small) == (4, 64)
     # A block of 128 rows is two tiles of rows; the first ends at its diagonal.
     assert tiles(block_list(128, (128, 128), [[1]])) == (1 + 2, 64)
     # 70 columns in two tiles; the first 64 rows see 40 of them.
     listed = [*range(40), *range(90, 120)]
     assert tiles(columns(128, listed)) == (1 + 2, 64)
     # Listed keys are walked whether or not the window has them.
-    assert tiles(small | BlockLayout.dense((64, 64))) == (4 + 4, 16)
+    assert tiles(small | BlockLayout.dense((64, 64))) == (4 + 4, 64)
 
 
 def test_heads_that_share_everything_share_tiles():
     small = block_list(64, (16, 16), torch.ones(4, 4).tolist())
     assert tiles(small, pack=4) == (4, 64)
     assert tiles(small, pack=8) == (4 * 2, 64)
-    assert tiles(BlockLayout.dense((1, 256)), pack=4) == (4, 16)
+    assert tiles(BlockLayout.dense((1, 256)), pack=4) == (4, 64)
+    assert tiles(small, (128, 64), pack=8) == (4, 128)
     # 64 slots of 3 heads: rows 0 to 21, 21 to 42, 42 to 63.
     assert tiles(block_list(64, (64, 16), [[1, 1, 1, 1]]), (64, 16), pack=3) == (2 + 3 + 4, 64)
     shape = Shape(num_heads=8, kv_heads=2)
@@ -130,7 +131,7 @@ def test_floor_is_the_slower_of_both_peaks():
     decode = cost(BlockLayout.dense((1, 8192)), Shape(), H100)
     assert (decode.bound, decode.floor) == ("memory", decode.bytes / 3.35e12)
     # One token: the heads of a group share a tile, and the rows of 32 heads weigh little.
-    assert decode.tile_flops == 8 * 128 * 16 * 64 * 2 * 256
+    assert decode.tile_flops == 8 * 128 * 64 * 64 * 2 * 256
     assert decode.bytes == pytest.approx(8 * 8192 * 256 * 2, rel=1e-2)
     for found in (prefill, decode):
         assert found.expected > found.floor
