@@ -4,6 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TORCH ?= torch==2.13.0
+DEVICE ?= cpu
 
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
@@ -27,9 +28,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
 
+# make bench DEVICE=cuda compares on a GPU.
 bench: $(INSTALLED)
-	$(PYTHON) -m bench.kernels
+	$(PYTHON) -m bench.kernels --device $(DEVICE)
+ifeq ($(DEVICE),cpu)
 	$(PYTHON) -m bench.scale
+endif
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
