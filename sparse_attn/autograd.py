@@ -81,7 +81,7 @@ def _once(name: str):
     return AttentionBackward.apply
 
 
-for _name in ("attention", "attention_reference"):
+for _name in ("attention", "attention_reference", "attention_triton"):
     library.impl(_name, _differentiable(_name), "Autograd")
     library.impl(f"{_name}_backward", _once(f"{_name}_backward"), "Autograd")
 
@@ -101,5 +101,5 @@ def _not_differentiable(name: str):
     return call
 
 
-for _name in ("attention_varlen", "attention_varlen_reference"):
+for _name in ("attention_varlen", "attention_varlen_reference", "attention_varlen_triton"):
     library.impl(_name, _not_differentiable(_name), "Autograd")

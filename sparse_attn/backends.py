@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, triton
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_HEAD_DIM = 256
@@ -35,9 +35,9 @@ def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
     return reasons
 
 
-_REASONS = {"cpu": _cpu_reasons, "reference": _reference_reasons}
-_SUFFIXES = {"cpu": "", "reference": "_reference"}
-_AUTO = {"cpu": ("cpu", "reference")}
+_REASONS = {"cpu": _cpu_reasons, "triton": triton.reasons, "reference": _reference_reasons}
+_SUFFIXES = {"cpu": "", "triton": "_triton", "reference": "_reference"}
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 @dataclass(frozen=True)

@@ -379,10 +379,7 @@ class BlockLayout:
         Raises:
             ValueError: naming the tensor, the place and the value.
         """
-        from .layout_algebra import check_at_least, check_lists
+        from .layout_algebra import validate
 
-        check_at_least(self, "sink", 0)
-        check_at_least(self, "window", -1)
-        check_lists(self, "kv_num_blocks", "kv_indices", self.num_kv_blocks, "key blocks")
-        check_lists(self, "num_columns", "column_indices", self.seqlen_kv, "keys")
+        validate(self)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import gcd
 
@@ -16,42 +17,41 @@ def listed(counts: Tensor, indices: Tensor) -> Tensor:
     return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
 
 
-def _fail_where(layout: BlockLayout, bad: Tensor, name: str, why: str) -> None:
-    if bool(bad.any()):
-        at = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name}{at} = {getattr(layout, name)[tuple(at)].item()} {why}")
+def violations(layout: BlockLayout) -> Iterator[tuple[str, Tensor, str]]:
+    """What values must not be: for each rule the tensor's name, a mask of its values that break it,
+    and why.
+    """
+    for name, low in (("sink", 0), ("window", -1)):
+        yield name, getattr(layout, name) < low, f"is less than {low}"
+    for counts_name, indices_name, limit, unit in (
+        ("kv_num_blocks", "kv_indices", layout.num_kv_blocks, "key blocks"),
+        ("num_columns", "column_indices", layout.seqlen_kv, "keys"),
+    ):
+        counts, indices = getattr(layout, counts_name), getattr(layout, indices_name)
+        if counts is None:
+            continue
+        width = indices.shape[-1]
+        bad = (counts < 0) | (counts > width)
+        yield counts_name, bad, f"is not in [0, {width}], the width of {indices_name}"
+        inside = listed(counts, indices)
+        bad = inside & ((indices < 0) | (indices >= limit))
+        yield indices_name, bad, f"is out of range: the layout has {limit} {unit}"
+        repeated = torch.zeros_like(inside)
+        repeated[..., 1:] = indices[..., 1:] <= indices[..., :-1]
+        why = "does not ascend: lists must be sorted, without duplicates"
+        yield indices_name, repeated & inside, why
 
 
-def check_at_least(layout: BlockLayout, name: str, low: int) -> None:
-    """No value of a tensor below `low`.
+def validate(layout: BlockLayout) -> None:
+    """No violations.
 
     Raises:
         ValueError: naming the tensor, the place and the value.
     """
-    _fail_where(layout, getattr(layout, name) < low, name, f"is less than {low}")
-
-
-def check_lists(
-    layout: BlockLayout, counts_name: str, indices_name: str, limit: int, unit: str
-) -> None:
-    """Counts within the width, indices in ``[0, limit)``, strictly ascending.
-
-    Raises:
-        ValueError: naming the tensor, the place and the value.
-    """
-    counts, indices = getattr(layout, counts_name), getattr(layout, indices_name)
-    if counts is None:
-        return
-    width = indices.shape[-1]
-    bad = (counts < 0) | (counts > width)
-    _fail_where(layout, bad, counts_name, f"is not in [0, {width}], the width of {indices_name}")
-    inside = listed(counts, indices)
-    bad = inside & ((indices < 0) | (indices >= limit))
-    _fail_where(layout, bad, indices_name, f"is out of range: the layout has {limit} {unit}")
-    repeated = torch.zeros_like(inside)
-    repeated[..., 1:] = indices[..., 1:] <= indices[..., :-1]
-    sorted_only = "does not ascend: lists must be sorted, without duplicates"
-    _fail_where(layout, repeated & inside, indices_name, sorted_only)
+    for name, bad, why in violations(layout):
+        if bool(bad.any()):
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(f"{name}{at} = {getattr(layout, name)[tuple(at)].item()} {why}")
 
 
 def compact(rows: Tensor, cols: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

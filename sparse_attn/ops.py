@@ -1,8 +1,9 @@
 """The op pair as torch sees it: schemas, fakes, and the reference as the implementation for every
 device.
 
-A compiled extension overrides ``sparse_attn::attention[_backward]`` on its dispatch key. The pair
-``sparse_attn::attention_reference[_backward]`` has the same schema and no override.
+The compiled extension overrides ``sparse_attn::attention[_backward]`` on the CPU, Triton on GPUs.
+The pairs ``sparse_attn::attention_reference[_backward]`` and ``attention_triton[_backward]`` have
+the same schema and no override.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import torch
 from torch import Tensor
 
-from . import reference, varlen
+from . import reference, triton, varlen
 from .layout import BlockLayout
 
 _LAYOUT = (
@@ -125,18 +126,43 @@ def _fake_attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tens
     return q.new_empty((*q.shape[:2], v.shape[-1])), lse
 
 
-for _name in ("attention", "attention_reference"):
-    for _suffix, _schema, _impl, _fake in (
-        ("", _FORWARD, _attention, _fake_attention),
-        ("_backward", _BACKWARD, _attention_backward, _fake_attention_backward),
-    ):
-        library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(_name + _suffix, _impl, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sparse_attn::{_name}{_suffix}", _fake, lib=library)
-for _name in ("attention_varlen", "attention_varlen_reference"):
-    library.define(_name + _VARLEN, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(_name, _attention_varlen, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparse_attn::{_name}", _fake_attention_varlen, lib=library)
+def _on_gpu(triton_op, reference_op, first: int):
+    """The Triton op where it can run the call, else the reference; q is argument `first`, and v two
+    arguments later.
+    """
+
+    def call(*args):
+        op = reference_op if triton.reasons(args[first], args[first + 2]) else triton_op
+        return op(*args)
+
+    return call
+
+
+for _base, _schema, _first, _reference, _triton, _fake in (
+    ("attention{}", _FORWARD, 0, _attention, triton.attention, _fake_attention),
+    (
+        "attention{}_backward",
+        _BACKWARD,
+        2,
+        _attention_backward,
+        triton.attention_backward,
+        _fake_attention_backward,
+    ),
+    (
+        "attention_varlen{}",
+        _VARLEN,
+        0,
+        _attention_varlen,
+        triton.attention_varlen,
+        _fake_attention_varlen,
+    ),
+):
+    for _suffix, _impl in (("", _reference), ("_reference", _reference), ("_triton", _triton)):
+        _name = _base.format(_suffix)
+        library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(_name, _impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sparse_attn::{_name}", _fake, lib=library)
+    library.impl(_base.format(""), _on_gpu(_triton, _reference, _first), "CUDA")
 
 try:
     _C = importlib.import_module("sparse_attn._C")

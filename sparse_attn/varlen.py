@@ -97,6 +97,44 @@ def sequence_layout(layout: BlockLayout, b: int, seqlens: tuple[int, int]) -> Bl
     return replace(layout, seqlens=seqlens, **fields)
 
 
+def check_values(q: Tensor, k: Tensor, packing: Packing, seqlens: tuple[int, int]) -> list[int]:
+    """Where the queries of each sequence begin, all values of `packing` being checked.
+
+    Raises:
+        ValueError: naming the tensor, the place and the value.
+    """
+    ends = _cumulated(packing.cu_seqlens_q, "cu_seqlens_q", q.shape[0], True)
+    lengths = [b - a for a, b in pairwise(ends)]
+    _check_lengths(lengths, "cu_seqlens_q", seqlens[0], "queries")
+    for _ in _key_rows(k, packing, seqlens[1]):
+        pass
+    return ends
+
+
+def violations(
+    q: Tensor, k: Tensor, packing: Packing, seqlens: tuple[int, int]
+) -> Iterator[tuple[str, Tensor, str]]:
+    """What `check_values` refuses, without waiting for the device: for each rule the tensor's name,
+    a mask of the sequences that break it, and why.
+    """
+    for name, rows, most in (("cu_seqlens_q", q, seqlens[0]), ("cu_seqlens_kv", k, seqlens[1])):
+        ends = getattr(packing, name)
+        if ends is None:
+            continue
+        lengths = ends.diff()
+        yield name, ends[:1] != 0, "is not 0 at the beginning"
+        yield name, (lengths < 0) | (lengths > most), f"does not ascend by 0 to {most}"
+        wrong = ends[-1:] != len(rows) if name == "cu_seqlens_q" else ends[-1:] > len(rows)
+        yield name, wrong, f"ends elsewhere than the {len(rows)} rows"
+    if packing.block_table is not None:
+        lengths, table = packing.seqlens_kv, packing.block_table
+        most = min(seqlens[1], table.shape[1] * k.shape[1])
+        yield "seqlens_kv", (lengths < 0) | (lengths > most), f"is not in [0, {most}]"
+        used = torch.arange(table.shape[1], device=q.device) * k.shape[1] < lengths[:, None]
+        bad = used & ((table < 0) | (table >= k.shape[0]))
+        yield "block_table", bad, f"is out of range: k has {k.shape[0]} pages"
+
+
 def attention(
     attend: Callable[[Tensor, Tensor, Tensor, BlockLayout], tuple[Tensor, Tensor]],
     q: Tensor,
@@ -111,9 +149,7 @@ def attention(
         attend: takes q, k, v as ``[1, heads, seqlen, dim]`` and the layout for their lengths.
         q, k, v, layout, packing: as in `sparse_attention_varlen`, the layout's values validated.
     """
-    ends = _cumulated(packing.cu_seqlens_q, "cu_seqlens_q", q.shape[0], True)
-    lengths = [b - a for a, b in pairwise(ends)]
-    _check_lengths(lengths, "cu_seqlens_q", layout.seqlen_q, "queries")
+    ends = check_values(q, k, packing, layout.seqlens)
     outs = [q.new_empty(0, q.shape[1], v.shape[-1])]
     lses = [q.new_empty(q.shape[1], 0, dtype=compute_dtype(q.dtype))]
     takers = _key_rows(k, packing, layout.seqlen_kv)

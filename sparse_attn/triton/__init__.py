@@ -1,0 +1,67 @@
+"""Kernels in Triton: imported at the first call that needs them, so that the package works without
+Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+@cache
+def is_installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors. The environment decides, when
+    the kernels are imported.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+def reasons(q: Tensor, v: Tensor) -> list[str]:
+    """Why the kernels cannot run a call, one sentence each."""
+    found = []
+    if not is_installed():
+        found.append("triton is not installed: pip install 'sparse-attn[triton]'")
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreting()):
+        found.append(
+            f"q is on {q.device}; it takes GPU tensors (CPU tensors only in Triton's interpreter, "
+            "with TRITON_INTERPRET=1)"
+        )
+    if q.dtype not in DTYPES:
+        found.append(f"the dtype is {q.dtype}; it takes float32, bfloat16 and float16")
+    for name, x in (("head_dim", q), ("head_dim_v", v)):
+        if not 1 <= x.size(-1) <= MAX_HEAD_DIM:
+            found.append(f"{name} is {x.size(-1)}; it takes 1 to {MAX_HEAD_DIM}")
+    return found
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """`sparse_attn::attention`."""
+    from . import ops
+
+    return ops.attention(q, k, v, *args)
+
+
+def attention_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sparse_attn::attention_backward`."""
+    from . import ops
+
+    return ops.attention_backward(*args)
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """`sparse_attn::attention_varlen`."""
+    from . import ops
+
+    return ops.attention_varlen(q, k, v, *args)

@@ -1,0 +1,508 @@
+"""The gradients: one kernel for what rows have in common, one for dq by rows, one for dk and dv by
+keys. Each result has one writer; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, lists
+from .launch import Call, Launch, input_precision, strides
+from .primitives import (
+    band_of_rows,
+    in_list,
+    list_of_row,
+    load_keys,
+    load_rows,
+    load_window,
+    locate,
+    probabilities,
+    rows_of_tile,
+    score_gradients,
+    scores,
+    store_rows,
+    tile_of_columns,
+    tile_of_keys,
+    visible,
+)
+
+
+@triton.jit
+def _preprocess_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, delta_ptr, seen_lse_ptr,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, num_heads, num_rows,
+    num_states,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``delta = rowsum(dout * out) - dlse`` of `BLOCK_M` rows, counted over ``[batch, heads,
+    rows]``; and lse, inf where a row saw no key, so that nothing of such rows is ever used.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = row < num_states
+    head = row // num_rows % num_heads
+    batch = row // num_rows // num_heads
+    i = row % num_rows
+    offsets = batch * stride_ob + head * stride_oh + i * stride_om
+    out = load_rows(out_ptr, offsets, exists, HEAD_DIM_V, BLOCK_DV).to(tl.float32)
+    lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
+    sink_logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if sinks_ptr is not None:
+        sink_logit = tl.load(sinks_ptr + head, mask=exists, other=0.0)
+    idle = (lse == sink_logit) & (tl.max(tl.abs(out), 1) == 0)
+    offsets = batch * stride_gb + head * stride_gh + i * stride_gm
+    dout = load_rows(dout_ptr, offsets, exists & (idle == 0), HEAD_DIM_V, BLOCK_DV)
+    delta = tl.sum(out * dout.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=exists, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=exists)
+    tl.store(seen_lse_ptr + row, tl.where(idle, float("inf"), lse), mask=exists)
+
+
+@triton.jit
+def _rows_step(
+    dq, q, dout, lse, delta, p, keys, full, cache, sink, window, inner_scale, softcap,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, without the scale, after one more tile of keys."""
+    j, live, is_band = keys
+    k, v = load_keys(j, live, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, 1)
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    s = scores(s, inner_scale, softcap, SOFTCAP)
+    dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
+    ds = probabilities(s, lse[:, None]) * (dp - delta[:, None])
+    ds = score_gradients(ds, s, softcap, SOFTCAP)
+    if not full:
+        seen = visible(p[:, None], j[None, :], live[None, :], sink, window, is_band, IS_CAUSAL)
+        ds = tl.where(seen, ds, 0.0)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def _backward_rows_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
+    sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr, column_counts_ptr,
+    column_indices_ptr, order_ptr,
+    sink_run, window_run, block_run, block_batch, block_rows, block_width, num_kv_blocks,
+    column_run, column_batch, column_rows, column_width, blocks_per_group,
+    num_heads, seqlen_q, seqlen_kv, num_row_blocks, rows_per_block, parts,
+    scale, inner_scale, softcap,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of rows: the walk of the forward kernel."""
+    num_packs = num_heads // PACK
+    programs = tl.num_programs(0) // parts // num_row_blocks
+    pack, row_block = locate(tl.program_id(0) // parts, order_ptr, programs, num_row_blocks)
+    batch = pack // num_packs
+    head = pack % num_packs * PACK
+    i, member, exists, first, last = rows_of_tile(
+        row_block, tl.program_id(0) % parts, rows_per_block, seqlen_q, BLOCK_M, PACK
+    )
+    if first > last:
+        return
+    shift = seqlen_kv - seqlen_q
+    p = i + shift
+    p_low = first + shift
+    p_high = last + shift
+
+    b = batch.to(tl.int64)
+    heads = (head + member).to(tl.int64)
+    kv_head = (head // GROUP_SIZE).to(tl.int64)
+    state = (b * num_heads + heads) * seqlen_q + i
+    lse = tl.load(lse_ptr + state, mask=exists, other=float("inf"))
+    delta = tl.load(delta_ptr + state, mask=exists, other=0.0)
+    useful = lse < float("inf")
+    offsets = b * stride_qb + heads * stride_qh + i.to(tl.int64) * stride_qm
+    q = load_rows(q_ptr, offsets, useful, HEAD_DIM, BLOCK_D)
+    offsets = b * stride_gb + heads * stride_gh + i.to(tl.int64) * stride_gm
+    dout = load_rows(dout_ptr, offsets, useful, HEAD_DIM_V, BLOCK_DV)
+    k_ptr += b * stride_kb + kv_head * stride_kh
+    v_ptr += b * stride_vb + kv_head * stride_vh
+    cache = (k_ptr, v_ptr, stride_kn, stride_vn, None, 0, 0, 0)
+
+    sink = tl.load(sink_ptr + head // sink_run)
+    window = load_window(window_ptr, head // window_run)
+    band = band_of_rows(p_low, p_high, seqlen_kv, sink, window, BLOCK_N, IS_CAUSAL)
+    key_end = band[5]
+    listed_end = band[4]
+    blocks_ptr = None
+    num_blocks = 0
+    if block_counts_ptr is not None:
+        list_row = (batch * block_batch + head // block_run) * block_rows + row_block
+        blocks_ptr, num_blocks = list_of_row(
+            block_counts_ptr, block_indices_ptr, list_row, block_width
+        )
+        listed_end += tl.cdiv(num_blocks * BLOCK_KV, BLOCK_N)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for tile in range(listed_end):
+        j, live, is_band, full = tile_of_keys(
+            tile, band, p_low, p_high, sink, window, blocks_ptr, num_blocks, num_kv_blocks,
+            BLOCK_N, BLOCK_KV, IS_CAUSAL,
+        )  # fmt: skip
+        keys = (j, live, is_band)
+        dq = _rows_step(
+            dq, q, dout, lse, delta, p, keys, full, cache, sink, window, inner_scale, softcap,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+        )  # fmt: skip
+    if column_counts_ptr is not None:
+        list_row = batch * column_batch + head // column_run
+        list_row = list_row * column_rows + row_block // blocks_per_group
+        columns_ptr, num_columns = list_of_row(
+            column_counts_ptr, column_indices_ptr, list_row, column_width
+        )
+        for tile in range(tl.cdiv(num_columns, BLOCK_N)):
+            j, live = tile_of_columns(
+                tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
+                BLOCK_N, BLOCK_KV, SEARCH_STEPS,
+            )  # fmt: skip
+            keys = (j, live, False)
+            dq = _rows_step(
+                dq, q, dout, lse, delta, p, keys, False, cache, sink, window, inner_scale, softcap,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+            )  # fmt: skip
+    offsets = state * HEAD_DIM
+    store_rows(dq_ptr, dq * scale, offsets, exists, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _keys_step(
+    dk, dv, k, v, j, live, i, member, exists, head, is_band, rows, sink, window,
+    shift, seqlen_q, inner_scale, softcap,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, without the scale, and dv after one more tile of rows."""
+    q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qh, stride_qm, stride_gh, stride_gm = rows
+    heads = (head + member).to(tl.int64)
+    row = i.to(tl.int64)
+    state = heads * seqlen_q + row
+    lse = tl.load(lse_ptr + state, mask=exists, other=float("inf"))
+    delta = tl.load(delta_ptr + state, mask=exists, other=0.0)
+    useful = lse < float("inf")
+    q = load_rows(q_ptr, heads * stride_qh + row * stride_qm, useful, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, heads * stride_gh + row * stride_gm, useful, HEAD_DIM_V, BLOCK_DV)
+    s = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+    s = scores(s, inner_scale, softcap, SOFTCAP)
+    seen = visible(
+        (i + shift)[None, :], j[:, None], live[:, None] & useful[None, :], sink, window, is_band,
+        IS_CAUSAL,
+    )  # fmt: skip
+    p = tl.where(seen, probabilities(s, lse[None, :]), 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
+    dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
+    ds = score_gradients(p * (dp - delta[None, :]), s, softcap, SOFTCAP)
+    ds = tl.where(seen, ds, 0.0)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _band_of_keys(j_low, j_high, shift, seqlen_q, sink, window, IS_CAUSAL: tl.constexpr):
+    """The rows that see any of the keys `j_low` to `j_high` through the sink or the window, as one
+    range.
+    """
+    through_sink = j_low < sink
+    begin = j_low - shift
+    if not IS_CAUSAL:
+        begin = tl.where(through_sink, 0, begin - window + 1)
+    end = tl.minimum(j_high.to(tl.int64) + window - shift, seqlen_q).to(tl.int32)
+    end = tl.where(window == 0, 0, end)
+    return tl.maximum(begin, 0), tl.where(through_sink, seqlen_q, end)
+
+
+@triton.jit
+def _backward_keys_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
+    sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr,
+    active_ptr, offsets_ptr, sources_ptr, bits_ptr, order_ptr,
+    sink_run, window_run, block_run, block_batch, block_rows, block_width,
+    active_run, active_batch, active_width, list_run, list_batch, list_tiles, blocks_per_entry,
+    num_heads, num_kv_heads, num_owners, seqlen_q, seqlen_kv, rows_per_block, parts,
+    scale, inner_scale, softcap,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, over all query heads of their KV head.
+
+    The tile holds either the keys of `BLOCKS_PER_TILE` key blocks or a part of one block: what rows
+    see through sink, window and blocks. Or it holds keys of `active_ptr`, which are columns of some
+    row, and adds what rows see through columns alone.
+    """
+    index = tl.program_id(0)
+    if order_ptr is not None:
+        index = tl.load(order_ptr + index)
+    tile = index // num_owners
+    owner = index % num_owners
+    batch = owner // num_kv_heads
+    kv_head = owner % num_kv_heads
+    slots = tl.arange(0, BLOCK_N)
+    if active_ptr is None:
+        list_tile = tile // TILES_PER_BLOCK
+        j_low = list_tile * BLOCKS_PER_TILE * BLOCK_KV + tile % TILES_PER_BLOCK * BLOCK_N
+        j_end = tl.minimum((list_tile + 1) * BLOCKS_PER_TILE * BLOCK_KV, seqlen_kv)
+        j_end = tl.minimum(j_low + BLOCK_N, j_end)
+        if j_low >= j_end:
+            return
+        j = j_low + slots
+        live = j < j_end
+    else:
+        list_tile = tile
+        rank = tile * BLOCK_N + slots
+        active_ptr += (batch * active_batch + kv_head // active_run).to(tl.int64) * active_width
+        j = tl.load(active_ptr + rank, mask=rank < active_width, other=-1)
+        live = j >= 0
+        if tl.max(j, 0) < 0:
+            return
+        j = tl.maximum(j, 0)
+
+    b = batch.to(tl.int64)
+    h = kv_head.to(tl.int64)
+    row = j.to(tl.int64)
+    k_offsets = b * stride_kb + h * stride_kh + row * stride_kn
+    v_offsets = b * stride_vb + h * stride_vh + row * stride_vn
+    k = load_rows(k_ptr, k_offsets, live, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, v_offsets, live, HEAD_DIM_V, BLOCK_DV)
+    lse_ptr += b * num_heads * seqlen_q
+    delta_ptr += b * num_heads * seqlen_q
+    q_ptr += b * stride_qb
+    dout_ptr += b * stride_gb
+    rows = (q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qh, stride_qm, stride_gh, stride_gm)
+    shift = seqlen_kv - seqlen_q
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for pack in range(GROUP_SIZE // PACK):
+        head = kv_head * GROUP_SIZE + pack * PACK
+        sink = tl.load(sink_ptr + head // sink_run)
+        window = load_window(window_ptr, head // window_run)
+        if active_ptr is None:
+            i_begin, i_end = _band_of_keys(
+                j_low, j_end - 1, shift, seqlen_q, sink, window, IS_CAUSAL
+            )
+            for tile_of_rows in range(tl.cdiv(tl.maximum(i_end - i_begin, 0) * PACK, BLOCK_M)):
+                slot = tile_of_rows * BLOCK_M + tl.arange(0, BLOCK_M)
+                i = i_begin + slot // PACK
+                dk, dv = _keys_step(
+                    dk, dv, k, v, j, live, i, slot % PACK, i < i_end, head, True, rows, sink,
+                    window, shift, seqlen_q, inner_scale, softcap, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                    BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+                )  # fmt: skip
+        if offsets_ptr is not None:
+            at = (batch * list_batch + head // list_run).to(tl.int64) * list_tiles + list_tile
+            begin = tl.load(offsets_ptr + at)
+            per_entry = blocks_per_entry * parts
+            steps = ((tl.load(offsets_ptr + at + 1) - begin) * per_entry).to(tl.int32)
+            for step in range(steps):
+                entry = begin + step // per_entry
+                source = tl.load(sources_ptr + entry)
+                row_block = source * blocks_per_entry + step % per_entry // parts
+                i, member, exists, _, _ = rows_of_tile(
+                    row_block, step % parts, rows_per_block, seqlen_q, BLOCK_M, PACK
+                )
+                listed = live
+                if bits_ptr is not None:
+                    number = slots if active_ptr is not None else slots // BLOCK_KV
+                    bits = tl.load(bits_ptr + entry)
+                    listed = live & ((bits >> number.to(tl.int64)) & 1 == 1)
+                if active_ptr is not None and block_counts_ptr is not None:
+                    list_row = batch * block_batch + head // block_run
+                    list_row = list_row * block_rows + tl.minimum(row_block, block_rows - 1)
+                    blocks_ptr, num_blocks = list_of_row(
+                        block_counts_ptr, block_indices_ptr, list_row, block_width
+                    )
+                    in_blocks = in_list(blocks_ptr, num_blocks, j // BLOCK_KV, SEARCH_STEPS)
+                    listed = listed & (in_blocks == 0)
+                dk, dv = _keys_step(
+                    dk, dv, k, v, j, listed, i, member, exists, head, False, rows, sink, window,
+                    shift, seqlen_q, inner_scale, softcap, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+                )  # fmt: skip
+
+    offsets = (b * num_kv_heads + h) * seqlen_kv + row
+    dk *= scale
+    if active_ptr is not None:
+        dk += load_rows(dk_ptr, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+        dv += load_rows(dv_ptr, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+    store_rows(dk_ptr, dk, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, dv, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+
+
+def _sizes(call: Call, q: Tensor, v: Tensor, config: configs.Config) -> dict:
+    """What all three kernels are specialised for, and the scores that they compute again."""
+    return {
+        "num_heads": call.num_heads,
+        "seqlen_q": call.layout.seqlen_q,
+        "seqlen_kv": call.layout.seqlen_kv,
+        "HEAD_DIM": q.shape[-1],
+        "HEAD_DIM_V": v.shape[-1],
+        "BLOCK_D": configs.padded(q.shape[-1]),
+        "BLOCK_DV": configs.padded(v.shape[-1]),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PACK": call.pack,
+        "GROUP_SIZE": call.group_size,
+        "INPUT_PRECISION": input_precision(q.dtype),
+        **call.scores(1.0),
+        "scale": call.scale,
+    }
+
+
+def _preprocess(call: Call, dout, dlse, out, lse, delta, seen_lse) -> Launch:
+    dim, rows = configs.padded(out.shape[-1]), configs.ROWS_PREPROCESSED
+    arguments = {
+        "out_ptr": out,
+        "dout_ptr": dout,
+        "lse_ptr": lse,
+        "dlse_ptr": dlse,
+        "sinks_ptr": call.sinks,
+        "delta_ptr": delta,
+        "seen_lse_ptr": seen_lse,
+        **strides("o", out, "bhm"),
+        **strides("g", dout, "bhm"),
+        "num_heads": call.num_heads,
+        "num_rows": call.layout.seqlen_q,
+        "num_states": lse.numel(),
+        "HEAD_DIM_V": out.shape[-1],
+        "BLOCK_DV": dim,
+        "BLOCK_M": rows,
+    }
+    return Launch(_preprocess_kernel, (-(-lse.numel() // rows),), arguments, 4, 1)
+
+
+def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Launch:
+    q, v = tensors["q_ptr"], tensors["v_ptr"]
+    dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
+    config = configs.backward_rows(q.dtype, dims, target)
+    config, rows_per_block, parts = call.row_tiles(config)
+    num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
+    programs = num_row_blocks * parts * call.num_packs
+    order = None
+    if call.listed_rows and programs > target.num_cores:
+        order = lists.order_of_rows(call, rows_per_block, call.layout.seqlens)
+    arguments = {
+        **tensors,
+        "dq_ptr": dq,
+        **call.lists(),
+        "order_ptr": order,
+        "num_row_blocks": num_row_blocks,
+        "rows_per_block": rows_per_block,
+        "parts": parts,
+        **_sizes(call, q, v, config),
+    }
+    return Launch(
+        _backward_rows_kernel, (programs,), arguments, config.num_warps, config.num_stages
+    )
+
+
+def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Target) -> list:
+    """The launches for dk and dv: sink, window and blocks first, then columns on top."""
+    layout = call.layout
+    q, v = tensors["q_ptr"], tensors["v_ptr"]
+    dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
+    config = configs.backward_keys(q.dtype, dims, target)
+    config, rows_per_block, parts = call.row_tiles(config)
+    listed = call.lists()
+    used = ("sink", "window", "block_counts", "block_indices", "block_run", "block_batch")
+    used += ("block_rows", "block_width", "SEARCH_STEPS", "BLOCK_KV")
+    shared = {
+        **tensors,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        **{name: x for name, x in listed.items() if name.startswith(used)},
+        "num_kv_heads": call.num_kv_heads,
+        "num_owners": call.batch * call.num_kv_heads,
+        "rows_per_block": rows_per_block,
+        "parts": parts,
+        **_sizes(call, q, v, config),
+    }
+
+    def launch(tiles: int, transposed: lists.Transposed | None, **arguments) -> Launch:
+        batch, heads, list_tiles = transposed.shape if transposed else (1, 1, 0)
+        arguments = shared | {
+            "offsets_ptr": transposed and transposed.offsets,
+            "sources_ptr": transposed and transposed.sources,
+            "bits_ptr": transposed and transposed.bits,
+            "list_run": call.num_heads // heads,
+            "list_batch": heads if batch > 1 else 0,
+            "list_tiles": list_tiles,
+            **arguments,
+        }
+        grid = (tiles * call.batch * call.num_kv_heads,)
+        return Launch(_backward_keys_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+    block_n, block_kv = config.block_n, call.block_kv
+    blocks_per_tile = max(1, block_n // block_kv)
+    tiles_per_block = -(-block_kv // block_n)
+    list_tiles = -(-layout.seqlen_kv // (blocks_per_tile * block_kv))
+    transposed = None
+    if layout.kv_num_blocks is not None:
+        transposed = lists.transposed_blocks(call, blocks_per_tile)
+    tiles = list_tiles * tiles_per_block
+    order = None
+    if tiles * call.batch * call.num_kv_heads > target.num_cores:
+        part = torch.arange(tiles_per_block, device=q.device) * block_n
+        starts = torch.arange(list_tiles, device=q.device) * blocks_per_tile * block_kv
+        starts = (starts[:, None] + part).flatten()
+        size = min(block_n, blocks_per_tile * block_kv)
+        order = lists.order_of_keys(call, starts, size, transposed)
+    nothing = {"active_ptr": None, "active_run": 1, "active_batch": 0, "active_width": 0}
+    tilings = {"BLOCKS_PER_TILE": blocks_per_tile, "TILES_PER_BLOCK": tiles_per_block}
+    launches = [
+        launch(tiles, transposed, order_ptr=order, blocks_per_entry=1, **nothing, **tilings)
+    ]
+    if layout.num_columns is not None and layout.column_indices.shape[-1] > 0:
+        keys, transposed = lists.transposed_columns(call, block_n)
+        batch, owners, width = keys.shape
+        active = {
+            "active_ptr": keys,
+            "active_run": call.num_kv_heads // owners,
+            "active_batch": owners if batch > 1 else 0,
+            "active_width": width,
+        }
+        entry = {"order_ptr": None, "blocks_per_entry": call.listed_rows[1]}
+        launches.append(launch(transposed.shape[2], transposed, **active, **entry, **tilings))
+    return launches
+
+
+def launches(
+    call: Call, dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    lse: Tensor, target: configs.Target,
+) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
+    """What to launch, in order, and the tensors that then hold ``dq, dk, dv, delta``.
+
+    dk and dv are float32 where columns are added to them.
+    """
+    delta, seen_lse = torch.empty_like(lse), torch.empty_like(lse)
+    dtype = q.dtype if call.layout.num_columns is None else torch.float32
+    dq = q.new_empty(q.shape)
+    dk, dv = k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
+    tensors = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "dout_ptr": dout,
+        "lse_ptr": seen_lse,
+        "delta_ptr": delta,
+        **strides("q", q, "bhm"),
+        **strides("k", k, "bhn"),
+        **strides("v", v, "bhn"),
+        **strides("g", dout, "bhm"),
+    }
+    steps = [_preprocess(call, dout, dlse, out, lse, delta, seen_lse)]
+    steps.append(_rows(call, tensors, dq, target))
+    steps += _keys(call, tensors, dk, dv, target)
+    return steps, (dq, dk, dv, delta)

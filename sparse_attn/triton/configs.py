@@ -1,0 +1,102 @@
+"""Tile sizes, warps and pipeline stages: the one table for launchers and compile checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """`block_m` rows by `block_n` keys, and how the compiler maps them to the hardware."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What decides on a configuration: the compute capability, and how many programs keep the
+    device busy. The interpreter is a small device of capability (0, 0).
+    """
+
+    capability: tuple[int, int]
+    num_cores: int
+
+    @staticmethod
+    def of(x: Tensor) -> Target:
+        if x.device.type != "cuda":
+            return INTERPRETER
+        properties = torch.cuda.get_device_properties(x.device)
+        return Target((properties.major, properties.minor), properties.multi_processor_count)
+
+
+INTERPRETER = Target((0, 0), 8)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that a head dimension is padded to inside the kernels."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def forward(dtype: torch.dtype, head_dim: int, target: Target) -> Config:
+    """The forward kernel's configuration for the larger of both padded head dimensions."""
+    if target == INTERPRETER:
+        return Config(64, 32, 4, 1)
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 2)
+    if head_dim <= 64:
+        return Config(128, 64, 4, 3)
+    if head_dim <= 128:
+        return Config(128, 64, 8, 2)
+    return Config(64, 32, 8, 2)
+
+
+def backward_rows(dtype: torch.dtype, head_dim: int, target: Target) -> Config:
+    """The configuration of the kernel that computes dq."""
+    if target == INTERPRETER:
+        return Config(64, 32, 4, 1)
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
+    if head_dim <= 64:
+        return Config(64, 64, 4, 2)
+    if head_dim <= 128:
+        return Config(64, 64, 8, 2)
+    return Config(32, 32, 8, 2)
+
+
+def backward_keys(dtype: torch.dtype, head_dim: int, target: Target) -> Config:
+    """The configuration of the kernel that computes dk and dv; block_n is at most 64, the bits of
+    an entry of the transposed lists.
+    """
+    if target == INTERPRETER:
+        return Config(64, 64, 4, 1)
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
+    if head_dim <= 64:
+        return Config(64, 64, 4, 2)
+    if head_dim <= 128:
+        return Config(64, 64, 8, 2)
+    return Config(32, 32, 8, 2)
+
+
+ROWS_MERGED = 16
+ROWS_PREPROCESSED = 64
+
+
+def num_splits(programs: int, key_tiles: int, target: Target) -> int:
+    """Into how many parts to split the keys of each row so that a few rows keep the device busy,
+    with at least two tiles of keys in a part.
+    """
+    if programs >= target.num_cores:
+        return 1
+    return max(1, min(-(-2 * target.num_cores // max(programs, 1)), key_tiles // 2, 64))

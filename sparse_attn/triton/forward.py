@@ -1,0 +1,334 @@
+"""The forward pass: prefill, decoding, packed sequences and paged caches are one kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import empty_out
+from ..varlen import Packing
+from . import configs, lists
+from .launch import LOG2E, Call, Launch, input_precision, strides
+from .primitives import (
+    band_of_rows,
+    finish,
+    list_of_row,
+    load_keys,
+    load_rows,
+    load_window,
+    locate,
+    merge,
+    online_softmax,
+    rows_of_tile,
+    scores,
+    sequence,
+    store_rows,
+    tile_of_columns,
+    tile_of_keys,
+    visible,
+)
+
+
+@triton.jit
+def _step(
+    acc, m_i, l_i, q, p, keys, full, cache, sink, window, inner_scale, softcap,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after one more tile of keys."""
+    j, live, is_band = keys
+    k, v = load_keys(j, live, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE)
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    s = scores(s, inner_scale, softcap, SOFTCAP)
+    if not full:
+        seen = visible(p[:, None], j[None, :], live[None, :], sink, window, is_band, IS_CAUSAL)
+        s = tl.where(seen, s, float("-inf"))
+    return online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_acc_ptr, partial_m_ptr, partial_l_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
+    sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr, column_counts_ptr,
+    column_indices_ptr, sinks_ptr, order_ptr,
+    sink_run, window_run, block_run, block_batch, block_rows, block_width, num_kv_blocks,
+    column_run, column_batch, column_rows, column_width, blocks_per_group,
+    cu_seqlens_q_ptr, cu_seqlens_kv_ptr, seqlens_kv_ptr, pages_ptr, num_pages, pages_per_sequence,
+    num_heads, seqlen_q, seqlen_kv, total_q, total_kv, num_row_blocks, rows_per_block, parts,
+    num_splits, num_states, inner_scale, softcap,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one tile of rows, or their state over one of `num_splits` even parts of the
+    tiles of keys: sink and window, listed blocks, columns.
+    """
+    num_packs = num_heads // PACK
+    programs = tl.num_programs(0) // parts // num_row_blocks
+    pack, row_block = locate(tl.program_id(0) // parts, order_ptr, programs, num_row_blocks)
+    part = tl.program_id(0) % parts
+    batch = pack // num_packs
+    head = pack % num_packs * PACK
+    kv_head = (head // GROUP_SIZE).to(tl.int64)
+    batch_offset = batch.to(tl.int64)
+
+    q_begin = tl.full([], 0, tl.int64)
+    kv_begin = tl.full([], 0, tl.int64)
+    if cu_seqlens_q_ptr is not None:
+        q_begin, length = sequence(cu_seqlens_q_ptr, batch, total_q)
+        seqlen_q = tl.minimum(length, seqlen_q)
+        if pages_ptr is not None:
+            pages_ptr += batch_offset * pages_per_sequence
+            length = tl.minimum(tl.load(seqlens_kv_ptr + batch), pages_per_sequence * PAGE_SIZE)
+        else:
+            kv_begin, length = sequence(cu_seqlens_kv_ptr, batch, total_kv)
+        seqlen_kv = tl.minimum(length, seqlen_kv)
+        batch_offset = tl.full([], 0, tl.int64)
+
+    i, member, exists, first, last = rows_of_tile(
+        row_block, part, rows_per_block, seqlen_q, BLOCK_M, PACK
+    )
+    if first > last:
+        return
+    shift = seqlen_kv - seqlen_q
+    p = i + shift
+    p_low = first + shift
+    p_high = last + shift
+
+    row = q_begin + i
+    heads = (head + member).to(tl.int64)
+    q_offsets = batch_offset * stride_qb + heads * stride_qh + row * stride_qm
+    q = load_rows(q_ptr, q_offsets, exists, HEAD_DIM, BLOCK_D)
+    k_ptr += batch_offset * stride_kb + kv_head * stride_kh + kv_begin * stride_kn
+    v_ptr += batch_offset * stride_vb + kv_head * stride_vh + kv_begin * stride_vn
+
+    cache = (k_ptr, v_ptr, stride_kn, stride_vn, pages_ptr, stride_kb, stride_vb, num_pages)
+
+    sink = tl.load(sink_ptr + head // sink_run)
+    window = load_window(window_ptr, head // window_run)
+    band = band_of_rows(p_low, p_high, seqlen_kv, sink, window, BLOCK_N, IS_CAUSAL)
+    band_tiles = band[4]
+    key_end = band[5]
+    listed_end = band_tiles
+    tiles = band_tiles
+    blocks_ptr = None
+    num_blocks = 0
+    columns_ptr = None
+    num_columns = 0
+    if block_counts_ptr is not None:
+        list_row = (batch * block_batch + head // block_run) * block_rows + row_block
+        blocks_ptr, num_blocks = list_of_row(
+            block_counts_ptr, block_indices_ptr, list_row, block_width
+        )
+        listed_end = band_tiles + tl.cdiv(num_blocks * BLOCK_KV, BLOCK_N)
+        tiles = listed_end
+    if column_counts_ptr is not None:
+        list_row = batch * column_batch + head // column_run
+        list_row = list_row * column_rows + row_block // blocks_per_group
+        columns_ptr, num_columns = list_of_row(
+            column_counts_ptr, column_indices_ptr, list_row, column_width
+        )
+        tiles = listed_end + tl.cdiv(num_columns, BLOCK_N)
+    split = tl.program_id(1)
+    tile_begin = (split.to(tl.int64) * tiles // num_splits).to(tl.int32)
+    tile_end = ((split.to(tl.int64) + 1) * tiles // num_splits).to(tl.int32)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    for tile in range(tile_begin, tl.minimum(tile_end, listed_end)):
+        j, live, is_band, full = tile_of_keys(
+            tile, band, p_low, p_high, sink, window, blocks_ptr, num_blocks, num_kv_blocks,
+            BLOCK_N, BLOCK_KV, IS_CAUSAL,
+        )  # fmt: skip
+        keys = (j, live, is_band)
+        acc, m_i, l_i = _step(
+            acc, m_i, l_i, q, p, keys, full, cache, sink, window, inner_scale, softcap,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+        )  # fmt: skip
+    if column_counts_ptr is not None:
+        for tile in range(tl.maximum(tile_begin, listed_end), tile_end):
+            j, live = tile_of_columns(
+                tile - listed_end, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr,
+                num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS,
+            )  # fmt: skip
+            keys = (j, live, False)
+            acc, m_i, l_i = _step(
+                acc, m_i, l_i, q, p, keys, False, cache, sink, window, inner_scale, softcap,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP,
+                INPUT_PRECISION,
+            )  # fmt: skip
+
+    lse_offsets = batch_offset * stride_lb + heads * stride_lh + row
+    if partial_acc_ptr is not None:
+        state = split.to(tl.int64) * num_states + lse_offsets
+        tl.store(partial_m_ptr + state, m_i, mask=exists)
+        tl.store(partial_l_ptr + state, l_i, mask=exists)
+        store_rows(partial_acc_ptr, acc, state * HEAD_DIM_V, exists, HEAD_DIM_V, BLOCK_DV)
+    else:
+        sink_logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        if sinks_ptr is not None:
+            sink_logit = tl.load(sinks_ptr + heads, mask=exists, other=0.0)
+        out, lse = finish(acc, m_i, l_i, sink_logit)
+        tl.store(lse_ptr + lse_offsets, lse, mask=exists)
+        out_offsets = batch_offset * stride_ob + heads * stride_oh + row * stride_om
+        store_rows(out_ptr, out, out_offsets, exists, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_acc_ptr, partial_m_ptr, partial_l_ptr, out_ptr, lse_ptr, sinks_ptr,
+    stride_ob, stride_oh, stride_om, num_heads, num_rows, num_splits, num_states,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """out and lse of `BLOCK_M` rows, counted over ``[batch, heads, rows]``, from the states of all
+    splits.
+    """
+    state = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = state < num_states
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(num_splits):
+        offsets = tl.full([], num_states, tl.int64) * split + state
+        other_m = tl.load(partial_m_ptr + offsets, mask=exists, other=float("-inf"))
+        other_l = tl.load(partial_l_ptr + offsets, mask=exists, other=0.0)
+        other = load_rows(partial_acc_ptr, offsets * HEAD_DIM_V, exists, HEAD_DIM_V, BLOCK_DV)
+        acc, m_i, l_i = merge(acc, m_i, l_i, other, other_m, other_l)
+    head = state // num_rows % num_heads
+    sink_logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if sinks_ptr is not None:
+        sink_logit = tl.load(sinks_ptr + head, mask=exists, other=0.0)
+    out, lse = finish(acc, m_i, l_i, sink_logit)
+    tl.store(lse_ptr + state, lse, mask=exists)
+    offsets = state // num_rows // num_heads * stride_ob + head * stride_oh
+    offsets += state % num_rows * stride_om
+    store_rows(out_ptr, out, offsets, exists, HEAD_DIM_V, BLOCK_DV)
+
+
+def _packed(packing: Packing, k: Tensor) -> dict:
+    """Where packed sequences lie."""
+    table = packing.block_table
+    return {
+        "cu_seqlens_q_ptr": packing.cu_seqlens_q,
+        "cu_seqlens_kv_ptr": packing.cu_seqlens_kv,
+        "seqlens_kv_ptr": packing.seqlens_kv,
+        "pages_ptr": table,
+        "num_pages": k.shape[0],
+        "pages_per_sequence": 0 if table is None else table.shape[1],
+        "PAGE_SIZE": 1 if table is None else k.shape[1],
+    }
+
+
+_UNPACKED = {
+    "cu_seqlens_q_ptr": None,
+    "cu_seqlens_kv_ptr": None,
+    "seqlens_kv_ptr": None,
+    "pages_ptr": None,
+    "num_pages": 0,
+    "pages_per_sequence": 0,
+    "PAGE_SIZE": 1,
+}
+
+
+def _views(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+    """Packed tensors as ``[1 or pages, heads, rows, dim]``."""
+    return tuple((x[None] if x.dim() == 3 else x).transpose(1, 2) for x in (q, k, v, out))
+
+
+def launches(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, may_split: bool,
+    target: configs.Target,
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:  # fmt: skip
+    """What to launch, in order, and the tensors that then hold out and lse."""
+    if packing is None:
+        out = empty_out(q, v)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        q4, k4, v4, out4 = q, k, v, out
+    else:
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        q4, k4, v4, out4 = _views(q, k, v, out)
+    sizes = {
+        "HEAD_DIM": q.shape[-1],
+        "HEAD_DIM_V": v.shape[-1],
+        "BLOCK_D": configs.padded(q.shape[-1]),
+        "BLOCK_DV": configs.padded(v.shape[-1]),
+    }
+    config = configs.forward(q.dtype, max(sizes["BLOCK_D"], sizes["BLOCK_DV"]), target)
+    config, rows_per_block, parts = call.row_tiles(config)
+    num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
+    programs = num_row_blocks * parts * call.num_packs
+    key_tiles = -(-call.layout.seqlen_kv // config.block_n)
+    num_splits = configs.num_splits(programs, key_tiles, target)
+    order = None
+    if programs > target.num_cores and (call.listed_rows or packing is not None):
+        order = lists.order_of_rows(call, rows_per_block, _lengths(call, packing))
+    acc = m_i = l_i = None
+    if num_splits > 1:
+        acc = lse.new_empty(num_splits, lse.numel(), v.shape[-1])
+        m_i, l_i = lse.new_empty(2, num_splits, lse.numel())
+    rows = lse.shape[-1]
+    arguments = {
+        "q_ptr": q4,
+        "k_ptr": k4,
+        "v_ptr": v4,
+        "out_ptr": out4,
+        "lse_ptr": lse,
+        "partial_acc_ptr": acc,
+        "partial_m_ptr": m_i,
+        "partial_l_ptr": l_i,
+        **strides("q", q4, "bhm"),
+        **strides("k", k4, "bhn"),
+        **strides("v", v4, "bhn"),
+        **strides("o", out4, "bhm"),
+        "stride_lb": call.num_heads * rows,
+        "stride_lh": rows,
+        **call.lists(),
+        "sinks_ptr": call.sinks,
+        "order_ptr": order,
+        **(_UNPACKED if packing is None else _packed(packing, k)),
+        "num_heads": call.num_heads,
+        "seqlen_q": call.layout.seqlen_q,
+        "seqlen_kv": call.layout.seqlen_kv,
+        "total_q": q.shape[0],
+        "total_kv": k.shape[0],
+        "num_row_blocks": num_row_blocks,
+        "rows_per_block": rows_per_block,
+        "parts": parts,
+        "num_splits": num_splits,
+        "num_states": lse.numel(),
+        **call.scores(LOG2E),
+        **sizes,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PACK": call.pack,
+        "GROUP_SIZE": call.group_size,
+        "INPUT_PRECISION": input_precision(q.dtype, may_split),
+    }
+    grid = (programs, num_splits)
+    steps = [Launch(_forward_kernel, grid, arguments, config.num_warps, config.num_stages)]
+    if num_splits > 1:
+        names = ("partial_acc_ptr", "partial_m_ptr", "partial_l_ptr", "out_ptr", "lse_ptr")
+        names += ("sinks_ptr", "stride_ob", "stride_oh", "stride_om", "num_heads", "num_splits")
+        names += ("num_states", "HEAD_DIM_V", "BLOCK_DV")
+        arguments = {name: arguments[name] for name in names}
+        arguments |= {"num_rows": rows, "BLOCK_M": configs.ROWS_MERGED}
+        grid = (-(-lse.numel() // configs.ROWS_MERGED),)
+        steps.append(Launch(_merge_kernel, grid, arguments, 4, 1))
+    return steps, (out, lse)
+
+
+def _lengths(call: Call, packing: Packing | None) -> tuple:
+    if packing is None:
+        return call.layout.seqlens
+    if packing.block_table is None:
+        return packing.cu_seqlens_q.diff(), packing.cu_seqlens_kv.diff()
+    return packing.cu_seqlens_q.diff(), packing.seqlens_kv

@@ -1,0 +1,160 @@
+"""One call as the kernels take it: tensors and numbers by the names of the kernels' arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+from .configs import Config, next_power_of_2
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def __call__(self) -> None:
+        if min(self.grid) == 0:
+            return
+        self.kernel[self.grid](
+            **self.arguments,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """Layout and scalars of a call, and what follows from them for the kernels."""
+
+    layout: BlockLayout
+    num_heads: int
+    num_kv_heads: int
+    batch: int
+    sinks: Tensor | None
+    scale: float
+    softcap: float
+    is_causal: bool
+
+    @property
+    def group_size(self) -> int:
+        """Query heads for each KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @cached_property
+    def pack(self) -> int:
+        """Consecutive query heads that share a KV head and everything in the layout."""
+        sizes = (x.shape[0 if x.dim() == 1 else 1] for x in self.layout.tensors().values())
+        return gcd(self.group_size, *(self.num_heads // size for size in sizes))
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of heads in the whole batch."""
+        return self.batch * self.num_heads // self.pack
+
+    @cached_property
+    def block_kv(self) -> int:
+        """Keys of a listed block, 1 without lists of blocks."""
+        if self.layout.kv_num_blocks is None:
+            return 1
+        return min(self.layout.block_size[1], max(self.layout.seqlen_kv, 1))
+
+    @cached_property
+    def listed_rows(self) -> tuple[int, int] | None:
+        """Rows that share their lists, and row blocks of that size for each list of columns; None
+        without lists.
+        """
+        layout = self.layout
+        rows, group = layout.block_size[0], layout.column_group
+        if layout.kv_num_blocks is None:
+            if layout.num_columns is None:
+                return None
+            rows, group = rows * group, 1
+        return min(rows, max(layout.seqlen_q, 1)), group
+
+    def rows_per_block(self, block_m: int) -> int:
+        """Rows of a row block: those of the lists, else as many as a tile holds."""
+        if self.listed_rows:
+            return self.listed_rows[0]
+        return max(1, min(block_m // self.pack, self.layout.seqlen_q))
+
+    def row_tiles(self, config: Config) -> tuple[Config, int, int]:
+        """The configuration with tiles no higher than row blocks need, the rows of a row block, and
+        the tiles of each.
+        """
+        rows = self.rows_per_block(config.block_m) * self.pack
+        config = replace(config, block_m=min(config.block_m, max(16, next_power_of_2(rows))))
+        return config, self.rows_per_block(config.block_m), -(-rows // config.block_m)
+
+    @property
+    def inner_scale(self) -> float:
+        """What products are multiplied by, before the softcap if there is one."""
+        return self.scale / self.softcap if self.softcap > 0 else self.scale
+
+    def scores(self, base: float) -> dict[str, Any]:
+        """The arguments of `scores`, which then gives them times `base`."""
+        inner = self.inner_scale if self.softcap > 0 else self.inner_scale * base
+        return {
+            "inner_scale": inner,
+            "softcap": self.softcap * base,
+            "SOFTCAP": self.softcap > 0,
+            "IS_CAUSAL": self.is_causal,
+        }
+
+    def lists(self) -> dict[str, Any]:
+        """The layout's tensors and how rows and heads find their entries."""
+        layout = self.layout
+
+        def of(name: str, counts: Tensor | None, indices: Tensor | None) -> dict[str, Any]:
+            if counts is None:
+                names = ("counts_ptr", "indices_ptr")
+                sizes = ("run", "batch", "rows", "width")
+                return {f"{name}_{x}": None for x in names} | {f"{name}_{x}": 0 for x in sizes}
+            batch, heads, rows = counts.shape
+            return {
+                f"{name}_counts_ptr": counts.contiguous(),
+                f"{name}_indices_ptr": indices.contiguous(),
+                f"{name}_run": self.num_heads // heads,
+                f"{name}_batch": heads if batch > 1 else 0,
+                f"{name}_rows": rows,
+                f"{name}_width": indices.shape[-1],
+            }
+
+        blocks = of("block", layout.kv_num_blocks, layout.kv_indices)
+        return {
+            "sink_ptr": layout.sink.contiguous(),
+            "window_ptr": layout.window.contiguous(),
+            "sink_run": self.num_heads // layout.sink.shape[0],
+            "window_run": self.num_heads // layout.window.shape[0],
+            **blocks,
+            **of("column", layout.num_columns, layout.column_indices),
+            "num_kv_blocks": layout.num_kv_blocks,
+            "blocks_per_group": self.listed_rows[1] if self.listed_rows else 1,
+            "BLOCK_KV": self.block_kv,
+            "SEARCH_STEPS": blocks["block_width"].bit_length(),
+        }
+
+
+def strides(name: str, x: Tensor, dims: str) -> dict[str, int]:
+    """The strides of a tensor, ``stride_<name><dim>``; the last one is 1."""
+    return {f"stride_{name}{d}": s for d, s in zip(dims, x.stride(), strict=False)}
+
+
+def input_precision(dtype: torch.dtype, may_split: bool = False) -> str:
+    """How float32 is multiplied: exactly, or in three products of TF32 where that is permitted."""
+    return "tf32x3" if dtype == torch.float32 and may_split else "ieee"

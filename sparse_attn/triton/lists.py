@@ -1,0 +1,167 @@
+"""What the kernels need to know about a layout's lists, in plain torch and without waiting for the
+device: in which order to run tiles, and for each key who lists it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout_algebra import listed, spread_heads
+from .launch import Call
+
+_NO_LIMIT = 2**30
+
+
+def _band(call: Call, heads: int) -> tuple[Tensor, Tensor]:
+    """Sink and window ``[heads, 1]``, no limit being a large number."""
+    sink, window = (spread_heads(x, 0, heads).long()[:, None] for x in _static(call))
+    return sink, torch.where(window == -1, _NO_LIMIT, window)
+
+
+def _static(call: Call) -> tuple[Tensor, Tensor]:
+    return call.layout.sink, call.layout.window
+
+
+def _heaviest_first(cost: Tensor) -> Tensor:
+    """The order of programs by falling cost; programs are counted ``[tiles, packs]``."""
+    return cost.flatten().argsort(descending=True, stable=True).int()
+
+
+def order_of_rows(call: Call, rows_per_block: int, seqlens: tuple) -> Tensor:
+    """The order in which `locate` walks the row blocks: those with the most keys come first.
+
+    Args:
+        seqlens: numbers of queries and keys, each an int or a tensor ``[batch]``.
+    """
+    layout = call.layout
+    heads = call.num_heads // call.pack
+    seqlen_q, seqlen_kv = (torch.as_tensor(x, device=layout.device).view(-1, 1, 1) for x in seqlens)
+    blocks = -(-layout.seqlen_q // rows_per_block)
+    first = torch.arange(blocks, device=layout.device) * rows_per_block
+    last = torch.minimum(first + rows_per_block, seqlen_q) - 1
+    empty = last < first
+    first, last = first + seqlen_kv - seqlen_q, last + seqlen_kv - seqlen_q
+    sink, window = _band(call, heads)
+    key_end = torch.minimum(last + 1, seqlen_kv) if call.is_causal else seqlen_kv
+    window_end = key_end if call.is_causal else torch.minimum(last + window, seqlen_kv)
+    sink = torch.minimum(sink, key_end).clamp(min=0)
+    cost = sink + (window_end - torch.maximum(first - window + 1, sink)).clamp(min=0)
+    if layout.kv_num_blocks is not None:
+        cost = cost + spread_heads(layout.kv_num_blocks, 1, heads) * call.block_kv
+    if layout.num_columns is not None:
+        columns = spread_heads(layout.num_columns, 1, heads)
+        group = torch.arange(blocks, device=layout.device) // call.listed_rows[1]
+        cost = cost + columns[:, :, group]
+    cost = cost.masked_fill(empty, 0).expand(call.batch, heads, blocks)
+    return _heaviest_first(cost.flip(-1).permute(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """For each tile of keys who lists any of them, ascending: entries ``offsets[n]`` to ``offsets[n
+    + 1]``, where n counts ``[batch, heads, tiles]``.
+
+    Args:
+        offsets: int64 ``[batch * heads * tiles + 1]``.
+        sources: int32, the row of the lists that each entry stands for.
+        bits: int64, bit ``r`` of an entry says that its source lists number ``r`` of the tile; None
+            if a tile holds one.
+        shape: ``(batch, heads, tiles)``.
+    """
+
+    offsets: Tensor
+    sources: Tensor
+    bits: Tensor | None
+    shape: tuple[int, int, int]
+
+
+def transpose(targets: Tensor, valid: Tensor, num_targets: int, per_tile: int) -> Transposed:
+    """Who lists what, from lists ``targets [batch, heads, rows, width]``; no more than 64 targets
+    a tile.
+    """
+    batch, heads, rows, _ = targets.shape
+    tiles = -(-num_targets // per_tile)
+    device = targets.device
+    lists = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    source = torch.arange(rows, device=device)[:, None]
+    targets = targets.long()
+    keys = ((lists * tiles + targets // per_tile) * rows + source) * per_tile + targets % per_tile
+    nothing = batch * heads * tiles * rows * per_tile
+    keys = torch.where(valid, keys, nothing).flatten().sort().values
+    pairs, bits = keys // per_tile, None
+    if per_tile > 1:
+        first = torch.ones_like(pairs, dtype=torch.bool)
+        first[1:] = pairs[1:] != pairs[:-1]
+        slots = first.cumsum(0) - 1
+        bits = torch.zeros_like(pairs).scatter_add_(0, slots, 1 << keys % per_tile)
+        pairs = torch.full_like(pairs, nothing // per_tile).scatter_(0, slots, pairs)
+    begins = torch.arange(batch * heads * tiles + 1, device=device) * rows
+    offsets = torch.searchsorted(pairs, begins)
+    return Transposed(offsets, (pairs % max(rows, 1)).int(), bits, (batch, heads, tiles))
+
+
+def transposed_blocks(call: Call, blocks_per_tile: int) -> Transposed:
+    """For each tile of `blocks_per_tile` key blocks the query blocks that list any of them."""
+    layout = call.layout
+    indices = layout.kv_indices
+    valid = listed(layout.kv_num_blocks, indices)
+    valid = valid & (indices >= 0) & (indices < layout.num_kv_blocks)
+    return transpose(indices, valid, layout.num_kv_blocks, blocks_per_tile)
+
+
+def transposed_columns(call: Call, keys_per_tile: int) -> tuple[Tensor, Transposed]:
+    """The keys that are a column of any row, and for each tile of them the groups of rows that list
+    any.
+
+    Returns:
+        tuple[Tensor, Transposed]: keys int32 ``[batch or 1, num_kv_heads or 1, width]``, ascending,
+        -1 behind the last one; and who lists them.
+    """
+    layout, seqlen_kv = call.layout, call.layout.seqlen_kv
+    counts, indices = layout.num_columns, layout.column_indices
+    heads = counts.shape[1]
+    if heads > 1 and heads % call.num_kv_heads:
+        heads = call.num_heads
+        counts, indices = (spread_heads(x, 1, heads) for x in (counts, indices))
+    owners = 1 if heads == 1 else call.num_kv_heads
+    valid = listed(counts, indices) & (indices >= 0) & (indices < seqlen_kv)
+    columns = torch.where(valid, indices, seqlen_kv).long()
+    by_owner = columns.view(len(columns), owners, -1)
+    active = torch.zeros(
+        len(columns), owners, seqlen_kv + 1, dtype=torch.bool, device=layout.device
+    )
+    active.scatter_(-1, by_owner, True)
+    active[..., seqlen_kv] = False
+    rank = active.cumsum(-1) - 1
+    width = min(seqlen_kv, by_owner.shape[-1])
+    keys = torch.full((*active.shape[:2], width + 1), -1, dtype=torch.int32, device=layout.device)
+    every = torch.arange(seqlen_kv + 1, dtype=torch.int32, device=layout.device)
+    keys.scatter_(-1, torch.where(active, rank, width), every.expand(active.shape))
+    targets = rank.gather(-1, by_owner).view_as(columns)
+    return keys[..., :width].contiguous(), transpose(targets, valid, width, keys_per_tile)
+
+
+def order_of_keys(
+    call: Call, tile_starts: Tensor, tile_size: int, transposed: Transposed | None
+) -> Tensor:
+    """The order of the key tiles that begin at `tile_starts`: those that most rows see first."""
+    layout, heads = call.layout, call.num_heads
+    shift = layout.seqlen_kv - layout.seqlen_q
+    low, high = tile_starts - shift, (tile_starts + tile_size).clamp(max=layout.seqlen_kv) - shift
+    sink, window = _band(call, heads)
+    first = low if call.is_causal else low - window + 1
+    last = high - 1 + window
+    through_sink = tile_starts < sink
+    first = torch.where(through_sink, low if call.is_causal else 0, first).clamp(min=0)
+    last = torch.where(through_sink, layout.seqlen_q, last).clamp(max=layout.seqlen_q)
+    cost = (last - first).clamp(min=0)[None]
+    if transposed is not None:
+        batch, list_heads, tiles = transposed.shape
+        entries = transposed.offsets.diff().view(batch, list_heads, tiles)
+        entries = entries.repeat_interleave(len(tile_starts) // max(tiles, 1), -1)
+        cost = cost + spread_heads(entries, 1, heads) * call.listed_rows[0]
+    cost = cost.expand(call.batch, heads, -1).unflatten(1, (call.num_kv_heads, -1)).sum(2)
+    return _heaviest_first(cost.permute(2, 0, 1))

@@ -1,0 +1,327 @@
+"""What the kernels are made of: which keys a tile holds, who sees them, scores, online softmax.
+
+A tile of rows holds rows of one row block (rows that share their lists), for `PACK` heads that
+share everything: slot ``s`` is row ``s // PACK`` of head ``s % PACK``. Rows and keys are int32;
+addresses are int64. A window without limit is `NO_LIMIT`, more than any distance.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NO_LIMIT = tl.constexpr(2**30)
+
+
+@triton.jit
+def load_rows(ptr, offsets, live, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of `SIZE` elements at the int64 `offsets`, padded to `BLOCK`; 0 where not `live`."""
+    columns = tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if SIZE < BLOCK:
+        mask = mask & (columns < SIZE)[None, :]
+    return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, offsets, live, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The counterpart of `load_rows`, in the dtype of `ptr`."""
+    columns = tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if SIZE < BLOCK:
+        mask = mask & (columns < SIZE)[None, :]
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + offsets[:, None] + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def key_offsets(j, live, stride, pages_ptr, stride_page, num_pages, PAGE_SIZE: tl.constexpr):
+    """Where keys lie, in elements from the first row of their KV head; and which of them exist."""
+    if pages_ptr is None:
+        offsets = j.to(tl.int64) * stride
+    else:
+        page = tl.load(pages_ptr + j // PAGE_SIZE, mask=live, other=-1)
+        live = live & (page >= 0) & (page < num_pages)
+        offsets = tl.where(live, page, 0).to(tl.int64) * stride_page
+        offsets += (j % PAGE_SIZE).to(tl.int64) * stride
+    return offsets, live
+
+
+@triton.jit
+def load_keys(
+    j, live, cache, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Rows `j` of k and v; `cache` says where they lie."""
+    k_ptr, v_ptr, stride_kn, stride_vn, pages_ptr, stride_kp, stride_vp, num_pages = cache
+    offsets, live_k = key_offsets(j, live, stride_kn, pages_ptr, stride_kp, num_pages, PAGE_SIZE)
+    k = load_rows(k_ptr, offsets, live_k, HEAD_DIM, BLOCK_D)
+    offsets, live_v = key_offsets(j, live, stride_vn, pages_ptr, stride_vp, num_pages, PAGE_SIZE)
+    return k, load_rows(v_ptr, offsets, live_v, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def sequence(ends_ptr, batch, total):
+    """Where a packed sequence begins and how long it is, within `total` whatever the ends say."""
+    begin = tl.minimum(tl.maximum(tl.load(ends_ptr + batch), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(ends_ptr + batch + 1), begin), total)
+    return begin.to(tl.int64), end - begin
+
+
+@triton.jit
+def locate(index, order_ptr, num_packs, num_row_blocks):
+    """The pack of heads, counted over the batch, and the row block of a program; the last rows come
+    first, unless an order of indices is given.
+    """
+    if order_ptr is not None:
+        index = tl.load(order_ptr + index)
+    return index % num_packs, num_row_blocks - 1 - index // num_packs
+
+
+@triton.jit
+def rows_of_tile(
+    row_block, part, rows_per_block, seqlen_q, BLOCK_M: tl.constexpr, PACK: tl.constexpr
+):
+    """The rows of a tile, the head of each within its pack, which of them exist, and the first and
+    the last one (less than the first if there is none).
+    """
+    slots = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = row_block * rows_per_block
+    end = tl.minimum(begin + rows_per_block, seqlen_q)
+    rows = begin + slots // PACK
+    last = begin + (part * BLOCK_M + BLOCK_M - 1) // PACK
+    first = begin + part * BLOCK_M // PACK
+    return rows, slots % PACK, rows < end, first, tl.minimum(last, end - 1)
+
+
+@triton.jit
+def load_window(window_ptr, head):
+    """The window of a head, at most `NO_LIMIT`, which stands for -1."""
+    window = tl.load(window_ptr + head)
+    return tl.where((window < 0) | (window > NO_LIMIT), NO_LIMIT, window)
+
+
+@triton.jit
+def list_of_row(counts_ptr, indices_ptr, row, width):
+    """The list of a row: its first entry's address, and its length, which untrusted counts cannot
+    lead beyond the width.
+    """
+    count = tl.load(counts_ptr + row)
+    return indices_ptr + row.to(tl.int64) * width, tl.minimum(tl.maximum(count, 0), width)
+
+
+@triton.jit
+def listed_keys(indices_ptr, count, slots, limit, BLOCK_SIZE: tl.constexpr):
+    """Key number `slots` of a list of blocks (or of keys, with a block size of 1), and whether it
+    is there.
+    """
+    entry = slots // BLOCK_SIZE
+    index = tl.load(indices_ptr + entry, mask=entry < count, other=-1)
+    live = (index >= 0) & (index < limit)
+    return tl.where(live, index * BLOCK_SIZE + slots % BLOCK_SIZE, 0), live
+
+
+@triton.jit
+def in_list(indices_ptr, count, x, STEPS: tl.constexpr):
+    """Whether each of `x` is in an ascending list of less than ``2**STEPS`` entries."""
+    low = tl.zeros_like(x)
+    high = low + count
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        less = tl.load(indices_ptr + middle, mask=low < high, other=0) < x
+        less = less & (low < high)
+        low = tl.where(less, middle + 1, low)
+        high = tl.where(less, high, middle)
+    return tl.load(indices_ptr + low, mask=low < count, other=-1) == x
+
+
+@triton.jit
+def in_band(p, j, sink, window, IS_CAUSAL: tl.constexpr):
+    """Whether rows at positions `p` see keys `j` through the sink or the window."""
+    distance = p - j
+    if not IS_CAUSAL:
+        distance = tl.abs(distance)
+    return (j < sink) | (distance < window)
+
+
+@triton.jit
+def visible(p, j, live, sink, window, is_band, IS_CAUSAL: tl.constexpr):
+    """The pairs that a tile accounts for: those of the band in a tile of the band, all others in a
+    tile of a list, so that no pair counts twice.
+    """
+    seen = live & (in_band(p, j, sink, window, IS_CAUSAL) == is_band)
+    if IS_CAUSAL:
+        seen = seen & (j <= p)
+    return seen
+
+
+@triton.jit
+def band_of_rows(
+    p_low, p_high, seqlen_kv, sink, window, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr
+):
+    """The keys that rows at positions `p_low` to `p_high` see through the sink and the window, as
+    two ranges ``[0, sink_end)`` and ``[window_begin, window_end)``; the number of tiles of the
+    first, of both, and the end of all keys that any of the rows may see.
+    """
+    key_end = seqlen_kv
+    window_end = tl.minimum(p_high + window, seqlen_kv)
+    if IS_CAUSAL:
+        key_end = tl.maximum(tl.minimum(p_high + 1, seqlen_kv), 0)
+        window_end = key_end
+    sink_end = tl.minimum(sink, key_end)
+    window_begin = tl.maximum(p_low - window + 1, 0)
+    window_end = tl.where(window == 0, window_begin, window_end)
+    one_range = window_begin <= sink_end
+    window_end = tl.where(one_range, tl.maximum(window_end, sink_end), window_end)
+    window_begin = tl.where(one_range, 0, window_begin)
+    sink_end = tl.where(one_range, 0, sink_end)
+    sink_tiles = tl.cdiv(sink_end, BLOCK_N)
+    band_tiles = sink_tiles + tl.cdiv(tl.maximum(window_end - window_begin, 0), BLOCK_N)
+    return sink_end, window_begin, window_end, sink_tiles, band_tiles, key_end
+
+
+@triton.jit
+def all_visible(p_low, p_high, j_low, j_high, sink, window, is_band, IS_CAUSAL: tl.constexpr):
+    """Whether `visible` holds for every row and key of two ranges, so that no mask is needed."""
+    if IS_CAUSAL:
+        near = p_high - j_low < window
+        far = p_low - j_high >= window
+    else:
+        near = tl.maximum(p_high - j_low, j_high - p_low) < window
+        far = tl.maximum(p_low - j_high, j_low - p_high) >= window
+    everything = tl.where(is_band, (j_high < sink) | near, (j_low >= sink) & far)
+    if IS_CAUSAL:
+        everything = everything & (j_high <= p_low)
+    return everything
+
+
+@triton.jit
+def tile_of_keys(
+    tile, band, p_low, p_high, sink, window, blocks_ptr, num_blocks, num_kv_blocks,
+    BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile of the walk over sink, window and listed blocks.
+
+    Returns the keys, which of them exist, whether the tile belongs to the band, and whether every
+    row sees every key.
+    """
+    sink_end, window_begin, window_end, sink_tiles, band_tiles, key_end = band
+    slots = tl.arange(0, BLOCK_N)
+    is_band = tile < band_tiles
+    first = tl.where(
+        tile < sink_tiles, tile * BLOCK_N, window_begin + (tile - sink_tiles) * BLOCK_N
+    )
+    end = tl.where(tile < sink_tiles, sink_end, window_end)
+    if blocks_ptr is None:
+        j = first + slots
+        live = j < end
+        full = first + BLOCK_N <= end
+    elif BLOCK_KV % BLOCK_N == 0:
+        slot = tl.maximum(tile - band_tiles, 0) * BLOCK_N
+        listed, exists = listed_keys(
+            blocks_ptr, tl.where(is_band, 0, num_blocks), slot, num_kv_blocks, BLOCK_KV
+        )
+        first = tl.where(is_band, first, listed)
+        end = tl.where(is_band, end, tl.where(exists, key_end, 0))
+        j = first + slots
+        live = j < end
+        full = first + BLOCK_N <= end
+    else:
+        listed, exists = listed_keys(
+            blocks_ptr, tl.where(is_band, 0, num_blocks),
+            tl.maximum(tile - band_tiles, 0) * BLOCK_N + slots, num_kv_blocks, BLOCK_KV,
+        )  # fmt: skip
+        j = tl.where(is_band, first + slots, listed)
+        live = tl.where(is_band, j < end, exists & (j < key_end))
+        full = is_band & (first + BLOCK_N <= end)
+    full = full & all_visible(
+        p_low, p_high, first, first + BLOCK_N - 1, sink, window, is_band, IS_CAUSAL
+    )
+    return j, live, is_band, full
+
+
+@triton.jit
+def tile_of_columns(
+    tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
+    BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile of the list of columns, and which of them exist in no listed block."""
+    slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    j, live = listed_keys(columns_ptr, num_columns, slots, seqlen_kv, 1)
+    live = live & (j < key_end)
+    if blocks_ptr is not None:
+        live = live & (in_list(blocks_ptr, num_blocks, j // BLOCK_KV, SEARCH_STEPS) == 0)
+    return j, live
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to the last bits of float32, from what every target has."""
+    e = tl.exp2(-2 * LOG2E * tl.abs(x))
+    large = (1 - e) / (1 + e)
+    large = tl.where(x < 0, -large, large)
+    y = x * x
+    small = x + x * y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488)))
+    return tl.where(tl.abs(x) < 0.25, small, large)
+
+
+@triton.jit
+def scores(qk, inner_scale, softcap, SOFTCAP: tl.constexpr):
+    """``inner_scale * qk``, or ``softcap * tanh(inner_scale * qk)``."""
+    s = inner_scale * qk
+    if SOFTCAP:
+        s = softcap * tanh(s)
+    return s
+
+
+@triton.jit
+def online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION: tl.constexpr):
+    """The state ``(acc, m_i, l_i)`` of each row after the scores `s` (base 2) of more keys: the
+    largest score, the sum of ``2**(s - m_i)``, and the same sum times `v`.
+    """
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
+    return acc, m_new, l_i
+
+
+@triton.jit
+def merge(acc, m_i, l_i, other_acc, other_m, other_l):
+    """The state of two disjoint sets of keys."""
+    m_new = tl.maximum(m_i, other_m)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_safe)
+    beta = tl.exp2(other_m - m_safe)
+    return acc * alpha[:, None] + other_acc * beta[:, None], m_new, l_i * alpha + other_l * beta
+
+
+@triton.jit
+def finish(acc, m_i, l_i, sink_logit):
+    """``(out, lse)`` of a state, with the sink logit (or -inf) in the softmax denominator."""
+    m_new = tl.maximum(m_i, sink_logit * LOG2E)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_safe)
+    total = l_i * alpha + tl.exp2(sink_logit * LOG2E - m_safe)
+    empty = m_i == float("-inf")
+    lse = tl.where(empty, sink_logit, m_safe * LN2 + tl.log(tl.where(empty, 1.0, total)))
+    return acc * (alpha / tl.where(empty, 1.0, total))[:, None], lse
+
+
+@triton.jit
+def probabilities(s, lse):
+    """``exp(s - lse)`` of natural scores; rows without keys have lse inf."""
+    return tl.exp2((s - lse) * LOG2E)
+
+
+@triton.jit
+def score_gradients(ds, s, softcap, SOFTCAP: tl.constexpr):
+    """The gradients of products, up to the scale, from those of scores."""
+    if SOFTCAP:
+        capped = s / softcap
+        ds = ds * (1 - capped * capped)
+    return ds
