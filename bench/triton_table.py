@@ -2,7 +2,8 @@
 
 `python -m bench.triton_table` compiles every kernel in every configuration that the launchers
 choose, for each target, and writes `bench/results/triton.csv` and the table in
-`docs/performance.md`. It fails if a kernel breaks one of the rules of `problems`.
+`docs/performance.md`; `--only bfloat16` does so for some of them. It fails if a kernel breaks one
+of the rules of `problems`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
@@ -27,6 +29,15 @@ ROOT = Path(__file__).parents[1]
 CSV = ROOT / "bench" / "results" / "triton.csv"
 PAGE = ROOT / "docs" / "performance.md"
 IN_PAGE = "blocks"  # the layout whose rows the page shows
+QUICK = tuple(
+    f"{kernel}_kernel bfloat16 128 {layout}"
+    for kernel, layout in (
+        ("forward", "blocks"),
+        ("backward_rows", "blocks"),
+        ("backward_keys", "blocks"),
+        ("forward", "pages"),
+    )
+)
 
 RESERVED_SHARED = 1024  # of each block, by CUDA
 SHARED_BLOCKS = 32  # blocks that a multiprocessor holds at most
@@ -36,10 +47,10 @@ SHARED_BLOCKS = 32  # blocks that a multiprocessor holds at most
 class Compiled:
     """What a compiled kernel takes, and what its innermost loop with the most matrix products does.
 
-    `spills` counts accesses to spilled registers, `shared` is in bytes; `products` counts
-    tensor-core instructions in the loop, `instructions` all, `wide_loads` global loads of 16 bytes
-    a thread (or by the tensor copy engine). `needs_products`: the source has products that tensor
-    cores can do.
+    `num_warps` counts those that the compiler adds too, `spills` counts accesses to spilled
+    registers, `shared` is in bytes; `products` counts tensor-core instructions in the loop,
+    `instructions` all, `wide_loads` global loads of 16 bytes a thread (or by the tensor copy
+    engine). `needs_products`: the source has products that tensor cores can do.
     """
 
     name: str
@@ -152,7 +163,7 @@ def _count(mnemonics: list[str], pattern: str) -> int:
 
 
 def wants_products(ttir: str) -> bool:
-    """Whether Triton's code has products that tensor cores can do: all but those of exact float32."""
+    """Whether Triton's code has products that tensor cores do: all but those of exact float32."""
     dots = re.findall(r"tt\.dot [^\n]*", ttir)
     return any(not re.search(r": tensor<[\dx]+xf32>", x) or "tf32" in x for x in dots)
 
@@ -162,16 +173,18 @@ def read(case, compiled, arch: str) -> Compiled:
     if arch.startswith("sm"):
         text, usage = _sass(compiled.asm["cubin"])
         language, registers = SASS, int(re.search(r"\bREG:(\d+)", usage)[1])
+        num_warps = int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])[1]) // 32
     else:
         text, language = compiled.asm["amdgcn"], AMDGCN
         registers = int(re.search(r"\.vgpr_count:?\s+(\d+)", text)[1])
+        num_warps = compiled.metadata.num_warps
     loop = hot_loop(text, language)
     families = Counter(x.split(".")[0] for x in loop if re.match(language.products, x))
     everything = re.findall(language.instruction, text, re.M)
     return Compiled(
         name=case.name,
         arch=arch,
-        num_warps=case.num_warps,
+        num_warps=num_warps,
         registers=registers,
         spills=_count(everything, language.spills),
         shared=compiled.metadata.shared,
@@ -229,26 +242,27 @@ def compile_case(case, arch: str) -> Compiled:
 def capability(target: Gpu) -> tuple[int, int]:
     """What torch says of the GPU: (9, 0) for sm_90, (9, 4) for gfx942."""
     digits = re.sub(r"\D", "", target.arch)
-    return (
-        (int(digits[:-1]), int(digits[-1]))
-        if target.arch[:2] == "sm"
-        else (int(digits[0]), int(digits[1]))
-    )
+    major = digits[:-1] if target.arch.startswith("sm") else digits[0]
+    return int(major), int(digits[len(major)])
 
 
-def kernel_cases(target: Gpu, words: list[str]) -> list:
-    """The cases of a target whose name holds all `words`."""
+def kernel_cases(arch: str, words: list[str] = (), quick: bool = False) -> list:
+    """The cases of a target whose name holds all `words`; only those of `QUICK` if asked for."""
     from sparse_attn.triton.compile_cases import compile_cases
 
-    return [x for x in compile_cases(capability(target)) if all(word in x.name for word in words)]
+    return [
+        x
+        for x in compile_cases(capability(gpu(arch)))
+        if all(word in x.name for word in words) and (x.name in QUICK or not quick)
+    ]
 
 
-def compile_share(arch: str, words: list[str], worker: int, workers: int) -> list[Compiled]:
-    """Every `workers`-th case from number `worker` on."""
-    return [compile_case(x, arch) for x in kernel_cases(gpu(arch), words)[worker::workers]]
+def compile_number(arch: str, words: list[str], quick: bool, number: int) -> Compiled:
+    """The case of that number."""
+    return compile_case(kernel_cases(arch, words, quick)[number], arch)
 
 
-def compile_all(archs: list[str], words: list[str], jobs: int) -> list[Compiled]:
+def compile_all(archs: list[str], words: list[str], quick: bool, jobs: int) -> list[Compiled]:
     """All cases for all targets, in fresh processes that see neither an interpreter nor kernels of
     earlier runs.
     """
@@ -259,17 +273,17 @@ def compile_all(archs: list[str], words: list[str], jobs: int) -> list[Compiled]
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
             for arch in archs:
                 begin = perf_counter()
-                tasks = [(arch, words, n, 4 * jobs) for n in range(4 * jobs)]
-                some = [x for part in pool.starmap(compile_share, tasks, 1) for x in part]
+                number = len(kernel_cases(arch, words, quick))
+                tasks = [(arch, words, quick, n) for n in range(number)]
+                some = pool.starmap(compile_number, tasks, chunksize=1)
                 took = f"{len(some)} kernels in {perf_counter() - begin:.0f} s"
                 print(f"{arch}: {took}", file=sys.stderr, flush=True)
-                found += sorted(some, key=lambda x: x.name)
+                found += some
     return found
 
 
 # --- what is written
 
-HEADER = ("kernel", *(x.name for x in GPUS))
 COLUMNS = (*(x.name for x in fields(Compiled)), "share", "occupancy", "problems")
 
 
@@ -298,7 +312,8 @@ def page_table(found: list[Compiled], archs: list[str]) -> str:
     return report.markdown_table(rows, head)
 
 
-def write(found: list[Compiled], archs: list[str]) -> None:
+def write(found: list[Compiled], archs: list[str], named: str) -> None:
+    """The CSV file and the section of the page."""
     rows = [
         [
             *map(str, asdict(x).values()),
@@ -309,26 +324,30 @@ def write(found: list[Compiled], archs: list[str]) -> None:
         for x in found
     ]
     report.write_rows(CSV, COLUMNS, rows)
-    report.replace_section(PAGE, "compiled", page_table(found, archs))
+    broken = sum(bool(problems(x)) for x in found)
+    kernels = f"{len(found)} kernels{f' named {named}' if named else ''} were compiled"
+    about = f"{kernels} with Triton {version('triton')}; {broken} of them break a rule."
+    report.replace_section(PAGE, "compiled", f"{page_table(found, archs)}\n\n{about}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     known = [x.arch for x in GPUS]
     parser.add_argument("--arch", nargs="+", choices=known, default=known)
+    parser.add_argument("--quick", action="store_true", help="few kernels, no files")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels named so")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", action="store_true", help="print the results, write no file")
     args = parser.parse_args()
-    found = compile_all(args.arch, args.only, args.jobs)
+    found = compile_all(args.arch, args.only, args.quick, args.jobs)
     if not found:
         parser.error(f"no kernel is named {' '.join(args.only)}")
     if args.json:
         print(json.dumps([asdict(x) for x in found]))
     else:
         print(page_table(found, args.arch))
-        if args.arch == known and not args.only:
-            write(found, known)
+        if args.arch == known and not args.quick:
+            write(found, args.arch, " ".join(args.only))
     broken = [f"{x.arch} {x.name}: {'; '.join(why)}" for x in found if (why := problems(x))]
     if broken:
         raise SystemExit("\n".join(broken))
