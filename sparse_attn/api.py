@@ -53,11 +53,12 @@ def sparse_attention(
         softcap: bound of the scores, 0 for none. Default 0.
         sinks: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
         return_lse: whether to return the log-sum-exp too. Default False.
-        backend: "auto", "cpu" or "reference". A named backend never falls back. Default "auto".
+        backend: "auto", "cpu", "triton" or "reference". A named backend never falls back. Default
+            "auto".
 
     float32 is multiplied as float32, unless `torch.set_float32_matmul_precision` permits less: at
-    "high" or "medium" a CPU with AMX multiplies it as the sum of two bfloat16, to 16 bits, when
-    no gradient is asked for.
+    "high" or "medium", when no gradient is asked for, a CPU with AMX multiplies it as the sum of
+    two bfloat16, to 16 bits, and a GPU in three products of TF32.
 
     Returns:
         Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no
@@ -140,7 +141,7 @@ def sparse_attention_varlen(
         softcap: bound of the scores, 0 for none. Default 0.
         sinks: learnable sink logits ``[num_heads]``, or None. Default None.
         return_lse: whether to return the log-sum-exp too. Default False.
-        backend: "auto", "cpu" or "reference". Default "auto".
+        backend: "auto", "cpu", "triton" or "reference". Default "auto".
 
     Returns:
         Tensor: ``[total_q, num_heads, head_dim_v]`` in q's dtype; with ``return_lse=True`` a tuple
@@ -255,8 +256,8 @@ def scaled_dot_product_attention(
         enable_gqa: whether key and value may have fewer heads than query. Default False.
         selector: a `BlockLayout` or a selector as in `sparse_attention`, or None for dense. Default
             None.
-        backend: "auto", "cpu" or "reference"; a named backend serves the call or refuses it.
-            Default "auto".
+        backend: "auto", "cpu", "triton" or "reference"; a named backend serves the call or refuses
+            it. Default "auto".
 
     Returns:
         Tensor: ``[..., seqlen_q, head_dim_v]`` in query's dtype.

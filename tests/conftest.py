@@ -1,5 +1,8 @@
-"""Every test starts from a fixed seed, with uninitialised memory filled with NaN."""
+"""Every test starts from a fixed seed, with uninitialised memory filled with NaN. Without a GPU,
+Triton's kernels run in its interpreter.
+"""
 
+import importlib.util
 import os
 
 import pytest
@@ -7,6 +10,8 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 # The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("fixed", derandomize=True)
@@ -23,6 +28,27 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter looks through all of `triton.language` whenever one kernel function
+    calls another; once for each module is enough, and takes two thirds of the time.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    prepared = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(autouse=True)

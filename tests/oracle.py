@@ -6,20 +6,73 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from torch import Tensor
 
+import sparse_attn
 from sparse_attn import BlockLayout
 
 # A backend named here must run: if it is not available its tests fail, they do not skip.
-BACKENDS = os.environ.get("SPARSE_ATTN_TEST_BACKENDS", "reference,cpu").split(",")
+BACKENDS = os.environ.get("SPARSE_ATTN_TEST_BACKENDS", "reference,cpu,triton").split(",")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+# `pytest -m gpu` selects what runs on a GPU.
+GPU = torch.cuda.is_available()
 
-def cases():
+
+def is_interpreted(backend: str) -> bool:
+    """Whether a backend runs in an interpreter, 4 ms for a tile: fewer and smaller cases will
+    do.
+    """
+    return backend == "triton" and not GPU
+
+
+def shorter(backend: str, seqlens: tuple[int, int]) -> tuple[int, int]:
+    """Half as many rows and keys for an interpreted backend."""
+    return tuple(-(-n // 2) for n in seqlens) if is_interpreted(backend) else seqlens
+
+
+def backends():
+    """The backends that must run, those on a GPU being marked."""
+    return [pytest.param(b, marks=_marks(b)) for b in BACKENDS]
+
+
+def cases(dtypes_of_interpreted=DTYPES[:1]):
     """(backend, dtype) pairs that must be served."""
-    pairs = [(b, d) for b in BACKENDS for d in DTYPES]
+    pairs = [
+        pytest.param(b, d, marks=_marks(b))
+        for b in BACKENDS
+        for d in (dtypes_of_interpreted if is_interpreted(b) else DTYPES)
+    ]
     return pairs + ([("reference", torch.float64)] if "reference" in BACKENDS else [])
+
+
+def _marks(backend: str):
+    return pytest.mark.gpu if backend == "triton" and GPU else ()
+
+
+def _moved(x, device: str):
+    """Tensors and layouts on another device; anything else as it is."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    return x.to(device) if isinstance(x, BlockLayout) else x
+
+
+def on_device(function, backend: str, *args, **kwargs):
+    """``function(*args, backend=backend, **kwargs)`` on the device of the backend; the tensors come
+    from the CPU and go back to it.
+    """
+    device = "cuda" if backend == "triton" and GPU else "cpu"
+    args = [_moved(x, device) for x in args]
+    kwargs = {name: _moved(x, device) for name, x in kwargs.items()}
+    result = function(*args, backend=backend, **kwargs)
+    return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+
+def sparse_attention(*args, backend: str, **kwargs):
+    """`sparse_attn.sparse_attention` on the backend's device."""
+    return on_device(sparse_attn.sparse_attention, backend, *args, **kwargs)
 
 
 def dense_attention(

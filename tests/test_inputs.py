@@ -10,8 +10,12 @@ import torch
 
 from sparse_attn import BlockLayout, explain, selectors, sparse_attention
 
-from .oracle import BACKENDS
+from .oracle import BACKENDS as ALL_BACKENDS
+from .oracle import GPU
 from .test_layout import bad_values
+
+# On a GPU a broken layout fails asynchronously, and ends the process's use of it.
+BACKENDS = [b for b in ALL_BACKENDS if b != "triton" or not GPU]
 
 Q = torch.randn(2, 4, 8, 16)
 K = torch.randn(2, 2, 12, 16)

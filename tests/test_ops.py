@@ -42,7 +42,7 @@ def test_gradcheck(softcap, with_sinks):
     assert torch.autograd.gradcheck(attend, (q, k, v, sinks))
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_reference"])
+@pytest.mark.parametrize("name", ["attention", "attention_reference", "attention_triton"])
 @pytest.mark.parametrize("variant", ["lists", "no lists", "sinks", "transposed"])
 def test_opcheck_forward(name, variant):
     q, k, v = _inputs(torch.float32, requires_grad=True)
@@ -54,7 +54,7 @@ def test_opcheck_forward(name, variant):
     torch.library.opcheck(op, (q, k, v, *ops.layout_args(layout, sinks, 0.3, 0.0, True)))
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_reference"])
+@pytest.mark.parametrize("name", ["attention", "attention_reference", "attention_triton"])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_opcheck_backward(name, with_sinks):
     q, k, v = _inputs(torch.float32)

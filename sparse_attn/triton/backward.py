@@ -12,6 +12,7 @@ from torch import Tensor
 from . import configs, lists
 from .launch import Call, Launch, input_precision, strides
 from .primitives import (
+    SIZES,
     band_of_rows,
     in_list,
     list_of_row,
@@ -30,7 +31,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _preprocess_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, delta_ptr, seen_lse_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, num_heads, num_rows,
@@ -80,7 +81,7 @@ def _rows_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_rows_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -219,7 +220,7 @@ def _band_of_keys(j_low, j_high, shift, seqlen_q, sink, window, IS_CAUSAL: tl.co
     return tl.maximum(begin, 0), tl.where(through_sink, seqlen_q, end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -386,7 +387,7 @@ def _preprocess(call: Call, dout, dlse, out, lse, delta, seen_lse) -> Launch:
 def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Launch:
     q, v = tensors["q_ptr"], tensors["v_ptr"]
     dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    config = configs.backward_rows(q.dtype, dims, target)
+    config = configs.backward_rows(q.dtype, dims, call.is_irregular, target)
     config, rows_per_block, parts = call.row_tiles(config)
     num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
     programs = num_row_blocks * parts * call.num_packs
@@ -413,7 +414,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
     layout = call.layout
     q, v = tensors["q_ptr"], tensors["v_ptr"]
     dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    config = configs.backward_keys(q.dtype, dims, target)
+    config = configs.backward_keys(q.dtype, dims, call.is_irregular, target)
     config, rows_per_block, parts = call.row_tiles(config)
     listed = call.lists()
     used = ("sink", "window", "block_counts", "block_indices", "block_run", "block_batch")

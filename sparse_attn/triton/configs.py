@@ -48,49 +48,55 @@ def padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def forward(dtype: torch.dtype, head_dim: int, target: Target) -> Config:
-    """The forward kernel's configuration for the larger of both padded head dimensions."""
+def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
+    """The forward kernel's configuration.
+
+    Args:
+        head_dim: the larger of both padded head dimensions.
+        irregular: whether keys are gathered one by one: from columns, or from blocks of other sizes
+            than multiples of 64.
+    """
     if target == INTERPRETER:
-        return Config(64, 32, 4, 1)
+        return Config(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 2)
+        if head_dim <= 64:
+            return Config(32, 32, 4, 2)
+        return Config(32, 32, 8, 2) if head_dim <= 128 else Config(16, 32, 8, 2)
     if head_dim <= 64:
-        return Config(128, 64, 4, 3)
+        return Config(128, 32, 4, 3) if irregular else Config(128, 64, 4, 3)
     if head_dim <= 128:
-        return Config(128, 64, 8, 2)
+        return Config(128, 32 if irregular else 64, 8, 2)
     return Config(64, 32, 8, 2)
 
 
-def backward_rows(dtype: torch.dtype, head_dim: int, target: Target) -> Config:
+def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
     """The configuration of the kernel that computes dq."""
     if target == INTERPRETER:
-        return Config(64, 32, 4, 1)
+        return Config(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(32, 32, 4, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
-    if head_dim <= 64:
-        return Config(64, 64, 4, 2)
+        if head_dim <= 64:
+            return Config(32, 32, 4, 2)
+        return Config(16, 16, 4 if head_dim <= 128 else 8, 2)
     if head_dim <= 128:
-        return Config(64, 64, 8, 2)
+        return Config(64, 32 if irregular else 64, 4 if head_dim <= 64 else 8, 2)
     return Config(32, 32, 8, 2)
 
 
-def backward_keys(dtype: torch.dtype, head_dim: int, target: Target) -> Config:
+def backward_keys(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
     """The configuration of the kernel that computes dk and dv; block_n is at most 64, the bits of
     an entry of the transposed lists.
     """
     if target == INTERPRETER:
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(32, 32, 4, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
-    if head_dim <= 64:
-        return Config(64, 64, 4, 2)
+        return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
     if head_dim <= 128:
-        return Config(64, 64, 8, 2)
+        return Config(32 if irregular else 64, 64, 4 if head_dim <= 64 else 8, 2)
     return Config(32, 32, 8, 2)
 
 
 ROWS_MERGED = 16
-ROWS_PREPROCESSED = 64
+ROWS_PREPROCESSED = 32
 
 
 def num_splits(programs: int, key_tiles: int, target: Target) -> int:

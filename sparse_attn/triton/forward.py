@@ -12,6 +12,7 @@ from ..varlen import Packing
 from . import configs, lists
 from .launch import LOG2E, Call, Launch, input_precision, strides
 from .primitives import (
+    SIZES,
     band_of_rows,
     finish,
     list_of_row,
@@ -49,7 +50,7 @@ def _step(
     return online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_acc_ptr, partial_m_ptr, partial_l_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -182,7 +183,7 @@ def _forward_kernel(
         store_rows(out_ptr, out, out_offsets, exists, HEAD_DIM_V, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _merge_kernel(
     partial_acc_ptr, partial_m_ptr, partial_l_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_ob, stride_oh, stride_om, num_heads, num_rows, num_splits, num_states,
@@ -262,7 +263,8 @@ def launches(
         "BLOCK_D": configs.padded(q.shape[-1]),
         "BLOCK_DV": configs.padded(v.shape[-1]),
     }
-    config = configs.forward(q.dtype, max(sizes["BLOCK_D"], sizes["BLOCK_DV"]), target)
+    dims = max(sizes["BLOCK_D"], sizes["BLOCK_DV"])
+    config = configs.forward(q.dtype, dims, call.is_irregular, target)
     config, rows_per_block, parts = call.row_tiles(config)
     num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
     programs = num_row_blocks * parts * call.num_packs

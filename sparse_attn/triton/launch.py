@@ -87,6 +87,13 @@ class Call:
             rows, group = rows * group, 1
         return min(rows, max(layout.seqlen_q, 1)), group
 
+    @property
+    def is_irregular(self) -> bool:
+        """Whether keys are gathered one by one, see `configs.forward`."""
+        has_columns = self.layout.num_columns is not None
+        has_blocks = self.layout.kv_num_blocks is not None
+        return has_columns or (has_blocks and self.block_kv % 64 != 0)
+
     def rows_per_block(self, block_m: int) -> int:
         """Rows of a row block: those of the lists, else as many as a tile holds."""
         if self.listed_rows:

@@ -14,6 +14,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_LIMIT = tl.constexpr(2**30)
 
+# Arguments that change from call to call: kernels are not compiled anew for their divisors.
+SIZES = (
+    "num_kv_blocks", "block_rows", "block_width", "column_rows", "column_width", "active_width",
+    "list_tiles", "num_rows", "num_pages", "pages_per_sequence", "seqlen_q", "seqlen_kv", "total_q",
+    "total_kv", "num_row_blocks", "rows_per_block", "parts", "num_owners", "num_splits",
+    "num_states",
+)  # fmt: skip
+
 
 @triton.jit
 def load_rows(ptr, offsets, live, SIZE: tl.constexpr, BLOCK: tl.constexpr):
@@ -259,7 +267,7 @@ def tile_of_columns(
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent to the last bits of float32, from what every target has."""
-    e = tl.exp2(-2 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     large = (1 - e) / (1 + e)
     large = tl.where(x < 0, -large, large)
     y = x * x
