@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 TORCH ?= torch==2.13.0
+DEVICE ?= cpu
 
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
@@ -33,9 +34,12 @@ demo: $(INSTALLED)
 test: $(TOOLS)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
+# make bench DEVICE=cuda compares on a GPU.
 bench: $(TOOLS)
-	$(PYTHON) -m bench.kernels
+	$(PYTHON) -m bench.kernels --device $(DEVICE)
+ifeq ($(DEVICE),cpu)
 	$(PYTHON) -m bench.scale
+endif
 
 lint: $(TOOLS)
 	$(VENV)/bin/ruff check

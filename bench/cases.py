@@ -94,8 +94,8 @@ class Columns:
         )
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _seeded(device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,13 @@ class Case:
     def seqlens(self) -> tuple[int, int]:
         return self.seqlen_q, self.seqlen_kv
 
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Standard normal q, k, v, the same in every run."""
-        generator, dtype = _seeded(), DTYPES[self.dtype]
+    def qkv(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Standard normal q, k, v, the same in every run on a device."""
+        generator, dtype = _seeded(device), DTYPES[self.dtype]
 
         def normal(heads: int, seqlen: int) -> Tensor:
-            return torch.randn(1, heads, seqlen, self.head_dim, generator=generator).to(dtype)
+            shape = (1, heads, seqlen, self.head_dim)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         q = normal(self.num_heads, self.seqlen_q)
         return q, normal(self.kv_heads, self.seqlen_kv), normal(self.kv_heads, self.seqlen_kv)
@@ -154,10 +155,17 @@ def square(seqlen: int, pattern, **fields) -> Case:
     return Case(pattern, seqlen_q=seqlen, seqlen_kv=seqlen, **fields)
 
 
-def decode(pattern, **fields) -> Case:
+GROUPED = {"head_dim": 128, "num_heads": 32, "kv_heads": 8}
+
+
+def decode(pattern, seqlen: int = 32768, **fields) -> Case:
     """One new token of 32 heads that share 8 KV heads, over 32K keys."""
-    shape = {"seqlen_q": 1, "seqlen_kv": 32768, "head_dim": 128, "num_heads": 32, "kv_heads": 8}
-    return Case(pattern, **shape, **fields)
+    return Case(pattern, seqlen_q=1, seqlen_kv=seqlen, **GROUPED, **fields)
+
+
+def grouped(seqlen: int, pattern, **fields) -> Case:
+    """As many queries of 32 heads as keys of 8, the shape of most published tables."""
+    return square(seqlen, pattern, **GROUPED, **fields)
 
 
 B64 = {density: Blocks(64, 64, density) for density in (1.0, 0.5, 0.25, 0.1, 0.05)}
@@ -225,10 +233,48 @@ CASES = [
     square(8192, B64[0.25], part="backward", tier="full"),
 ]
 
+CUDA_CASES = [
+    # Prefill, bfloat16, 8K to 128K
+    grouped(8192, Dense(), tier="quick", flex=True),
+    grouped(8192, B64[0.5], flex=True),
+    grouped(8192, B64[0.25], tier="quick", flex=True),
+    grouped(8192, B64[0.1], tier="quick", flex=True),
+    grouped(8192, B64[0.05], flex=True),
+    grouped(32768, Dense(), flex=True),
+    *(grouped(32768, pattern, flex=True) for pattern in SPARSE),
+    *(grouped(32768, Blocks(128, 128, density), flex=True) for density in (0.25, 0.1)),
+    grouped(32768, Blocks(16, 16, 0.25)),
+    grouped(32768, Columns(0.1)),
+    grouped(32768, SinkWindow(64, 4096, density=0.238)),
+    grouped(131072, Dense()),
+    *(grouped(131072, pattern) for pattern in SPARSE),
+    grouped(131072, SinkWindow(64, 4096, density=0.062)),
+    # Prefill, float16 and float32
+    grouped(8192, Dense(), dtype="fp16"),
+    grouped(8192, B64[0.25], dtype="fp16"),
+    grouped(8192, Dense(), dtype="fp32"),
+    grouped(8192, B64[0.25], dtype="fp32"),
+    # Decoding
+    *(
+        decode(pattern, seqlen, tier="quick" if seqlen == 32768 else "default")
+        for seqlen in (32768, 131072)
+        for pattern in (Dense(), *(Blocks(1, 64, density) for density in (0.25, 0.1, 0.05)))
+    ),
+    decode(Blocks(1, 16, 0.1)),
+    decode(Columns(0.1)),
+    # Backward
+    grouped(8192, Dense(), part="backward", tier="quick", flex=True),
+    grouped(8192, B64[0.25], part="backward", tier="quick", flex=True),
+    grouped(8192, B64[0.1], part="backward", flex=True),
+    *(grouped(16384, pattern, part="backward", tier="full") for pattern in (Dense(), B64[0.1])),
+]
+
+TABLES = {"cpu": CASES, "cuda": CUDA_CASES}
 TIERS = ("quick", "default", "full")
 
 
-def chosen(tier: str, words: list[str] = ()) -> list[Case]:
-    """The cases of a run whose name holds all `words`."""
+def chosen(tier: str, words: list[str] = (), device: str = "cpu") -> list[Case]:
+    """The cases of a run on a device whose name holds all `words`."""
     within = TIERS[: TIERS.index(tier) + 1]
-    return [c for c in CASES if c.tier in within and all(word in c.name for word in words)]
+    cases = TABLES[device]
+    return [c for c in cases if c.tier in within and all(word in c.name for word in words)]

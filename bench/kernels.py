@@ -1,16 +1,17 @@
-"""Attention on this CPU against torch's dense SDPA and FlexAttention, case by case.
+"""Attention against torch's dense SDPA, FlexAttention and flash-attn, case by case.
 
-Run it with `make bench`, or `python -m bench.kernels --quick` for a smoke test. Times are medians
-of interleaved rounds in one run. A case whose result is wrong ends the program instead of being
-reported.
+Run it with `make bench`, on a GPU with `make bench DEVICE=cuda`, or with `python -m bench.kernels
+--quick` for a smoke test. Times are medians of interleaved rounds in one run. A case whose result
+is wrong ends the program instead of being reported.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
+import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,17 +20,20 @@ from time import perf_counter
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
 
-from sparse_attn import BlockLayout, sparse_attention
+from sparse_attn import BlockLayout, explain, sparse_attention
 from tests.oracle import assert_accurate, dense_attention, rounding_noise
 
-from . import cases, report
+from . import cases, devices, report
 from .cases import Case
-from .timing import OtherLoad, matmul_rate, paired_ratio, paired_times, read_rate
+from .devices import Device
+from .timing import paired_ratio, paired_times
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 SECONDS = 1.5  # for the rounds of one case, if the fewest rounds take no longer
+CHECKED_ELEMENTS = 2**27  # of scores, when gradients are checked
 
 
 class WrongResult(Exception):
@@ -38,17 +42,14 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the report: medians in milliseconds, medians of paired ratios, and what ours and
-    torch do in a second (operations, or bytes read for decoding).
+    """One row of the report: medians in milliseconds, and medians of paired ratios to ours, by
+    library; what ours and torch do in a second (operations, or bytes read for decoding).
     """
 
     case: Case
     density: float
-    sdpa_ms: float
-    ours_ms: float
-    ratio: float
-    flex_ms: float | None
-    flex_ratio: float | None
+    ms: dict[str, float]
+    ratios: dict[str, float]
     error: float
     rate: float
     peak: float
@@ -58,27 +59,54 @@ class Result:
 
 
 class Problem:
-    """The tensors of a case, and the calls to compare: ours, SDPA's, FlexAttention's."""
+    """The tensors of a case, and the calls to compare: ours, SDPA's, and those of others."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.q, self.k, self.v = case.qkv()
-        self.layout = case.pattern.layout(case)
+    def __init__(self, case: Case, device: Device | None = None) -> None:
+        self.case, self.device = case, device or devices.cpu()
+        self.q, self.k, self.v = case.qkv(self.device.name)
+        self.layout = case.pattern.layout(case).to(self.device.name)
         self.density = self.layout.density()
         self.leaves = [x.requires_grad_(case.part == "backward") for x in (self.q, self.k, self.v)]
         self.dout = torch.randn_like(self.q) if case.part == "backward" else None
+
+    def calls(self, with_flex: bool) -> dict[str, Callable[[], object]]:
+        """What is timed, by library; those that cannot run the case are left out."""
+        found = {"ours": self.ours(), "SDPA": self.sdpa()}
+        if with_flex and self.case.flex:
+            found["Flex"] = self.flex()
+        if "flash-attn" in self.device.others and (call := self.flash()):
+            found["flash-attn"] = call
+        return found
 
     def ours(self) -> Callable[[], object]:
         return self._part(lambda: sparse_attention(self.q, self.k, self.v, self.layout))
 
     def sdpa(self) -> Callable[[], object]:
         options = {"is_causal": self.case.seqlen_q > 1, "enable_gqa": self.grouped}
-        return self._part(lambda: F.scaled_dot_product_attention(self.q, self.k, self.v, **options))
+        allowed = self.device.sdpa_backends if self.case.dtype != "fp32" else ()
+
+        def attend() -> Tensor:
+            with sdpa_kernel(list(allowed)) if allowed else nullcontext():
+                return F.scaled_dot_product_attention(self.q, self.k, self.v, **options)
+
+        return self._part(attend)
 
     def flex(self) -> Callable[[], object]:
         mask = self.layout.to_block_mask(num_heads=self.case.num_heads)
         attend, options = compiled_flex(), {"block_mask": mask, "enable_gqa": self.grouped}
-        return lambda: attend(self.q, self.k, self.v, **options)
+        return self._part(lambda: attend(self.q, self.k, self.v, **options))
+
+    def flash(self) -> Callable[[], object] | None:
+        """flash-attn, dense; None if it is not installed or does not take the dtype."""
+        attend = devices.flash_attention()
+        if attend is None or self.case.dtype == "fp32":
+            return None
+
+        def call() -> Tensor:
+            out = attend(*(x.transpose(1, 2) for x in self.leaves), causal=True)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return self._part(call)
 
     @property
     def grouped(self) -> bool:
@@ -92,11 +120,13 @@ class Problem:
         return lambda: torch.autograd.grad(out, self.leaves, self.dout, retain_graph=True)
 
 
-@functools.cache
 def compiled_flex() -> Callable:
-    """FlexAttention as one compiled kernel; the first call of each shape takes some seconds."""
+    """FlexAttention as one compiled kernel; the first call takes some seconds. Kernels of earlier
+    cases are forgotten: after too many torch would no longer compile.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -157,26 +187,38 @@ def backward_results(problem: Problem) -> dict[str, tuple[Tensor, ...]]:
     case = problem.case
     group = case.num_heads // case.kv_heads
     heads = slice(case.num_heads - group, None)
-    mask = problem.layout.expand_heads(case.num_heads)[:, heads].to_dense(num_heads=group)
+    layout = problem.layout.expand_heads(case.num_heads)[:, heads]
+    q, k, v = (x.detach()[:, -n:] for x, n in zip(problem.leaves, (group, 1, 1), strict=True))
+    dout = problem.dout[:, heads]
 
-    def dense(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        q, k, v = (
-            x.detach()[:, -n:].to(dtype).requires_grad_()
-            for x, n in zip(problem.leaves, (group, 1, 1), strict=True)
+    def dense(dtype: torch.dtype, rows: slice, mask: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q[:, :, rows], k, v)]
+        out, _ = dense_attention(*leaves, mask)
+        return torch.autograd.grad(out, leaves, dout[:, :, rows].to(dtype))
+
+    parts = []
+    step = max(1, CHECKED_ELEMENTS // (group * case.seqlen_kv))
+    for start in range(0, case.seqlen_q, step):
+        rows = slice(start, min(start + step, case.seqlen_q))
+        mask = layout.visible(rows.start, rows.stop, num_heads=group)
+        some = (q[:, :, rows], k, v, mask, dout[:, :, rows])
+        noise = rounding_noise(*some, some[-1].new_zeros(some[-1].shape[:3]))
+        parts.append(
+            [*(dense(x, rows, mask) for x in (torch.float64, q.dtype)), list(noise.values())]
         )
-        out, _ = dense_attention(q, k, v, mask)
-        return torch.autograd.grad(out, (q, k, v), problem.dout[:, heads].to(dtype))
 
     dq, dk, dv = problem.ours()()
     ours = (dq[:, heads], dk[:, -1:], dv[:, -1:])
-    q, k, v = (x[:, -n:] for x, n in zip(problem.leaves, (group, 1, 1), strict=True))
-    dout = problem.dout[:, heads]
-    noise = rounding_noise(q, k, v, mask, dout, dout.new_zeros(dout.shape[:3]))
-    exact, eager = dense(torch.float64), dense(problem.q.dtype)
+    summed = [_join(x) for x in zip(*parts, strict=True)]
     return {
-        name: (ours[i], exact[i], eager[i], noise[name])
-        for i, name in enumerate(("dq", "dk", "dv"))
+        name: (x, *more) for name, x, *more in zip(("dq", "dk", "dv"), ours, *summed, strict=True)
     }
+
+
+def _join(parts: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) of all rows from those of some rows each."""
+    dq, dk, dv = zip(*parts, strict=True)
+    return torch.cat(dq, 2), sum(x.double() for x in dk), sum(x.double() for x in dv)
 
 
 def sampled_rows(seqlen: int) -> Tensor:
@@ -188,31 +230,25 @@ def sampled_rows(seqlen: int) -> Tensor:
 # --- how fast it is
 
 
-def measure(case: Case, with_flex: bool = True, seconds: float = SECONDS) -> Result:
+def measure(
+    case: Case, with_flex: bool = True, seconds: float = SECONDS, device: Device | None = None
+) -> Result:
     """Check a case, then time it.
 
     Raises:
         WrongResult: if the result is not accurate.
     """
-    problem = Problem(case)
+    problem = Problem(case, device)
     error = check(problem)
-    with_flex = with_flex and case.flex
-    calls = {"ours": problem.ours(), "SDPA": problem.sdpa()}
-    if with_flex:
-        calls["Flex"] = problem.flex()
-    times = paired_times(calls, seconds)
-    ours = median(times["ours"])
+    times = paired_times(problem.calls(with_flex), seconds, stopwatch=problem.device.stopwatch)
     amount, peak = work(problem)
     return Result(
         case=case,
         density=problem.density,
-        sdpa_ms=1e3 * median(times["SDPA"]),
-        ours_ms=1e3 * ours,
-        ratio=paired_ratio(times["SDPA"], times["ours"]),
-        flex_ms=1e3 * median(times["Flex"]) if with_flex else None,
-        flex_ratio=paired_ratio(times["Flex"], times["ours"]) if with_flex else None,
+        ms={name: 1e3 * median(found) for name, found in times.items()},
+        ratios={name: paired_ratio(found, times["ours"]) for name, found in times.items()},
         error=error,
-        rate=amount / ours,
+        rate=amount / median(times["ours"]),
         peak=peak,
     )
 
@@ -221,49 +257,38 @@ def work(problem: Problem) -> tuple[float, float]:
     """The arithmetic operations of the case, or for decoding the bytes of the keys and values that
     are seen; and how many torch does in a second.
     """
-    case, dtype = problem.case, problem.q.dtype
+    case, dtype, device = problem.case, problem.q.dtype, problem.device
     if case.kind == "decode":
         seen = problem.density * case.kv_heads * case.seqlen_kv  # all heads of a group see the same
-        return seen * 2 * case.head_dim * dtype.itemsize, read_rate()
+        return seen * 2 * case.head_dim * dtype.itemsize, device.read_rate()
     pairs = problem.density * case.num_heads * case.seqlen_q * (case.seqlen_q + 1) / 2
     products = 2 if case.part == "forward" else 5
-    return products * 2 * case.head_dim * pairs, matmul_rate(dtype)
+    return products * 2 * case.head_dim * pairs, device.matmul_rate(dtype)
 
 
 # --- what is written
 
-HEADER = (
-    "case",
-    "dtype",
-    "S",
-    "head_dim",
-    "heads",
-    "layout",
-    "density",
-    "SDPA ms",
-    "ours ms",
-    "vs SDPA",
-    "vs SDPA * density",
-    "vs Flex",
-    "max error",
-    "of peak",
-)
-
 NOTES = """\
-Batch 1, causal, standard normal q, k, v; heads are query/KV heads. SDPA is torch's dense
-`scaled_dot_product_attention`, Flex is compiled FlexAttention with the same mask ("-": not asked,
-or backward, which it lacks on CPUs). Times are medians of interleaved rounds in one run, and "vs"
-is the median of their time over ours in the same round: above 1 we are faster. Density is the share
-of causal (query, key) pairs that are seen; "vs SDPA * density" is 1 where time falls as fast as the
-work, from SDPA's dense time. The error is the greatest against float64 on sampled rows (backward:
-of the gradients of one head). "Of peak" is the rate of arithmetic over that of a large `torch.mm`
-in the same dtype at the same time, which itself need not reach the machine's peak; for decode the
-rate of reading keys and values over that of summing a large array."""
+Batch 1, causal, standard normal q, k, v; heads are query/KV heads. {} Times are medians of
+interleaved rounds in one run, and "vs" is the median of their time over ours in the same round:
+above 1 we are faster. Density is the share of causal (query, key) pairs that are seen; "vs SDPA *
+density" is 1 where time falls as fast as the work, from SDPA's dense time. The error is the
+greatest against float64 on sampled rows (backward: of the gradients of one head). "Of peak" is the
+rate of arithmetic over that of a large `torch.mm` in the same dtype at the same time, which itself
+need not reach the machine's peak; for decode the rate of reading keys and values over that of
+summing a large array."""
 
 
-def cells(result: Result) -> list[str]:
-    """One row of the table, in the order of `HEADER`."""
-    case = result.case
+def header(others: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of the table."""
+    before = ("case", "dtype", "S", "head_dim", "heads", "layout", "density", "SDPA ms", "ours ms")
+    ratios = ("vs SDPA", "vs SDPA * density", *(f"vs {name}" for name in others))
+    return (*before, *ratios, "max error", "of peak")
+
+
+def cells(result: Result, others: tuple[str, ...]) -> list[str]:
+    """One row of the table, in the order of `header`."""
+    case, ratios = result.case, result.ratios
     return [
         case.kind,
         case.dtype,
@@ -272,82 +297,104 @@ def cells(result: Result) -> list[str]:
         f"{case.num_heads}/{case.kv_heads}",
         str(case.pattern),
         f"{result.density:.3f}",
-        f"{result.sdpa_ms:.4g}",
-        f"{result.ours_ms:.4g}",
-        f"{result.ratio:.2f}",
-        f"{result.ratio * result.density:.2f}",
-        "-" if result.flex_ratio is None else f"{result.flex_ratio:.2f}",
+        f"{result.ms['SDPA']:.4g}",
+        f"{result.ms['ours']:.4g}",
+        f"{ratios['SDPA']:.2f}",
+        f"{ratios['SDPA'] * result.density:.2f}",
+        *(f"{ratios[name]:.2f}" if name in ratios else "-" for name in others),
         f"{result.error:.1e}",
         f"{100 * result.rate / result.peak:.0f} %",
     ]
 
 
-def write(results: list[Result], out: Path, conditions: str) -> None:
-    """`cpu.md` and `cpu.csv` in the folder `out`."""
+def table(results: list[Result], others: tuple[str, ...]) -> str:
+    return report.markdown_table([cells(r, others) for r in results], header(others))
+
+
+def write(results: list[Result], out: Path, conditions: str, device: Device) -> None:
+    """The page and the CSV file of a device in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = [cells(r) for r in results]
-    table = report.markdown_table(rows, HEADER)
-    about = f"{NOTES}\n\nMachine: {conditions}"
-    (out / "cpu.md").write_text(f"# Kernels on the CPU\n\n{table}\n\n{about}\n")
-    more = [
-        ["" if r.flex_ms is None else f"{r.flex_ms:.4g}", f"{r.rate:.4g}", f"{r.peak:.4g}"]
-        for r in results
-    ]
-    rows = [row + numbers for row, numbers in zip(rows, more, strict=True)]
-    report.write_rows(out / "cpu.csv", (*HEADER, "Flex ms", "rate", "peak"), rows)
+    others = device.others
+    notes = textwrap.fill(" ".join(NOTES.format(device.notes).split()), 100)
+    page = [f"# {device.title}", table(results, others), notes, f"Machine: {conditions}"]
+    (out / f"{device.stem}.md").write_text("\n\n".join(page) + "\n")
+    rows = []
+    for r in results:
+        times = [f"{r.ms[name]:.4g}" if name in r.ms else "" for name in others]
+        rows.append([*cells(r, others), *times, f"{r.rate:.4g}", f"{r.peak:.4g}"])
+    columns = (*header(others), *(f"{name} ms" for name in others), "rate", "peak")
+    report.write_rows(out / f"{device.stem}.csv", columns, rows)
 
 
-def summary(results: list[Result], conditions: str) -> str:
+def summary(results: list[Result], conditions: str, device: Device) -> str:
     """The cases of the quick run, for the README."""
-    rows = [cells(r) for r in results if r.case.tier == "quick"]
-    return f"{report.markdown_table(rows, HEADER)}\n\n{conditions}"
+    quick = [r for r in results if r.case.tier == "quick"]
+    return f"{table(quick, device.others)}\n\n{conditions}"
 
 
-def run(chosen: list[Case], with_flex: bool, seconds: float) -> list[Result]:
-    """Measure all cases, with progress on stderr."""
-    results = []
+def run(
+    chosen: list[Case], with_flex: bool, seconds: float, device: Device
+) -> tuple[list[Result], list[str]]:
+    """Measure all cases, with progress on stderr; also the names of those that memory does not
+    hold.
+    """
+    results, too_large = [], []
     begin = perf_counter()
     for number, case in enumerate(chosen, 1):
-        results.append(measure(case, with_flex, seconds))
-        done = f"[{number}/{len(chosen)}, {perf_counter() - begin:.0f} s]"
-        print(f"{done} {case.name}: {results[-1].ratio:.2f}x SDPA", file=sys.stderr, flush=True)
-    return results
+        done = f"[{number}/{len(chosen)}, {perf_counter() - begin:.0f} s] {case.name}"
+        try:
+            results.append(measure(case, with_flex, seconds, device))
+        except torch.OutOfMemoryError:
+            too_large.append(case.name)
+            print(f"{done}: out of memory", file=sys.stderr, flush=True)
+            continue
+        ratio = results[-1].ratios["SDPA"]
+        print(f"{done}: {ratio:.2f}x SDPA", file=sys.stderr, flush=True)
+    return results, too_large
+
+
+def backend_of(case: Case, device: Device) -> str:
+    """The backend that a case runs on."""
+    x = torch.empty(1, 1, 1, case.head_dim, dtype=cases.DTYPES[case.dtype], device=device.name)
+    return explain(x, x, x).backend or "none"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="few cases, no FlexAttention, no files")
-    size.add_argument("--full", action="store_true", help="also 16384 and 32768 tokens")
+    size.add_argument("--full", action="store_true", help="also cases that take long")
+    parser.add_argument("--device", choices=list(cases.TABLES), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases named so")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--isa", help="limit our kernels to this instruction set")
     parser.add_argument("--out", type=Path, help="folder for the results; default bench/results")
     args = parser.parse_args()
     tier = "quick" if args.quick else "full" if args.full else "default"
-    chosen = cases.chosen(tier, args.only)
+    chosen = cases.chosen(tier, args.only, args.device)
     if not chosen:
         parser.error(f"no case of the {tier} run is named {' '.join(args.only)}")
+    device = {"cpu": devices.cpu, "cuda": devices.cuda}[args.device]()
     if args.isa:
         from sparse_attn import _C
 
         _C.set_cpu_isa(args.isa)
     torch.exp(torch.ones(2**20))  # the first threaded call of a process may be less accurate
 
-    load = OtherLoad()
+    seconds = SECONDS / 4 if args.quick else SECONDS
     try:
-        results = run(
-            chosen, not (args.quick or args.no_flex), SECONDS / 4 if args.quick else SECONDS
-        )
+        results, too_large = run(chosen, not (args.quick or args.no_flex), seconds, device)
     except WrongResult as error:
         raise SystemExit(f"wrong result, nothing is reported: {error}") from None
-    conditions = report.conditions(load.share())
-    print(f"{report.markdown_table([cells(r) for r in results], HEADER)}\n\n{conditions}")
+    conditions = f"{device.conditions()} Backend: {backend_of(chosen[0], device)}."
+    if too_large:
+        conditions += f" Left out, as memory does not hold them: {'; '.join(too_large)}."
+    print(f"{table(results, device.others)}\n\n{conditions}")
     whole = not (args.quick or args.only or args.no_flex or args.isa)
     if args.out or whole:
-        write(results, args.out or RESULTS, conditions)
-    if whole and args.out is None:
-        report.replace_section(README, "kernels", summary(results, conditions))
+        write(results, args.out or RESULTS, conditions, device)
+    if whole and args.out is None and device.name == "cpu":
+        report.replace_section(README, "kernels", summary(results, conditions, device))
 
 
 if __name__ == "__main__":

@@ -13,29 +13,62 @@ from time import perf_counter
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+Call = Callable[[], object]
+Stopwatch = Callable[[Call], float]
+
+
+def wall_time(call: Call, clock: Callable[[], float] = perf_counter) -> float:
+    """Seconds that pass until a call returns."""
+    begin = clock()
+    call()
+    return clock() - begin
+
+
+class CudaEvents:
+    """Seconds that a GPU works on a call, its last cache filled with other data before.
+
+    The GPU waits a little before it starts, so that the call is queued by then: what Python does to
+    launch it is not measured, unless the call waits for the GPU.
+    """
+
+    FLUSHED_BYTES, WAIT_CYCLES = 2**28, 2_000_000
+
+    def __init__(self) -> None:
+        self.other_data = torch.empty(self.FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, call: Call) -> float:
+        self.other_data.zero_()
+        torch.cuda._sleep(self.WAIT_CYCLES)
+        self.begin.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) / 1e3
 
 
 def paired_times(
-    calls: dict[str, Callable[[], object]],
+    calls: dict[str, Call],
     seconds: float,
     clock: Callable[[], float] = perf_counter,
     min_rounds: int = MIN_ROUNDS,
+    stopwatch: Stopwatch | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round; entry `i` of every list is of round `i`.
 
     Every round runs all calls, in an order drawn anew. A first round warms up and is not kept; then
-    there are as many as fit in `seconds`, between `min_rounds` and `MAX_ROUNDS`.
+    there are as many as fit in `seconds` of the `clock`, between `min_rounds` and `MAX_ROUNDS`.
+    The `stopwatch` times a call; by default the clock does.
     """
     times = {name: [] for name in calls}
     names, shuffle = list(calls), random.Random(0).shuffle
+    stopwatch = stopwatch or functools.partial(wall_time, clock=clock)
 
     def run_round() -> float:
         shuffle(names)
         start = clock()
         for name in names:
-            begin = clock()
-            calls[name]()
-            times[name].append(clock() - begin)
+            times[name].append(stopwatch(calls[name]))
         return clock() - start
 
     run_round()
@@ -51,38 +84,31 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
     return median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def best_time(call: Callable[[], object], repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs."""
-    times = []
-    for _ in range(repeats):
-        begin = perf_counter()
-        call()
-        times.append(perf_counter() - begin)
-    return min(times)
-
-
 @functools.cache
-def _matrices(dtype: torch.dtype, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.randn(2, size, size).to(dtype))
+def _matrices(dtype: torch.dtype, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.randn(2, size, size, device=device).to(dtype))
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations a second of `torch.mm` on all threads, now; the better of ``a @ b``
-    and ``a @ b.T``.
+def matmul_rate(
+    dtype: torch.dtype, size: int = 2048, device: str = "cpu", stopwatch: Stopwatch = wall_time
+) -> float:
+    """Floating-point operations a second of `torch.mm` on the whole device, now; the best of some
+    ``a @ b`` and ``a @ b.T``.
     """
-    a, b = _matrices(dtype, size)
-    return 2 * size**3 / min(best_time(lambda x=x: torch.mm(a, x)) for x in (b, b.mT))
+    a, b = _matrices(dtype, size, device)
+    calls = [functools.partial(torch.mm, a, x) for x in (b, b.mT)]
+    return 2 * size**3 / min(stopwatch(call) for call in 3 * calls)
 
 
 @functools.cache
-def _large_array(megabytes: int) -> torch.Tensor:
-    return torch.ones(megabytes * 2**20 // 4)
+def _large_array(megabytes: int, device: str) -> torch.Tensor:
+    return torch.ones(megabytes * 2**20 // 4, device=device)
 
 
-def read_rate(megabytes: int = 512) -> float:
-    """Bytes a second that a sum over a large array reads on all threads, now."""
-    x = _large_array(megabytes)
-    return x.numel() * 4 / best_time(x.sum)
+def read_rate(megabytes: int = 512, device: str = "cpu", stopwatch: Stopwatch = wall_time) -> float:
+    """Bytes a second that a sum over a large array reads on the whole device, now."""
+    x = _large_array(megabytes, device)
+    return x.numel() * 4 / min(stopwatch(x.sum) for _ in range(3))
 
 
 class OtherLoad:

@@ -128,7 +128,7 @@ def rounding_noise(
     """
     q, k, v, dout, dlse = (x.detach().double() for x in (q, k, v, dout, dlse))
     group = q.shape[1] // k.shape[1]
-    every_key = torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:3], -1)
+    every_key = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
     probs, lse = dense_attention(q, k, every_key, mask, scale=scale, softcap=softcap, sinks=sinks)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     delta = (dout * (probs @ v)).abs().sum(-1) + dlse.abs()

@@ -1,0 +1,357 @@
+"""Compiles the Triton kernels for GPUs that are not here, and says what the compiler made of them.
+
+`python -m bench.triton_table` compiles every kernel in every configuration that the launchers
+choose, for each target, and writes `bench/results/triton.csv` and the table in
+`docs/performance.md`; `--only bfloat16` does so for some of them. It fails if a kernel breaks one
+of the rules of `problems`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+from . import report
+from .gpus import GPUS, Gpu, gpu
+
+ROOT = Path(__file__).parents[1]
+CSV = ROOT / "bench" / "results" / "triton.csv"
+PAGE = ROOT / "docs" / "performance.md"
+IN_PAGE = "blocks"  # the layout whose rows the page shows
+QUICK = tuple(
+    f"{kernel}_kernel bfloat16 128 {layout}"
+    for kernel, layout in (
+        ("forward", "blocks"),
+        ("backward_rows", "blocks"),
+        ("backward_keys", "blocks"),
+        ("forward", "pages"),
+    )
+)
+
+RESERVED_SHARED = 1024  # of each block, by CUDA
+SHARED_BLOCKS = 32  # blocks that a multiprocessor holds at most
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes, and what its innermost loop with the most matrix products does.
+
+    `num_warps` counts those that the compiler adds too, `spills` counts accesses to spilled
+    registers, `shared` is in bytes; `products` counts tensor-core instructions in the loop,
+    `instructions` all, `wide_loads` global loads of 16 bytes a thread (or by the tensor copy
+    engine). `needs_products`: the source has products that tensor cores can do.
+    """
+
+    name: str
+    arch: str
+    num_warps: int
+    registers: int
+    spills: int
+    shared: int
+    family: str
+    products: int
+    instructions: int
+    wide_loads: int
+    needs_products: bool
+
+    @property
+    def share(self) -> float:
+        """Of the loop's instructions, those that multiply matrices."""
+        return self.products / self.instructions if self.instructions else 0.0
+
+
+def problems(found: Compiled) -> list[str]:
+    """The rules that a kernel breaks; none if it is as it should be."""
+    limit, broken = gpu(found.arch).shared_per_block, []
+    if found.spills:
+        broken.append(f"{found.spills} accesses to spilled registers")
+    if found.shared > limit:
+        broken.append(f"{found.shared} bytes of shared memory, where {limit} are allowed")
+    if found.needs_products and not found.products:
+        broken.append("no tensor-core instruction in a loop")
+    if found.needs_products and not found.wide_loads:
+        broken.append("no global load of 16 bytes in the loop of products")
+    return broken
+
+
+def occupancy(found: Compiled) -> float:
+    """Warps that registers and shared memory let a multiprocessor hold, of those that it can."""
+    target = gpu(found.arch)
+    registers = -(-max(found.registers, 1) // 8) * 8 * target.warp_size * found.num_warps
+    shared = found.shared + (RESERVED_SHARED if found.arch.startswith("sm") else 0)
+    blocks = min(
+        target.registers_per_sm // registers,
+        target.shared_per_sm // max(shared, 1),
+        target.max_warps // found.num_warps,
+        SHARED_BLOCKS,
+    )
+    return blocks * found.num_warps / target.max_warps
+
+
+# --- reading what the compiler made
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How to read the assembly language of one vendor."""
+
+    instruction: str
+    label: str
+    target: str
+    products: str
+    wide_loads: str
+    spills: str
+
+
+SASS = Assembly(
+    instruction=r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)",
+    label=r"\s*(\.L_x_\d+):",
+    target=r"\bBRA\S*\s.*?`\((\.L_x_\d+)\)",
+    products=r"(HMMA|IMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b",
+    wide_loads=r"(LDG|LDGSTS)\.\S*128|UTMALDG|UBLKCP",
+    spills=r"(STL|LDL)\b",
+)
+AMDGCN = Assembly(
+    instruction=r"\t([a-z]\w+)(?:\s|$)",
+    label=r"(\.LBB\d+_\d+):",
+    target=r"\ts_c?branch\S*\s+(\.LBB\d+_\d+)",
+    products=r"v_mfma|v_smfmac|v_wmma",
+    wide_loads=r"(global|buffer)_load_(dwordx4|b128|lds_dwordx4)",
+    spills=r"scratch_(load|store)",
+)
+
+
+def hot_loop(text: str, language: Assembly) -> list[str]:
+    """The mnemonics of the innermost loop with the most matrix products (of several the shortest);
+    of the whole kernel if no loop has any.
+    """
+    mnemonics, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if found := re.match(language.label, line):
+            labels[found[1]] = len(mnemonics)
+        elif found := re.match(language.instruction, line):
+            mnemonics.append(found[1])
+            branch = re.search(language.target, line)
+            if branch and branch[1] in labels:
+                loops.append((labels[branch[1]], len(mnemonics)))
+    products = [
+        (begin, end)
+        for begin, end in loops
+        if any(re.match(language.products, x) for x in mnemonics[begin:end])
+    ]
+    innermost = [
+        mnemonics[begin:end]
+        for begin, end in products
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in products)
+    ]
+    return max(innermost, key=lambda x: (_count(x, language.products), -len(x)), default=mnemonics)
+
+
+def _count(mnemonics: list[str], pattern: str) -> int:
+    return sum(bool(re.match(pattern, x)) for x in mnemonics)
+
+
+def wants_products(ttir: str) -> bool:
+    """Whether Triton's code has products that tensor cores do: all but those of exact float32."""
+    dots = re.findall(r"tt\.dot [^\n]*", ttir)
+    return any(not re.search(r": tensor<[\dx]+xf32>", x) or "tf32" in x for x in dots)
+
+
+def read(case, compiled, arch: str) -> Compiled:
+    """What `triton.compile` made of a case."""
+    if arch.startswith("sm"):
+        text, usage = _sass(compiled.asm["cubin"])
+        language, registers = SASS, int(re.search(r"\bREG:(\d+)", usage)[1])
+        num_warps = int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])[1]) // 32
+    else:
+        text, language = compiled.asm["amdgcn"], AMDGCN
+        registers = int(re.search(r"\.vgpr_count:?\s+(\d+)", text)[1])
+        num_warps = compiled.metadata.num_warps
+    loop = hot_loop(text, language)
+    families = Counter(x.split(".")[0] for x in loop if re.match(language.products, x))
+    everything = re.findall(language.instruction, text, re.M)
+    return Compiled(
+        name=case.name,
+        arch=arch,
+        num_warps=num_warps,
+        registers=registers,
+        spills=_count(everything, language.spills),
+        shared=compiled.metadata.shared,
+        family=families.most_common(1)[0][0] if families else "-",
+        products=sum(families.values()),
+        instructions=len(loop),
+        wide_loads=_count(loop, language.wide_loads),
+        needs_products=wants_products(compiled.asm["ttir"]),
+    )
+
+
+def _sass(cubin: bytes) -> tuple[str, str]:
+    """The disassembly of a binary, and what it says of its resources."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (
+            [tools / "nvdisasm", "-c", file.name],
+            [tools / "cuobjdump", "--dump-resource-usage", file.name],
+        )
+        text, usage = (
+            subprocess.run(x, capture_output=True, text=True, check=True).stdout for x in commands
+        )
+    return text, usage
+
+
+def compile_case(case, arch: str) -> Compiled:
+    """One kernel for one target: `case` as `sparse_attn.triton.compile_cases` describes it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.signature)
+    source = ASTSource(
+        case.kernel,
+        signature=case.signature,
+        constexprs=case.constexprs,
+        attrs={(names.index(x),): [["tt.divisibility", 16]] for x in case.aligned},
+    )
+    nvidia = arch.startswith("sm")
+    target = GPUTarget(
+        "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, gpu(arch).warp_size
+    )
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": True,
+    }
+    return read(case, triton.compile(source, target=target, options=options), arch)
+
+
+def capability(target: Gpu) -> tuple[int, int]:
+    """What torch says of the GPU: (9, 0) for sm_90, (9, 4) for gfx942."""
+    digits = re.sub(r"\D", "", target.arch)
+    major = digits[:-1] if target.arch.startswith("sm") else digits[0]
+    return int(major), int(digits[len(major)])
+
+
+def kernel_cases(arch: str, words: list[str] = (), quick: bool = False) -> list:
+    """The cases of a target whose name holds all `words`; only those of `QUICK` if asked for."""
+    from sparse_attn.triton.compile_cases import compile_cases
+
+    return [
+        x
+        for x in compile_cases(capability(gpu(arch)))
+        if all(word in x.name for word in words) and (x.name in QUICK or not quick)
+    ]
+
+
+def compile_number(arch: str, words: list[str], quick: bool, number: int) -> Compiled:
+    """The case of that number."""
+    return compile_case(kernel_cases(arch, words, quick)[number], arch)
+
+
+def compile_all(archs: list[str], words: list[str], quick: bool, jobs: int) -> list[Compiled]:
+    """All cases for all targets, in fresh processes that see neither an interpreter nor kernels of
+    earlier runs.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)
+    found: list[Compiled] = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            for arch in archs:
+                begin = perf_counter()
+                number = len(kernel_cases(arch, words, quick))
+                tasks = [(arch, words, quick, n) for n in range(number)]
+                some = pool.starmap(compile_number, tasks, chunksize=1)
+                took = f"{len(some)} kernels in {perf_counter() - begin:.0f} s"
+                print(f"{arch}: {took}", file=sys.stderr, flush=True)
+                found += some
+    return found
+
+
+# --- what is written
+
+COLUMNS = (*(x.name for x in fields(Compiled)), "share", "occupancy", "problems")
+
+
+def cell(found: Compiled) -> str:
+    """What the page shows of a kernel on a target."""
+    parts = [
+        str(found.registers) + (f" + {found.spills} spills" if found.spills else ""),
+        f"{found.shared / 1024:.0f}",
+        f"{100 * occupancy(found):.0f} %",
+        f"{100 * found.share:.1f} %" if found.products else "-",
+    ]
+    return ", ".join(parts)
+
+
+def page_table(found: list[Compiled], archs: list[str]) -> str:
+    """One row a kernel, one column a target."""
+    by_name: dict[str, dict[str, Compiled]] = {}
+    for x in found:
+        by_name.setdefault(x.name, {})[x.arch] = x
+    rows = [
+        [name, *(cell(on[arch]) if arch in on else "-" for arch in archs)]
+        for name, on in by_name.items()
+        if name.endswith(IN_PAGE) or any(problems(x) for x in on.values())
+    ]
+    head = ("kernel", *(f"{gpu(arch).name} ({arch})" for arch in archs))
+    return report.markdown_table(rows, head)
+
+
+def write(found: list[Compiled], archs: list[str], named: str) -> None:
+    """The CSV file and the section of the page."""
+    rows = [
+        [
+            *map(str, asdict(x).values()),
+            f"{x.share:.4f}",
+            f"{occupancy(x):.4f}",
+            "; ".join(problems(x)),
+        ]
+        for x in found
+    ]
+    report.write_rows(CSV, COLUMNS, rows)
+    broken = sum(bool(problems(x)) for x in found)
+    kernels = f"{len(found)} kernels{f' named {named}' if named else ''} were compiled"
+    about = f"{kernels} with Triton {version('triton')}; {broken} of them break a rule."
+    report.replace_section(PAGE, "compiled", f"{page_table(found, archs)}\n\n{about}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    known = [x.arch for x in GPUS]
+    parser.add_argument("--arch", nargs="+", choices=known, default=known)
+    parser.add_argument("--quick", action="store_true", help="few kernels, no files")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels named so")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--json", action="store_true", help="print the results, write no file")
+    args = parser.parse_args()
+    found = compile_all(args.arch, args.only, args.quick, args.jobs)
+    if not found:
+        parser.error(f"no kernel is named {' '.join(args.only)}")
+    if args.json:
+        print(json.dumps([asdict(x) for x in found]))
+    else:
+        print(page_table(found, args.arch))
+        if args.arch == known and not args.quick:
+            write(found, args.arch, " ".join(args.only))
+    broken = [f"{x.arch} {x.name}: {'; '.join(why)}" for x in found if (why := problems(x))]
+    if broken:
+        raise SystemExit("\n".join(broken))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What the Triton compiler makes of the kernels, for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import triton_table
+from bench.gpus import GPUS
+from bench.triton_table import AMDGCN, SASS, Compiled, cell, hot_loop, occupancy, problems
+
+ROOT = Path(__file__).parents[1]
+GOOD = Compiled("a kernel", "sm_90", 8, 168, 0, 96 * 1024, "HGMMA", 12, 600, 8, True)
+
+
+def run(*arguments, cache):
+    """What a fresh process prints, that has no interpreter and no kernels compiled before."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout, done.stderr
+    return [Compiled(**x) for x in json.loads(done.stdout)]
+
+
+# --- the rules
+
+
+def test_a_good_kernel_breaks_no_rule():
+    assert problems(GOOD) == []
+    no_products = replace(GOOD, products=0, wide_loads=0, needs_products=False)
+    assert problems(no_products) == []
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"spills": 3}, "3 accesses to spilled registers"),
+        ({"shared": 228 * 1024}, "233472 bytes of shared memory, where 232448 are allowed"),
+        ({"products": 0}, "no tensor-core instruction"),
+        ({"wide_loads": 0}, "no global load of 16 bytes"),
+    ],
+)
+def test_what_is_wrong_is_named(change, said):
+    assert said in "; ".join(problems(replace(GOOD, **change)))
+
+
+def test_occupancy_by_hand():
+    assert occupancy(GOOD) == 1 * 8 / 64  # 168 * 32 * 8 registers: 1 block of 65536
+    assert occupancy(replace(GOOD, registers=128)) == 2 * 8 / 64
+    assert occupancy(replace(GOOD, registers=33, shared=0)) == 6 * 8 / 64  # 40 registers
+    assert occupancy(replace(GOOD, registers=16, shared=113 * 1024)) == 2 * 8 / 64
+    assert occupancy(replace(GOOD, registers=16, shared=114 * 1024)) == 1 * 8 / 64
+    on_amd = replace(GOOD, arch="gfx942", num_warps=4, registers=256, shared=32 * 1024)
+    assert occupancy(on_amd) == 2 * 4 / 32
+
+
+# --- reading assembly
+
+SASS_TEXT = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;
+        /*0010*/              @P1 BRA `(.L_x_9) ;
+.L_x_1:
+        /*0020*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+.L_x_2:
+        /*0030*/                   LDGSTS.E.BYPASS.LTC128B.128 [R7], desc[UR4][R2.64] ;
+        /*0040*/              @!P0 HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0050*/                   FADD R1, R1, R2 ;
+        /*0060*/             @UP0 BRA.U UP0, `(.L_x_2) ;
+        /*0070*/                   STL [R1], R2 ;
+        /*0080*/               @P2 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0090*/                   FADD R1, R1, R2 ;
+        /*00a0*/               @P2 BRA `(.L_x_3) ;
+.L_x_9:
+        /*00b0*/                   EXIT ;
+"""
+
+AMD_TEXT = """
+kernel:                                 ; @kernel
+; %bb.0:
+\ts_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1:                                ; %loop
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[0:1], v[2:3], v[0:15]
+\tscratch_store_dword off, v1, s32
+\ts_cbranch_scc1 .LBB0_1
+; %bb.2:
+\ts_endpgm
+"""
+
+
+def test_the_hot_loop_is_the_innermost_with_products():
+    loop = hot_loop(SASS_TEXT, SASS)
+    assert [x.split(".")[0] for x in loop] == ["LDGSTS", "HGMMA", "FADD", "BRA"]
+    loop = hot_loop(AMD_TEXT, AMDGCN)
+    expected = ["global_load_dwordx4", "v_mfma_f32_32x32x8_bf16", "scratch_store_dword"]
+    assert loop == [*expected, "s_cbranch_scc1"]
+    assert len(hot_loop(SASS_TEXT.replace("HGMMA", "FFMA"), SASS)) == 12
+
+
+def test_products_are_wanted_unless_they_are_of_exact_float32():
+    dot = "%7 = tt.dot %4, %5, %6{} : tensor<64x64x{}> * tensor<64x64x{}> -> tensor<64x64xf32>"
+    assert triton_table.wants_products(dot.format("", "bf16", "bf16"))
+    assert not triton_table.wants_products(dot.format("", "f32", "f32"))
+    assert triton_table.wants_products(dot.format(", inputPrecision = tf32x3", "f32", "f32"))
+    assert not triton_table.wants_products("%1 = tt.load %0")
+
+
+def test_the_page_has_a_row_for_each_kernel():
+    found = [replace(GOOD, name="x blocks"), replace(GOOD, name="x blocks", arch="sm_80", spills=3)]
+    table = triton_table.page_table(found, ["sm_80", "sm_90"])
+    assert "168 + 3 spills, 96" in table and cell(found[0]) == "168, 96, 12 %, 2.0 %"
+    assert table.count("\n") == 2
+
+
+# --- compiling
+
+
+def test_a_kernel_is_read_as_what_it_is(tmp_path):
+    pytest.importorskip("triton")
+    found = run("tests.compile_attention", cache=tmp_path)
+    by_name = {(x.name, x.arch): x for x in found}
+    families = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32"}
+    for arch, family in families.items():
+        good = by_name["good", arch]
+        assert problems(good) == [], arch
+        assert good.family.startswith(family) and 0 < good.share < 0.5 and 0 < occupancy(good) <= 1
+    (why,) = problems(by_name["spilling", "sm_80"])
+    assert "spilled registers" in why
+    (why,) = problems(by_name["unaligned", "sm_80"])
+    assert "16 bytes" in why
+    exact = by_name["exact float32", "sm_80"]
+    assert not exact.needs_products and exact.family == "-" and not problems(exact)
+
+
+@pytest.mark.parametrize("arch", [x.arch for x in GPUS])
+def test_the_kernels_compile_well(arch, tmp_path):
+    pytest.importorskip("triton")
+    pytest.importorskip("sparse_attn.triton")
+    found = run("bench.triton_table", "--json", "--quick", "--arch", arch, cache=tmp_path)
+    assert {x.name for x in found} == set(triton_table.QUICK)
+    assert {x.name: why for x in found if (why := problems(x))} == {}
+    family = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32"}[arch]
+    assert all(x.family.startswith(family) for x in found if x.name.endswith("blocks"))
