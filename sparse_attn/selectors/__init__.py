@@ -2,6 +2,16 @@
 
 from .base import PerHead, Selector, Union
 from .block_topk import BlockTopK
+from .hip import HiP
 from .static import Dense, SinkWindow, SlidingWindow
 
-__all__ = ["BlockTopK", "Dense", "PerHead", "Selector", "SinkWindow", "SlidingWindow", "Union"]
+__all__ = [
+    "BlockTopK",
+    "Dense",
+    "HiP",
+    "PerHead",
+    "Selector",
+    "SinkWindow",
+    "SlidingWindow",
+    "Union",
+]
