@@ -1,5 +1,7 @@
 """HiP's tree search against the paper's text, one head and one node at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -30,24 +32,28 @@ def literal_hip(q, k, hip, is_causal=True):
         if len(blocks) <= slots:
             chosen.append(blocks)
             continue
-        scores = (q[rows] @ k.T).amax(0).tolist()
+        best = (q[rows] @ k.T).amax(0).tolist()
         ends = [len(blocks) * j // slots for j in range(slots + 1)]
-        nodes = [blocks[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        nodes = [blocks[a:b] for a, b in pairwise(ends)]
         while max(map(len, nodes)) > 1:
             halves = []
             for node in nodes:
                 halves += [node[: len(node) // 2], node[len(node) // 2 :]]
             halves = [half for half in halves if half]
 
-            def score(half):
-                centre = half[len(half) // 2] * hip.block_k
-                keys = range(centre + hip.stride_k // 2, centre + hip.block_k, hip.stride_k)
-                return max(scores[min(j, end - 1)] for j in keys)
-
-            halves.sort(key=lambda half: -score(half))  # stable: the earlier of equal ones first
-            nodes = sorted(halves[:slots])
+            scores = [
+                max(best[min(j, end - 1)] for j in sampled_keys(half[len(half) // 2], hip))
+                for half in halves
+            ]
+            order = sorted(range(len(halves)), key=lambda i, s=scores: -s[i])  # stable: ties first
+            nodes = sorted(halves[i] for i in order[:slots])
         chosen.append([node[0] for node in nodes])
     return chosen
+
+
+def sampled_keys(block, hip):
+    first = block * hip.block_k
+    return range(first + hip.stride_k // 2, first + hip.block_k, hip.stride_k)
 
 
 def lists(layout, batch=0, head=0):
