@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <cmath>
 #include <functional>
 #include <numeric>
 #include <vector>
@@ -135,9 +134,9 @@ class TreeSearch {
                   scores_.data());
     ranks_.clear();
     for (int64_t i = 0; i < count; i += per_half) {
-      uint32_t rank = 0;
-      for (int64_t j = i; j < i + per_half; ++j) rank = std::max(rank, rank_of(scores_[j]));
-      ranks_.push_back(rank);
+      float best = scores_[i];
+      for (int64_t j = i + 1; j < i + per_half; ++j) best = std::max(best, scores_[j]);
+      ranks_.push_back(rank_of(best));
     }
   }
 
@@ -175,13 +174,16 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   const int64_t block_rows = std::min(params.block_q, params.seqlen_q);
   const int64_t sampled = params.strict ? 1 : ceil_div(block_rows, params.stride_q);
   const HipKernel& kernel = select_kernel(isa, params.dtype, sampled);
+  const int64_t group = params.num_heads / params.num_kv_heads;
   std::atomic<int64_t> next_task{0};
   const auto work = [&](int64_t) {
     TreeSearch search(params, kernel);
     const uint32_t saved = kernel.enter();
     for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
-      const int64_t head = i / rows;
-      search.run(head / params.num_heads, head % params.num_heads, i % rows);
+      // The heads that share a KV head follow each other, as they read many of the same keys.
+      const int64_t kv_head = i / group / rows, row = i / group % rows;
+      const int64_t b = kv_head / params.num_kv_heads;
+      search.run(b, kv_head % params.num_kv_heads * group + i % group, row);
     }
     kernel.leave(saved);
   };

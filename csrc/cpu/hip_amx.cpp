@@ -1,5 +1,6 @@
 // Scores of HiP's candidates on AMX: 32 keys by 16 or 32 rows at once. Keys are left factors, which
-// take their rows as they come; the rows are right factors, packed once for a whole search.
+// are loaded where they lie if 16 of them are evenly spaced, as those of one block are. The rows
+// are right factors, packed once for a whole search.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -37,9 +38,28 @@ void prepare_queries(const void* const* rows, int64_t num_rows, int64_t head_dim
   }
 }
 
+// 16 keys as left factors: where the first tile lies, and how far apart its rows and the tiles are.
+struct Keys {
+  const std::byte* first;
+  int64_t row_bytes, tile_bytes;
+
+  Keys(const void* const* rows, int64_t head_dim, uint16_t* copy)
+      : first(static_cast<const std::byte*>(rows[0])),
+        row_bytes(static_cast<const std::byte*>(rows[1]) - first),
+        tile_bytes(64) {
+    bool even = head_dim % 32 == 0;
+    for (int64_t i = 2; i < 16; ++i) even = even && rows[i] == first + i * row_bytes;
+    if (even) return;
+    first = reinterpret_cast<const std::byte*>(copy);
+    row_bytes = 64;
+    tile_bytes = kTile * 2;
+    for (int64_t d = 0; d < head_dim; d += 32, copy += kTile) pack_left(rows, d, head_dim, copy);
+  }
+};
+
 // scores[group][32 keys][16 rows], for one or two groups.
 template <int kGroups>
-void multiply(const uint16_t* keys, const uint16_t* queries, int64_t steps, float* scores) {
+void multiply(const Keys& a, const Keys& b, const uint16_t* queries, int64_t steps, float* scores) {
   fence_compiler();
   _tile_zero(0);
   _tile_zero(1);
@@ -48,8 +68,8 @@ void multiply(const uint16_t* keys, const uint16_t* queries, int64_t steps, floa
     _tile_zero(3);
   }
   for (int64_t i = 0; i < steps; ++i) {
-    _tile_loadd(4, keys + i * kTile, 64);
-    _tile_loadd(5, keys + (steps + i) * kTile, 64);
+    _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
+    _tile_loadd(5, b.first + i * b.tile_bytes, b.row_bytes);
     _tile_loadd(6, queries + i * kTile, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
@@ -78,8 +98,8 @@ __m512 max_across(const __m512* x) {
   return top;
 }
 
-void prefetch(const void* const* keys, int64_t count, int64_t head_dim) {
-  for (int64_t i = 0; i < count; ++i) {
+void prefetch(const void* const* keys, int64_t head_dim) {
+  for (int64_t i = 0; i < 32; ++i) {
     for (int64_t d = 0; d < head_dim; d += 32) {
       __builtin_prefetch(static_cast<const uint16_t*>(keys[i]) + d);
     }
@@ -88,32 +108,27 @@ void prefetch(const void* const* keys, int64_t count, int64_t head_dim) {
 
 void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const void* const* keys,
            int64_t count, float* best) {
-  constexpr int kMostSteps = 256 / 32;
-  alignas(64) uint16_t packed[2 * kMostSteps * kTile];
+  constexpr int64_t kMostSteps = 256 / 32;
+  alignas(64) uint16_t copies[2][kMostSteps * kTile];
   alignas(64) float scores[4 * kFloatTile];
   const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
   const int64_t steps = padded_dim(head_dim) / 32, groups = num_groups(num_rows);
-  prefetch(keys, std::min<int64_t>(count, 32), head_dim);
+  prefetch(keys, head_dim);
   for (int64_t j = 0; j < count; j += 32) {
-    prefetch(keys + j + 32, std::clamp<int64_t>(count - j - 32, 0, 32), head_dim);
-    uint16_t* tile = packed;
-    for (int64_t half = 0; half < 32; half += 16) {
-      for (int64_t d = 0; d < head_dim; d += 32, tile += kTile) {
-        pack_left(keys + j + half, d, head_dim, tile);
-      }
-    }
+    if (j + 32 < count) prefetch(keys + j + 32, head_dim);
+    const Keys a(keys + j, head_dim, copies[0]), b(keys + j + 16, head_dim, copies[1]);
     __m512 top[32];
     for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
     for (int64_t g = 0; g < groups; g += 2) {
       const uint16_t* group = queries + g * steps * kTile;
-      const int64_t found = groups == 1 ? 1 : 2;
-      if (found == 1) {
-        multiply<1>(packed, group, steps, scores);
+      if (groups == 1) {
+        multiply<1>(a, b, group, steps, scores);
       } else {
-        multiply<2>(packed, group, steps, scores);
+        multiply<2>(a, b, group, steps, scores);
       }
-      for (int64_t i = 0; i < found * 32; ++i) {
-        top[i % 32] = _mm512_max_ps(_mm512_load_ps(scores + 16 * i), top[i % 32]);
+      for (int64_t i = 0; i < 32; ++i) {
+        top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * i), top[i]);
+        if (groups > 1) top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * (i + 32)), top[i]);
       }
     }
     _mm512_storeu_ps(best + j, max_across(top));

@@ -39,16 +39,20 @@ class HiP(Selector):
     Args:
         k: number of keys searched for, for each query block, at least 1. Default 512.
         block_q: rows of a query block. Default 64.
-        block_k: keys of a key block. Default 8.
+        block_k: keys of a key block. Default 16.
         stride_q: the rows ``stride_q - 1, 2 * stride_q - 1, ...`` of a query block are sampled,
             and its last row. Default 2.
         stride_k: the keys ``stride_k // 2, stride_k // 2 + stride_k, ...`` of a key block are
             sampled, so 1 takes all and `block_k` the central one. Default 1.
         sink: number of leading keys every row sees. Default 16.
         window: number of trailing keys every row sees, itself included, at least 1. Default 256.
+        margin: the last keys that the window shows are searched too, so many of them, at most
+            `window`. They may then be found before they leave the window, while a selection is
+            reused for later rows, see `MaskCache`. Default 0.
         strict: whether the first row of a query block alone is sampled, so that a selection
-            depends on no token after that row. Needs ``window >= block_q``: the window shows the
-            keys that the later rows of the block would have searched. Default False.
+            depends on no token after that row. Needs ``window - margin >= block_q``: the
+            window shows the keys that the later rows of the block would have searched. Default
+            False.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -57,24 +61,29 @@ class HiP(Selector):
 
     k: int = 512
     block_q: int = 64
-    block_k: int = 8
+    block_k: int = 16
     stride_q: int = 2
     stride_k: int = 1
     sink: int = 16
     window: int = 256
+    margin: int = 0
     strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("k", "block_q", "block_k", "stride_q", "stride_k", "window"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("sink", self.sink, 0)
+        for name in ("sink", "margin"):
+            _at_least(name, getattr(self, name), 0)
         if self.stride_q > self.block_q:
             raise ValueError(f"stride_q is {self.stride_q}, more than block_q = {self.block_q}")
         if self.stride_k > self.block_k:
             raise ValueError(f"stride_k is {self.stride_k}, more than block_k = {self.block_k}")
-        if self.strict and self.window < self.block_q:
+        if self.margin > self.window:
+            raise ValueError(f"margin is {self.margin}, more than window = {self.window}")
+        if self.strict and self.window - self.margin < self.block_q:
             raise ValueError(
-                f"strict needs window >= block_q, got {self.window} and {self.block_q}"
+                f"strict needs window - margin >= block_q, got {self.window} - {self.margin} and "
+                f"{self.block_q}"
             )
 
     def __call__(
@@ -97,7 +106,7 @@ class HiP(Selector):
             self.stride_q,
             self.stride_k,
             self.sink,
-            self.window,
+            self.window - self.margin,
             self.strict,
             is_causal,
         )
