@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
@@ -20,6 +21,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/hip.h"
 #include "cpu/kernel.h"
 
 namespace sparse_attn {
@@ -460,6 +462,57 @@ std::tuple<Tensor, Tensor> attention_varlen(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t slots,
+                                      int64_t block_q, int64_t block_k, int64_t stride_q,
+                                      int64_t stride_k, int64_t sink, int64_t window, bool strict,
+                                      bool is_causal) {
+  AttentionParams qk;  // k stands for v, which is not read
+  describe_qkv(q, k, k, qk);
+  for (const auto& [value, name, low] :
+       {std::tuple(slots, "slots", 1), std::tuple(block_q, "block_q", 1),
+        std::tuple(block_k, "block_k", 1), std::tuple(stride_q, "stride_q", 1),
+        std::tuple(stride_k, "stride_k", 1), std::tuple(sink, "sink", 0),
+        std::tuple(window, "window", 0)}) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
+            value);
+  }
+  require(stride_q <= block_q, "stride_q must not be more than block_q");
+  require(stride_k <= block_k, "stride_k must not be more than block_k");
+  cpu::HipParams params;
+  params.q = qk.q;
+  params.k = qk.k;
+  params.q_stride = qk.q_stride;
+  params.k_stride = qk.k_stride;
+  params.dtype = qk.dtype;
+  params.batch = qk.batch;
+  params.num_heads = qk.num_heads;
+  params.num_kv_heads = qk.num_kv_heads;
+  params.seqlen_q = qk.seqlen_q;
+  params.seqlen_kv = qk.seqlen_kv;
+  params.head_dim = qk.head_dim;
+  params.slots = slots;
+  params.block_q = block_q;
+  params.block_k = block_k;
+  params.stride_q = stride_q;
+  params.stride_k = stride_k;
+  params.sink = sink;
+  params.window = window;
+  params.strict = strict;
+  params.is_causal = is_causal;
+  params.width = std::min(slots, ceil_div(qk.seqlen_kv, block_k));
+  const int64_t heads = qk.num_heads, rows = params.num_rows(), width = params.width;
+  Tensor counts =
+      empty_strided<3>({qk.batch, heads, rows}, {heads * rows, rows, 1}, aoti_torch_dtype_int32());
+  Tensor indices =
+      empty_strided<4>({qk.batch, heads, rows, width},
+                       {heads * rows * width, rows * width, width, 1}, aoti_torch_dtype_int32());
+  params.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
+  params.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+  cpu::hip_select(params, active_isa(), torch_threads());
+  return {counts, indices};
+}
+
 PyObject* cpu_isa(PyObject*, PyObject*) {
   return PyUnicode_FromString(cpu::isa_name(active_isa()));
 }
@@ -524,6 +577,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("attention", TORCH_BOX(&sparse_attn::attention));
   m.impl("attention_backward", TORCH_BOX(&sparse_attn::attention_backward));
   m.impl("attention_varlen", TORCH_BOX(&sparse_attn::attention_varlen));
+  m.impl("hip_select", TORCH_BOX(&sparse_attn::hip_select));
 }
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&sparse_attn::kModule); }

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from sparse_attn import BlockLayout, selectors, sparse_attention
-from sparse_attn.selectors import BlockTopK, Dense, PerHead, SinkWindow, SlidingWindow
+from sparse_attn.selectors import (
+    BlockTopK,
+    Dense,
+    HiP,
+    MaskCache,
+    PerHead,
+    SinkWindow,
+    SlidingWindow,
+)
 
 from .structured import structured_qk
 
@@ -14,6 +22,10 @@ TABLE = {
     "SlidingWindow": SlidingWindow(window=33),
     "SinkWindow": SinkWindow(sink=5, window=40),
     "BlockTopK": BlockTopK(top_k=3, block_size=32, sink=4, window=40),
+    "HiP": HiP(k=24, block_q=32, block_k=4, sink=5, window=20),
+    "MaskCache": MaskCache(
+        HiP(k=24, block_q=32, block_k=4, sink=5, window=20, margin=3), refresh=4
+    ),
     "Union": BlockTopK(top_k=2, block_size=32, sink=0, window=1) | SinkWindow(sink=8, window=64),
     "PerHead": PerHead({0: Dense(), (1, 3): BlockTopK(2, 16, 0, 16)}, default=SinkWindow(2, 8)),
 }

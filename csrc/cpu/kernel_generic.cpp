@@ -13,6 +13,7 @@
 
 #include "backward_kernel.h"
 #include "decode.h"
+#include "hip.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -20,6 +21,7 @@
 #define SPARSE_ATTN_VECTOR_BYTES 16
 #include "decode_kernel.h"
 #include "fma_kernel.h"
+#include "hip_kernel.h"
 
 // The gradients use parts of the forward kernel.
 #include "backward_fma.h"
@@ -28,6 +30,7 @@ namespace sparse_attn::cpu {
 
 const TileKernel& generic_kernel(DType dtype) { return generic::fma_kernel(dtype); }
 const DecodeKernel& generic_decode_kernel(DType dtype) { return generic::decode_kernel(dtype); }
+const HipKernel& generic_hip_kernel(DType dtype) { return generic::hip_kernel(dtype); }
 
 const BackwardKernel& generic_backward_kernel(DType dtype) {
   return generic::fma_backward_kernel(dtype);

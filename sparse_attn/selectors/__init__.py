@@ -2,6 +2,18 @@
 
 from .base import PerHead, Selector, Union
 from .block_topk import BlockTopK
+from .hip import HiP
+from .mask_cache import MaskCache
 from .static import Dense, SinkWindow, SlidingWindow
 
-__all__ = ["BlockTopK", "Dense", "PerHead", "Selector", "SinkWindow", "SlidingWindow", "Union"]
+__all__ = [
+    "BlockTopK",
+    "Dense",
+    "HiP",
+    "MaskCache",
+    "PerHead",
+    "Selector",
+    "SinkWindow",
+    "SlidingWindow",
+    "Union",
+]

@@ -1,0 +1,296 @@
+"""The tables of docs/hip.md: how fast HiP is, and what it finds.
+
+``python -m bench.hip`` measures everything, ``python -m bench.hip --only WORD ...`` the rows whose
+section and name hold all the words. Each row is kept in ``bench/results/hip.json`` as soon as it is
+measured, and the tables are made from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+
+import torch
+from torch.nn import functional as F
+
+from sparse_attn import selectors, sparse_attention
+from sparse_attn.selectors import BlockTopK, HiP, MaskCache, SinkWindow
+
+from . import report, texts
+from .measure import Subject, measure, observed_attention
+from .pretrained import load
+from .timing import paired_ratio, paired_times
+
+KEPT = Path(__file__).parent / "results" / "hip.json"
+PAGE = Path(__file__).parents[1] / "docs" / "hip.md"
+TOKENS = 8192
+DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)
+LAYERS = (1, 10, 20)
+
+HIP = HiP(k=512)
+FEWER_KEYS = HiP(k=512, stride_q=1, stride_k=4)
+FEWEST = HiP(k=512, stride_q=4, stride_k=16)
+
+
+def normal(heads: int, seqlen: int) -> torch.Tensor:
+    return torch.randn(1, heads, seqlen, 128, dtype=torch.bfloat16)
+
+
+# --- speed
+
+
+def prefill(hip: HiP, seqlen: int, heads: int) -> list[str]:
+    """Attention of one layer with torch's SDPA and with HiP, and the share of the selection."""
+    q, k, v = (normal(heads, seqlen) for _ in range(3))
+    parts: dict[str, list[float]] = {"select": [], "attend": []}
+
+    def ours():
+        times = [perf_counter()]
+        layout = hip(q, k)
+        times.append(perf_counter())
+        sparse_attention(q, k, v, layout)
+        times.append(perf_counter())
+        parts["select"].append(times[1] - times[0])
+        parts["attend"].append(times[2] - times[1])
+
+    calls = {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), "ours": ours}
+    times = paired_times(calls, 2.0, min_rounds=1 if seqlen > 2**16 else 5)
+    select, attend = (median(x[1:]) for x in parts.values())
+    return [
+        f"{1e3 * median(times['SDPA']):.4g}",
+        f"{1e3 * median(times['ours']):.4g}",
+        f"{paired_ratio(times['SDPA'], times['ours']):.1f}",
+        f"{100 * select / (select + attend):.0f} %",
+    ]
+
+
+def selection(hip: HiP, seqlen: int) -> list[str]:
+    """Milliseconds of choosing for one head, and the bytes of what is chosen."""
+    q, k = normal(1, seqlen), normal(1, seqlen)
+    times = paired_times({"select": lambda: hip(q, k)}, 0.5)["select"]
+    lists = hip(q, k).tensors().values()
+    return [f"{1e3 * median(times):.4g}", f"{sum(x.numel() * 4 for x in lists) / 2**20:.2g} MiB"]
+
+
+def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
+    """A decoding step of 32 heads on 8 KV heads, mean over the steps that share a selection."""
+    q, k, v = normal(32, 1), normal(8, seqlen), normal(8, seqlen)
+    selector = MaskCache(hip, refresh=refresh)
+    lengths = range(seqlen - refresh + 1, seqlen + 1)
+
+    def ours():
+        for n in lengths:
+            sparse_attention(q, k[:, :, :n], v[:, :, :n], selector)
+
+    calls = {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), "ours": ours}
+    times = paired_times(calls, 2.0)
+    ours_times = [x / refresh for x in times["ours"]]
+    return [
+        f"{1e3 * median(times['SDPA']):.4g}",
+        f"{1e3 * median(ours_times):.4g}",
+        f"{paired_ratio(times['SDPA'], ours_times):.1f}",
+    ]
+
+
+# --- quality
+
+
+@functools.cache
+def smollm2():
+    return load("smollm2")
+
+
+def quality(selector, first_layer: int = 0) -> list[str]:
+    """What SmolLM2 still does; layers before `first_layer` are dense."""
+    tokenizer, model = smollm2()
+    layers = range(first_layer, model.config.num_hidden_layers)
+    subject = Subject("", selector if not first_layer else dict.fromkeys(layers, selector))
+    prompts = [texts.reading(tokenizer, TOKENS), texts.second_copy(tokenizer, TOKENS * 3 // 4)]
+    prompts += [texts.passkey(tokenizer, TOKENS, depth) for depth in DEPTHS]
+    for prompt in prompts:
+        measure(model, subject, prompt, timed=False, densities=False)
+    found = [f"{d:g}" for d, ok in zip(DEPTHS, subject.answers.values(), strict=True) if ok]
+    return [
+        f"{math.exp(subject.losses['reading']):.2f}",
+        f"{subject.losses['second copy']:.2f}",
+        f"{len(found)}/{len(DEPTHS)}" + (f" ({', '.join(found)})" if found else ""),
+    ]
+
+
+def model_prefill(selector) -> list[str]:
+    """Seconds of SmolLM2's prefill, and of its attention, against torch's SDPA."""
+    tokenizer, model = smollm2()
+    subjects = [Subject("SDPA", None), Subject("ours", selector)]
+    prompt = texts.passkey(tokenizer, TOKENS, 0.5)
+    for timed in (True, True):
+        for subject in subjects:
+            measure(model, subject, prompt, timed=timed, densities=False)
+    sdpa, ours = subjects
+    return [
+        f"{min(ours.prefill):.2f}",
+        f"{sdpa.speedup(ours, 'prefill') ** -1:.2f}",
+        f"{sdpa.speedup(ours, 'attention') ** -1:.2f}",
+    ]
+
+
+@functools.cache
+def real_queries_and_keys() -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """q and k of some layers of SmolLM2 on `TOKENS` tokens of English."""
+    tokenizer, model = smollm2()
+    seen = {}
+
+    def observe(module, q, k, seconds, kwargs):
+        if module.layer_idx in LAYERS:
+            seen[module.layer_idx] = (q.clone(), k.clone())
+
+    with torch.inference_mode(), observed_attention(model, observe):
+        model.model(texts.reading(tokenizer, TOKENS).ids)
+    return seen
+
+
+def recall(hip: HiP, layer: int, head: int) -> list[str]:
+    """Softmax mass that a head's rows see, mean over the second half of them: through sink and
+    window, with the blocks that HiP finds, and with as many blocks of the greatest mass.
+    """
+    q, k = real_queries_and_keys()[layer]
+    one_q = q[:, head : head + 1]
+    one_k = k[:, head // (q.shape[1] // k.shape[1])][:, None]
+    layout = hip(one_q, one_k)
+    base = SinkWindow(hip.sink, hip.window)(one_q, one_k)
+    results = []
+    for start in range(TOKENS // 2, TOKENS, hip.block_q):
+        stop = start + hip.block_q
+        scores = one_q[0, 0, start:stop].float() @ one_k[0, 0].float().T * q.shape[-1] ** -0.5
+        position = torch.arange(start, stop)[:, None]
+        scores = scores.masked_fill(torch.arange(TOKENS) > position, -torch.inf)
+        mass = scores.softmax(-1)
+        near = base.visible(start, stop)[0, 0]
+        chosen = layout.visible(start, stop)[0, 0]
+        far = (mass * ~near).unflatten(1, (-1, hip.block_k)).sum((0, 2))
+        count = int(layout.kv_num_blocks[0, 0, start // hip.block_q])
+        best = far.topk(count).values.sum() / hip.block_q
+        window = (mass * near).sum(-1).mean()
+        results.append([window, (mass * chosen).sum(-1).mean(), window + best])
+    return [f"{mean(float(x) for x in column):.3f}" for column in zip(*results, strict=True)]
+
+
+# --- the tables
+
+Row = Callable[[], list[str]]
+
+
+def named(hip: HiP) -> str:
+    """The settings that differ from HiP's own."""
+    default, values = HiP(), vars(hip)
+    changed = [f"{x}={values[x]}" for x in values if values[x] != getattr(default, x) or x == "k"]
+    return f"HiP({', '.join(changed)})"
+
+
+def _prefill_rows() -> dict[str, Row]:
+    sizes = {4096: 2, 8192: 2, 32768: 2, 131072: 1}
+    return {
+        f"{seqlen} {named(hip)}": functools.partial(prefill, hip, seqlen, heads)
+        for seqlen, heads in sizes.items()
+        for hip in (HIP, FEWER_KEYS, FEWEST)
+    }
+
+
+def _decoding_rows() -> dict[str, Row]:
+    rows = {}
+    for seqlen in (8192, 32768, 131072):
+        for refresh in (1, 8):
+            hip = HiP(k=512, margin=refresh - 1)
+            rows[f"{seqlen} refresh {refresh}"] = functools.partial(decoding, hip, seqlen, refresh)
+    return rows
+
+
+def _subjects() -> dict[str, object]:
+    return {
+        "Dense()": selectors.Dense(),
+        "SinkWindow(64, 1024)": SinkWindow(sink=64, window=1024),
+        "BlockTopK(64, 16)": BlockTopK(top_k=64, block_size=16),
+        **{named(hip): hip for hip in (HiP(k=256), HIP, HiP(k=1024), FEWER_KEYS)},
+    }
+
+
+def _quality_rows() -> dict[str, Row]:
+    rows = {name: functools.partial(quality, s) for name, s in _subjects().items()}
+    for hip in (HiP(k=512), HiP(k=1024)):
+        rows[f"{named(hip)}, 3 layers dense"] = functools.partial(quality, hip, 3)
+    return rows
+
+
+SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, Row]]] = {
+    "prefill": (("tokens and selector", "SDPA ms", "HiP ms", "vs SDPA", "selection"), {}),
+    "selection": (("keys", "ms", "lists"), {}),
+    "decode": (("keys", "SDPA ms", "HiP ms", "vs SDPA"), {}),
+    "quality": (("selector", "perplexity", "loss on second copy", "passkeys found (depth)"), {}),
+    "model": (("selector", "prefill s", "speed-up end to end", "speed-up of attention"), {}),
+    "recall": (("layer and head", "sink and window", "with HiP's blocks", "with the best"), {}),
+}
+
+
+def _fill_sections() -> None:
+    SECTIONS["prefill"][1].update(_prefill_rows())
+    SECTIONS["selection"][1].update(
+        {str(2**n): functools.partial(selection, HIP, 2**n) for n in range(12, 19)}
+    )
+    SECTIONS["decode"][1].update(_decoding_rows())
+    SECTIONS["quality"][1].update(_quality_rows())
+    SECTIONS["model"][1].update(
+        {name: functools.partial(model_prefill, s) for name, s in _subjects().items()}
+    )
+    SECTIONS["recall"][1].update(
+        {
+            f"layer {layer} head {head}": functools.partial(recall, HIP, layer, head)
+            for layer in LAYERS
+            for head in range(9)
+        }
+    )
+
+
+def exponent(kept: dict[str, list[str]]) -> str:
+    """The slope of log time over log length, from the shortest to the longest selection."""
+    points = sorted((int(name), float(cells[0])) for name, cells in kept.items())
+    (first, first_ms), (last, last_ms) = points[0], points[-1]
+    slope = math.log(last_ms / first_ms) / math.log(last / first)
+    return f"Measured exponent from {first} to {last} keys: {slope:.2f}."
+
+
+def write(kept: dict[str, dict[str, list[str]]]) -> None:
+    """The tables of the page."""
+    for section, (header, rows) in SECTIONS.items():
+        cells = [[name, *kept[section][name]] for name in rows if name in kept.get(section, {})]
+        text = report.markdown_table(cells, header) if cells else "Not measured."
+        if section == "selection" and len(cells) > 1:
+            text += f"\n\n{exponent(kept[section])}"
+        report.replace_section(PAGE, section, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows named so")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.exp(torch.ones(2**16))  # the first threaded call of a process may be less accurate
+    _fill_sections()
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for section, (_, rows) in SECTIONS.items():
+        for name, row in rows.items():
+            if not all(word in f"{section} {name}" for word in args.only):
+                continue
+            cells = row()
+            print(section, name, *cells, sep=" | ", flush=True)
+            kept.setdefault(section, {})[name] = cells
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    write(kept)
+
+
+if __name__ == "__main__":
+    main()

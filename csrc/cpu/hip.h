@@ -1,0 +1,55 @@
+// The tree search of HiP: which key blocks each query block attends to.
+#pragma once
+
+#include <cstddef>
+
+#include "forward.h"
+
+namespace sparse_attn::cpu {
+
+struct HipParams {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  Strides q_stride, k_stride;
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, num_heads = 0, num_kv_heads = 0;
+  int64_t seqlen_q = 0, seqlen_kv = 0, head_dim = 0;
+
+  int64_t slots = 1;                   // blocks to find
+  int64_t block_q = 1, block_k = 1;    // rows and keys in a block
+  int64_t stride_q = 1, stride_k = 1;  // of the sampled rows and keys
+  int64_t sink = 0, window = 0;        // tokens that need no search
+  bool strict = false;                 // only the first row is sampled
+  bool is_causal = true;
+
+  int32_t* counts = nullptr;   // [batch, num_heads, num_rows()]
+  int32_t* indices = nullptr;  // [batch, num_heads, num_rows(), width]
+  int64_t width = 0;
+
+  int64_t num_rows() const { return (seqlen_q + block_q - 1) / block_q; }
+};
+
+// Pointers to keys come in whole numbers of so many; the last ones may repeat.
+inline constexpr int64_t kHipKeys = 64;
+
+// The scores of keys: their largest product with any of the sampled rows.
+struct HipKernel {
+  int64_t (*query_bytes)(int64_t num_rows, int64_t head_dim);
+  void (*prepare_queries)(const void* const* rows, int64_t num_rows, int64_t head_dim,
+                          std::byte* queries);
+  void (*score)(const std::byte* queries, int64_t num_rows, int64_t head_dim,
+                const void* const* keys, int64_t count, float* best);
+  uint32_t (*enter)();
+  void (*leave)(uint32_t saved);
+};
+
+const HipKernel& generic_hip_kernel(DType dtype);
+#if defined(__x86_64__)
+const HipKernel& avx2_hip_kernel(DType dtype);
+const HipKernel& avx512_hip_kernel(DType dtype);
+const HipKernel& amx_hip_kernel();  // bfloat16
+#endif
+
+void hip_select(const HipParams& params, Isa isa, const Parallel& parallel);
+
+}  // namespace sparse_attn::cpu

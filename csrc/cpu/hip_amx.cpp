@@ -1,0 +1,149 @@
+// Scores of HiP's candidates on AMX: 32 keys by 16 or 32 rows at once. Keys are left factors, which
+// are loaded where they lie if 16 of them are evenly spaced, as those of one block are. The rows
+// are right factors, packed once for a whole search.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "hip.h"
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+
+#define SPARSE_ATTN_ISA amx_hip
+#define SPARSE_ATTN_VECTOR_BYTES 64
+#include "amx_tiles.h"
+
+namespace sparse_attn::cpu {
+
+namespace amx_hip {
+
+// Groups of 16 rows: an even number, or one.
+int64_t num_groups(int64_t num_rows) { return num_rows <= 16 ? 1 : (num_rows + 31) / 32 * 2; }
+
+int64_t query_bytes(int64_t num_rows, int64_t head_dim) {
+  return num_groups(num_rows) * 16 * padded_dim(head_dim) * 2;
+}
+
+// The last row is repeated, which no maximum notices.
+void prepare_queries(const void* const* rows, int64_t num_rows, int64_t head_dim,
+                     std::byte* queries) {
+  uint16_t* tile = reinterpret_cast<uint16_t*>(queries);
+  for (int64_t g = 0; g < num_groups(num_rows); ++g) {
+    const void* group[16];
+    for (int64_t i = 0; i < 16; ++i) group[i] = rows[std::min(16 * g + i, num_rows - 1)];
+    for (int64_t d = 0; d < head_dim; d += 32, tile += kTile) {
+      pack_right_transposed(group, d, head_dim, tile);
+    }
+  }
+}
+
+// 16 keys as left factors: where the first tile lies, and how far apart its rows and the tiles are.
+struct Keys {
+  const std::byte* first;
+  int64_t row_bytes, tile_bytes;
+
+  Keys(const void* const* rows, int64_t head_dim, uint16_t* copy)
+      : first(static_cast<const std::byte*>(rows[0])),
+        row_bytes(static_cast<const std::byte*>(rows[1]) - first),
+        tile_bytes(64) {
+    bool even = head_dim % 32 == 0;
+    for (int64_t i = 2; i < 16; ++i) even = even && rows[i] == first + i * row_bytes;
+    if (even) return;
+    first = reinterpret_cast<const std::byte*>(copy);
+    row_bytes = 64;
+    tile_bytes = kTile * 2;
+    for (int64_t d = 0; d < head_dim; d += 32, copy += kTile) pack_left(rows, d, head_dim, copy);
+  }
+};
+
+// scores[group][32 keys][16 rows], for one or two groups.
+template <int kGroups>
+void multiply(const Keys& a, const Keys& b, const uint16_t* queries, int64_t steps, float* scores) {
+  fence_compiler();
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kGroups == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
+    _tile_loadd(5, b.first + i * b.tile_bytes, b.row_bytes);
+    _tile_loadd(6, queries + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kGroups == 2) {
+      _tile_loadd(7, queries + (steps + i) * kTile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, scores, 64);
+  _tile_stored(1, scores + kFloatTile, 64);
+  if constexpr (kGroups == 2) {
+    _tile_stored(2, scores + 2 * kFloatTile, 64);
+    _tile_stored(3, scores + 3 * kFloatTile, 64);
+  }
+  fence_compiler();
+}
+
+// The largest lane of each of 16 vectors.
+__m512 max_across(const __m512* x) {
+  __m512i y[16];
+  for (int i = 0; i < 16; ++i) y[i] = _mm512_castps_si512(x[i]);
+  transpose_16x16(y);
+  __m512 top = _mm512_castsi512_ps(y[0]);
+  for (int i = 1; i < 16; ++i) top = _mm512_max_ps(top, _mm512_castsi512_ps(y[i]));
+  return top;
+}
+
+void prefetch(const void* const* keys, int64_t head_dim) {
+  for (int64_t i = 0; i < 32; ++i) {
+    for (int64_t d = 0; d < head_dim; d += 32) {
+      __builtin_prefetch(static_cast<const uint16_t*>(keys[i]) + d);
+    }
+  }
+}
+
+void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const void* const* keys,
+           int64_t count, float* best) {
+  constexpr int64_t kMostSteps = 256 / 32;
+  alignas(64) uint16_t copies[2][kMostSteps * kTile];
+  alignas(64) float scores[4 * kFloatTile];
+  const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
+  const int64_t steps = padded_dim(head_dim) / 32, groups = num_groups(num_rows);
+  prefetch(keys, head_dim);
+  for (int64_t j = 0; j < count; j += 32) {
+    if (j + 32 < count) prefetch(keys + j + 32, head_dim);
+    const Keys a(keys + j, head_dim, copies[0]), b(keys + j + 16, head_dim, copies[1]);
+    __m512 top[32];
+    for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t g = 0; g < groups; g += 2) {
+      const uint16_t* group = queries + g * steps * kTile;
+      if (groups == 1) {
+        multiply<1>(a, b, group, steps, scores);
+      } else {
+        multiply<2>(a, b, group, steps, scores);
+      }
+      for (int64_t i = 0; i < 32; ++i) {
+        top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * i), top[i]);
+        if (groups > 1) top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * (i + 32)), top[i]);
+      }
+    }
+    _mm512_storeu_ps(best + j, max_across(top));
+    _mm512_storeu_ps(best + j + 16, max_across(top + 16));
+  }
+}
+
+}  // namespace amx_hip
+
+const HipKernel& amx_hip_kernel() {
+  static constexpr HipKernel kKernel = {amx_hip::query_bytes, amx_hip::prepare_queries,
+                                        amx_hip::score, amx_hip::enter_kernel,
+                                        amx_hip::leave_kernel};
+  return kKernel;
+}
+
+}  // namespace sparse_attn::cpu
+#endif

@@ -1,0 +1,195 @@
+"""HiP: a tree search for the key blocks of each query block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import backends, ops
+from ..layout import BlockLayout
+from ..reference import compute_dtype
+from .base import Selector, seqlens
+from .static import _at_least
+
+
+@dataclass(frozen=True)
+class HiP(Selector):
+    """For each query block and head, `k` keys found by a tree search, a sink and a window (HiP 1.1,
+    arXiv 2406.09827).
+
+    The searched keys of query block ``m`` are those between the sink and the window of its last
+    row, in blocks of `block_k` keys; blocks that lie in either as a whole are left out. Let ``N``
+    be their number. The search keeps ``M = ceil(k / block_k)`` nodes,
+    each a run of blocks; at first they share the ``N`` blocks evenly. A step splits every node into
+    halves and keeps the ``M`` best of the ``2 M``, until each node is one block. A half is judged
+    by the block at its centre (block ``first + size // 2``)::
+
+        score = max(q[r] @ key[j] for r in sampled rows of the query block
+                                  for j in sampled keys of the centre block)
+
+    Of equal scores the earlier half is kept. If ``N <= M`` all blocks are kept: with ``k >=
+    seqlen_kv`` attention is dense. Searching takes ``O(S log S)`` time and ``O(S)`` memory.
+
+    The rows of one query block share its selection, so a row's keys may depend on later rows of its
+    own block, never on rows after it; `strict` takes that away too. The first layers of a model
+    stand to lose most: the paper keeps 3 of them dense (``patch(..., exclude_layers=range(3))``).
+
+    Args:
+        k: number of keys searched for, for each query block, at least 1. Default 512.
+        block_q: rows of a query block. Default 64.
+        block_k: keys of a key block. Default 16.
+        stride_q: the rows ``stride_q - 1, 2 * stride_q - 1, ...`` of a query block are sampled,
+            and its last row. Default 2.
+        stride_k: the keys ``stride_k // 2, stride_k // 2 + stride_k, ...`` of a key block are
+            sampled, so 1 takes all and `block_k` the central one. Default 1.
+        sink: number of leading keys every row sees. Default 16.
+        window: number of trailing keys every row sees, itself included, at least 1. Default 256.
+        margin: the last keys that the window shows are searched too, so many of them, at most
+            `window`. They may then be found before they leave the window, while a selection is
+            reused for later rows, see `MaskCache`. Default 0.
+        strict: whether the first row of a query block alone is sampled, so that a selection
+            depends on no token after that row. Needs ``window - margin >= block_q``: the
+            window shows the keys that the later rows of the block would have searched. Default
+            False.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+        >>> layout = HiP(k=32, block_q=32, sink=4, window=32)(q, k)
+    """
+
+    k: int = 512
+    block_q: int = 64
+    block_k: int = 16
+    stride_q: int = 2
+    stride_k: int = 1
+    sink: int = 16
+    window: int = 256
+    margin: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("k", "block_q", "block_k", "stride_q", "stride_k", "window"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("sink", "margin"):
+            _at_least(name, getattr(self, name), 0)
+        if self.stride_q > self.block_q:
+            raise ValueError(f"stride_q is {self.stride_q}, more than block_q = {self.block_q}")
+        if self.stride_k > self.block_k:
+            raise ValueError(f"stride_k is {self.stride_k}, more than block_k = {self.block_k}")
+        if self.margin > self.window:
+            raise ValueError(f"margin is {self.margin}, more than window = {self.window}")
+        if self.strict and self.window - self.margin < self.block_q:
+            raise ValueError(
+                f"strict needs window - margin >= block_q, got {self.window} - {self.margin} and "
+                f"{self.block_q}"
+            )
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        base = BlockLayout.sink_window(
+            seqlens(q, k), sink=self.sink, window=self.window, device=q.device
+        )
+        if k.shape[2] == 0 or q.shape[2] == 0:
+            return base
+        if scale is not None and scale < 0:
+            q = -q
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        counts, indices = backends.op_for("auto", q, k, "hip_select")(
+            q,
+            k,
+            -(-self.k // self.block_k),
+            self.block_q,
+            self.block_k,
+            self.stride_q,
+            self.stride_k,
+            self.sink,
+            self.window - self.margin,
+            self.strict,
+            is_causal,
+        )
+        block_size = (self.block_q, self.block_k)
+        return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
+
+
+def hip_select(
+    q: Tensor,
+    k: Tensor,
+    slots: int,
+    block_q: int,
+    block_k: int,
+    stride_q: int,
+    stride_k: int,
+    sink: int,
+    window: int,
+    strict: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op ``sparse_attn::hip_select`` in torch, one query block after the other.
+
+    Returns:
+        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [B, H, Mq], kv_indices [B, H, Mq, width])``,
+        ascending, width as in `_width`; behind the counts, zeros.
+    """
+    batch, heads, seqlen_q, _ = q.shape
+    num_kv_heads, seqlen_kv = k.shape[1:3]
+    dtype = compute_dtype(q.dtype)
+    b = torch.arange(batch, device=q.device)[:, None, None, None]
+    kv_head = (torch.arange(heads, device=q.device) // (heads // num_kv_heads))[:, None, None]
+    keys_of_block = torch.arange(stride_k // 2, block_k, stride_k, device=q.device)
+    first_block = sink // block_k
+    width = _width(slots, block_k, seqlen_kv)
+    counts = torch.zeros(-(-seqlen_q // block_q), dtype=torch.int32, device=q.device)
+    indices = q.new_zeros((batch, heads, len(counts), width), dtype=torch.int32)
+    for m, start in enumerate(range(0, seqlen_q, block_q)):
+        stop = min(start + block_q, seqlen_q)
+        rows = [start] if strict else [*range(start + stride_q - 1, stop, stride_q), stop - 1]
+        end = seqlen_kv  # of the searched keys
+        if is_causal:
+            end = min(start + block_q + seqlen_kv - seqlen_q, seqlen_kv) - window
+        num_blocks = max(0, -(-end // block_k) - first_block)
+        count = min(slots, num_blocks)
+        counts[m] = count
+        if count == 0:
+            continue
+        bounds = torch.arange(count + 1, device=q.device) * num_blocks // count
+        first, size = (x.expand(batch, heads, -1) for x in (bounds[:-1], bounds.diff()))
+        queries = q[:, :, rows].to(dtype)
+        for _ in range((-(-num_blocks // count) - 1).bit_length()):
+            half = size // 2
+            first = torch.stack([first, first + half], -1).flatten(-2)
+            size = torch.stack([half, size - half], -1).flatten(-2)
+            block = first_block + first + size // 2
+            at = (block[..., None] * block_k + keys_of_block).clamp(max=end - 1)
+            keys = k[b, kv_head, at].to(dtype).flatten(2, 3)
+            scores = (queries @ keys.mT).amax(2).unflatten(2, (-1, len(keys_of_block))).amax(-1)
+            scores = scores.nan_to_num(-torch.inf).clamp(min=torch.finfo(dtype).min)
+            scores = scores.masked_fill(size == 0, -torch.inf)
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+            kept = best.sort(-1).values
+            first, size = first.gather(-1, kept), size.gather(-1, kept)
+        indices[:, :, m, :count] = first_block + first
+    return counts.expand(batch, heads, -1).contiguous(), indices
+
+
+def _width(slots: int, block_k: int, seqlen_kv: int) -> int:
+    """Entries of each list: no more than there are key blocks."""
+    return min(slots, -(-seqlen_kv // block_k))
+
+
+def _fake_hip_select(q, k, slots, block_q, block_k, *rest) -> tuple[Tensor, Tensor]:
+    rows = (*q.shape[:2], -(-q.shape[2] // block_q))
+    width = torch.sym_min(slots, -(-k.shape[2] // block_k))
+    return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, width), dtype=torch.int32)
+
+
+for _name in ("hip_select", "hip_select_reference"):
+    ops.library.define(
+        f"{_name}(Tensor q, Tensor k, int slots, int block_q, int block_k, int stride_q, "
+        "int stride_k, int sink, int window, bool strict, bool is_causal) -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    ops.library.impl(_name, hip_select, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_attn::{_name}", _fake_hip_select, lib=ops.library)
