@@ -83,7 +83,9 @@ def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention"):
     """
     for name in _order(backend, q):
         if name in _REASONS and not _REASONS[name](q, v):
-            return getattr(torch.ops.sparse_attn, op + _SUFFIXES[name]).default
+            served = getattr(torch.ops.sparse_attn, op + _SUFFIXES[name], None)
+            if served is not None:  # not every backend has every op
+                return served.default
     raise ValueError(
         f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
         f"v {list(v.shape)}:\n{choose(backend, q, v)}"
