@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,10 +14,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-@cache
-def is_installed() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+INSTALLED = _is_installed()
 
 
 def is_interpreting() -> bool:
@@ -31,7 +34,7 @@ def is_interpreting() -> bool:
 def reasons(q: Tensor, v: Tensor) -> list[str]:
     """Why the kernels cannot run a call, one sentence each."""
     found = []
-    if not is_installed():
+    if not INSTALLED:
         found.append("triton is not installed: pip install 'sparse-attn[triton]'")
     if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreting()):
         found.append(

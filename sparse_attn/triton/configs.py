@@ -61,7 +61,7 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     if dtype == torch.float32:
         if head_dim <= 64:
             return Config(32, 32, 4, 2)
-        return Config(32, 32, 8, 2) if head_dim <= 128 else Config(16, 32, 8, 2)
+        return Config(32 if head_dim <= 128 else 16, 16, 4, 2)
     if head_dim <= 64:
         return Config(128, 32, 4, 3) if irregular else Config(128, 64, 4, 3)
     if head_dim <= 128:
@@ -76,7 +76,7 @@ def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
     if dtype == torch.float32:
         if head_dim <= 64:
             return Config(32, 32, 4, 2)
-        return Config(16, 16, 4 if head_dim <= 128 else 8, 2)
+        return Config(16, 16, 8, 1) if irregular and head_dim > 128 else Config(16, 16, 4, 2)
     if head_dim <= 128:
         return Config(64, 32 if irregular else 64, 4 if head_dim <= 64 else 8, 2)
     return Config(32, 32, 8, 2)
