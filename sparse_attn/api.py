@@ -236,8 +236,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
 
-    Without a selector the result is torch's in every case: dense calls that a native kernel serves
-    run there, all others (masks, dropout, other ranks and dtypes, `torch.func`) go to torch itself.
+    Without a selector the result is torch's in every case: dense calls that the C++ kernels serve
+    run there, all others (masks, dropout, other ranks and dtypes, GPUs, `torch.func`) go to torch
+    itself.
     With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
     it is refused by name.
 
@@ -280,7 +281,7 @@ def scaled_dot_product_attention(
         if (
             reasons
             or torch._C._are_functorch_transforms_active()
-            or backends.choose("auto", query, value).backend in (None, "reference")
+            or backends.choose("auto", query, value).backend != "cpu"
         ):
             return F.scaled_dot_product_attention(
                 query,

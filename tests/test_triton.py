@@ -13,12 +13,15 @@ import torch
 
 from sparse_attn import BlockLayout, explain, ops, selectors, sparse_attention
 from sparse_attn.layout_algebra import violations
-from sparse_attn.triton import configs, forward, lists
+from sparse_attn.triton import backward, configs, forward, lists
 from sparse_attn.triton.launch import Call
+from sparse_attn.varlen import Packing
+from sparse_attn.varlen import violations as violations_of_packing
 
 from .oracle import GPU, literal_mask, random_layout
 from .oracle import sparse_attention as attend
 from .test_attention import check, make_qkv
+from .test_layout import bad_values
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 interpreted = pytest.mark.skipif(GPU, reason="a test of the interpreter")
@@ -231,11 +234,58 @@ def test_what_float32_is_multiplied_in(monkeypatch):
 
 
 def test_violations_are_what_validate_refuses():
-    from .test_layout import bad_values
-
     for layout, message in bad_values():
         names = [name for name, bad, _ in violations(layout) if bad.any()]
         assert names[0] == message.split("[")[0]
+
+
+PACKED = ["descending", "beyond k", "not all of q", "not from 0", "longer than the layout"]
+PACKED += ["keys longer than the layout", "page beyond", "page negative", "too few pages"]
+PACKED += ["negative length"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_violations_are_what_packed_sequences_are_refused_for(name):
+    from .test_varlen import BAD, BAD_PAGES, Batch
+
+    batch = Batch([(5, 9), (7, 8)], torch.float32, page_size=4)
+    call = {"layout": BlockLayout.dense((7, 9)), "q": batch.q, "cu_seqlens_q": batch.cu_q}
+    call["k"] = batch.k if name in BAD else batch.k_pages
+    if name in BAD:
+        call["cu_seqlens_kv"] = batch.cu_kv
+    else:
+        call |= {"seqlens_kv": torch.tensor([9, 8], dtype=torch.int32), "block_table": batch.table}
+
+    def broken():
+        packing = Packing(*(call.get(x) for x in Packing.__dataclass_fields__))
+        found = violations_of_packing(call["q"], call["k"], packing, call["layout"].seqlens)
+        return {field for field, bad, _ in found if bad.any()}
+
+    assert not broken()
+    (BAD | BAD_PAGES)[name][0](call)
+    expected = "seqlens_kv" if name == "too few pages" else (BAD | BAD_PAGES)[name][1]
+    assert any(field in expected for field in broken())
+
+
+@interpreted
+def test_kernels_read_within_their_tensors_whatever_lists_say():
+    """As on a GPU, where the check of values does not wait: reads far outside end the process."""
+    q, k, v = torch.randn(3, 1, 2, 32, 16).unbind(0)
+    garbage = torch.tensor([-(2**31), -7, 2**30, 2**31 - 1], dtype=torch.int32)
+    cases = [layout for layout, _ in bad_values()]
+    indices = garbage.expand(1, 1, 2, 4).contiguous()
+    counts = torch.full((1, 1, 2), 2**31 - 1, dtype=torch.int32)
+    none = torch.zeros(1, dtype=torch.int32)
+    cases.append(BlockLayout((32, 32), none, none, (16, 16), counts, indices, counts, indices))
+    for layout in cases:
+        call = _call(layout, heads=2, batch=1)
+        launches, (out, lse) = forward.launches(call, q, k, v, None, False, configs.INTERPRETER)
+        more, gradients = backward.launches(
+            call, out, torch.zeros_like(lse), q, k, v, out, lse, configs.INTERPRETER
+        )
+        for launch in launches + more:
+            launch()
+        assert all(torch.isfinite(x).all() for x in (out, *gradients))
 
 
 def test_where_it_cannot_run():

@@ -117,12 +117,6 @@ def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[
     """Each kernel in each configuration that the launchers choose on a GPU of this capability: all
     dtypes, padded head dims and kinds of layouts, causal, without softcap; and with a softcap, not
     causal, for bfloat16 and head_dim 128.
-
-    Example:
-        >>> import pytest; _ = pytest.importorskip("triton")
-        >>> case = next(compile_cases((9, 0)))
-        >>> case.name, case.num_warps
-        ('forward_kernel float32 64 static', 4)
     """
     target = Target(capability, 132, warp_size)
     plain = {"softcap": 0.0, "is_causal": True}

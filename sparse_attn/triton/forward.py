@@ -87,7 +87,8 @@ def _forward_kernel(
         seqlen_q = tl.minimum(length, seqlen_q)
         if pages_ptr is not None:
             pages_ptr += batch_offset * pages_per_sequence
-            length = tl.minimum(tl.load(seqlens_kv_ptr + batch), pages_per_sequence * PAGE_SIZE)
+            most = tl.full([], pages_per_sequence, tl.int64) * PAGE_SIZE
+            length = tl.minimum(tl.load(seqlens_kv_ptr + batch), most).to(tl.int32)
         else:
             kv_begin, length = sequence(cu_seqlens_kv_ptr, batch, total_kv)
         seqlen_kv = tl.minimum(length, seqlen_kv)
