@@ -112,8 +112,10 @@ def backward_keys(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
+    if head_dim <= 64:
+        return Config(32 if irregular else 64, 64, 4, 2)
     if head_dim <= 128:
-        return Config(32 if irregular else 64, 64, 4 if head_dim <= 64 else 8, 2)
+        return Config(32 if irregular or target.capability == (9, 0) else 64, 64, 8, 2)
     return Config(32, 32, 8, 2)
 
 
