@@ -252,7 +252,7 @@ def kernel_cases(arch: str, words: list[str] = (), quick: bool = False) -> list:
 
     return [
         x
-        for x in compile_cases(capability(gpu(arch)))
+        for x in compile_cases(capability(gpu(arch)), gpu(arch).warp_size)
         if all(word in x.name for word in words) and (x.name in QUICK or not quick)
     ]
 

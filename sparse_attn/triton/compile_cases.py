@@ -113,12 +113,12 @@ def _launches(
     return launches + backward.launches(call, out, lse, q, k, k, out, lse, target)[0]
 
 
-def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
+def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[CompileCase]:
     """Each kernel in each configuration that the launchers choose on a GPU of this capability: all
     dtypes, padded head dims and kinds of layouts, causal, without softcap; and with a softcap, not
     causal, for bfloat16 and head_dim 128.
     """
-    target = Target(capability, 132)
+    target = Target(capability, 132, warp_size)
     plain = {"softcap": 0.0, "is_causal": True}
     cases = [(t, d, kind, plain) for t in DTYPES for d in HEAD_DIMS for kind in LAYOUTS]
     cases.append((torch.bfloat16, 128, "blocks", {"softcap": 20.0, "is_causal": False}))

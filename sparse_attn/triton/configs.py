@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,19 +22,21 @@ class Config:
 
 @dataclass(frozen=True)
 class Target:
-    """What decides on a configuration: the compute capability, and how many programs keep the
-    device busy. The interpreter is a small device of capability (0, 0).
+    """What decides on a configuration: the compute capability, how many programs keep the device
+    busy, and the threads of a warp. The interpreter is a small device of capability (0, 0).
     """
 
     capability: tuple[int, int]
     num_cores: int
+    warp_size: int = 32
 
     @staticmethod
     def of(x: Tensor) -> Target:
         if x.device.type != "cuda":
             return INTERPRETER
         properties = torch.cuda.get_device_properties(x.device)
-        return Target((properties.major, properties.minor), properties.multi_processor_count)
+        capability = (properties.major, properties.minor)
+        return Target(capability, properties.multi_processor_count, properties.warp_size)
 
 
 INTERPRETER = Target((0, 0), 8)
@@ -48,6 +52,22 @@ def padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def _in_wide_warps(choose: Callable[..., Config]) -> Callable[..., Config]:
+    """On warps of 64 threads (AMD) at most 4 of them, which then have all 512 registers, and one
+    stage: there tiles are fetched ahead into registers.
+    """
+
+    @functools.wraps(choose)
+    def chosen(*args) -> Config:
+        config = choose(*args)
+        if args[-1].warp_size < 64:
+            return config
+        return replace(config, num_warps=min(config.num_warps, 4), num_stages=1)
+
+    return chosen
+
+
+@_in_wide_warps
 def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
     """The forward kernel's configuration.
 
@@ -69,6 +89,7 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     return Config(64, 32, 8, 2)
 
 
+@_in_wide_warps
 def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
     """The configuration of the kernel that computes dq."""
     if target == INTERPRETER:
@@ -82,6 +103,7 @@ def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
     return Config(32, 32, 8, 2)
 
 
+@_in_wide_warps
 def backward_keys(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
     """The configuration of the kernel that computes dk and dv; block_n is at most 64, the bits of
     an entry of the transposed lists.
@@ -90,8 +112,10 @@ def backward_keys(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
+    if head_dim <= 64:
+        return Config(32 if irregular else 64, 64, 4, 2)
     if head_dim <= 128:
-        return Config(32 if irregular else 64, 64, 4 if head_dim <= 64 else 8, 2)
+        return Config(32 if irregular or target.capability == (9, 0) else 64, 64, 8, 2)
     return Config(32, 32, 8, 2)
 
 
