@@ -30,12 +30,13 @@ from .timing import paired_ratio, paired_times
 KEPT = Path(__file__).parent / "results" / "hip.json"
 PAGE = Path(__file__).parents[1] / "docs" / "hip.md"
 TOKENS = 8192
-DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)
+DEPTHS = (0.25, 0.5, 0.9)
 LAYERS = (1, 10, 20)
 
 HIP = HiP(k=512)
 FEWER_KEYS = HiP(k=512, stride_q=1, stride_k=4)
-FEWEST = HiP(k=512, stride_q=4, stride_k=16)
+FEWEST_KEYS = HiP(k=512, stride_q=4, stride_k=16)
+SPEED = (HIP, FEWER_KEYS, FEWEST_KEYS)
 
 
 def normal(heads: int, seqlen: int) -> torch.Tensor:
@@ -45,37 +46,42 @@ def normal(heads: int, seqlen: int) -> torch.Tensor:
 # --- speed
 
 
-def prefill(hip: HiP, seqlen: int, heads: int) -> list[str]:
-    """Attention of one layer with torch's SDPA and with HiP, and the share of the selection."""
+def prefill(seqlen: int, heads: int) -> list[str]:
+    """Attention of one layer with torch's SDPA and with HiP: its milliseconds, how many times
+    faster it is, and the share of the selection.
+    """
     q, k, v = (normal(heads, seqlen) for _ in range(3))
-    parts: dict[str, list[float]] = {"select": [], "attend": []}
+    shares: dict[HiP, list[float]] = {hip: [] for hip in SPEED}
 
-    def ours():
-        times = [perf_counter()]
+    def ours(hip: HiP) -> None:
+        begin = perf_counter()
         layout = hip(q, k)
-        times.append(perf_counter())
+        chosen = perf_counter()
         sparse_attention(q, k, v, layout)
-        times.append(perf_counter())
-        parts["select"].append(times[1] - times[0])
-        parts["attend"].append(times[2] - times[1])
+        shares[hip].append((chosen - begin) / (perf_counter() - begin))
 
-    calls = {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), "ours": ours}
+    calls = {hip: functools.partial(ours, hip) for hip in SPEED}
+    calls["SDPA"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     times = paired_times(calls, 2.0, min_rounds=1 if seqlen > 2**16 else 5)
-    select, attend = (median(x[1:]) for x in parts.values())
-    return [
-        f"{1e3 * median(times['SDPA']):.4g}",
-        f"{1e3 * median(times['ours']):.4g}",
-        f"{paired_ratio(times['SDPA'], times['ours']):.1f}",
-        f"{100 * select / (select + attend):.0f} %",
-    ]
+    cells = [f"{1e3 * median(times['SDPA']):.4g}"]
+    for hip in SPEED:
+        ratio = paired_ratio(times["SDPA"], times[hip])
+        milliseconds, share = 1e3 * median(times[hip]), 100 * median(shares[hip][1:])
+        cells.append(f"{milliseconds:.4g} ms, {ratio:.1f}x, {share:.0f} %")
+    return cells
 
 
 def selection(hip: HiP, seqlen: int) -> list[str]:
-    """Milliseconds of choosing for one head, and the bytes of what is chosen."""
+    """Milliseconds of choosing for one head, nanoseconds for each row and step of its search, and
+    the bytes of what is chosen.
+    """
     q, k = normal(1, seqlen), normal(1, seqlen)
     times = paired_times({"select": lambda: hip(q, k)}, 0.5)["select"]
     lists = hip(q, k).tensors().values()
-    return [f"{1e3 * median(times):.4g}", f"{sum(x.numel() * 4 for x in lists) / 2**20:.2g} MiB"]
+    searched = (max(1, end - hip.window) for end in range(hip.block_q, seqlen + 1, hip.block_q))
+    steps = sum(hip.block_q * max(0, math.ceil(math.log2(keys / hip.k))) for keys in searched)
+    size = sum(x.numel() * 4 for x in lists) / 2**20
+    return [f"{1e3 * median(times):.4g}", f"{1e9 * median(times) / steps:.0f}", f"{size:.2g} MiB"]
 
 
 def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
@@ -192,15 +198,6 @@ def named(hip: HiP) -> str:
     return f"HiP({', '.join(changed)})"
 
 
-def _prefill_rows() -> dict[str, Row]:
-    sizes = {4096: 2, 8192: 2, 32768: 2, 131072: 1}
-    return {
-        f"{seqlen} {named(hip)}": functools.partial(prefill, hip, seqlen, heads)
-        for seqlen, heads in sizes.items()
-        for hip in (HIP, FEWER_KEYS, FEWEST)
-    }
-
-
 def _decoding_rows() -> dict[str, Row]:
     rows = {}
     for seqlen in (8192, 32768, 131072):
@@ -215,7 +212,7 @@ def _subjects() -> dict[str, object]:
         "Dense()": selectors.Dense(),
         "SinkWindow(64, 1024)": SinkWindow(sink=64, window=1024),
         "BlockTopK(64, 16)": BlockTopK(top_k=64, block_size=16),
-        **{named(hip): hip for hip in (HiP(k=256), HIP, HiP(k=1024), FEWER_KEYS)},
+        **{named(hip): hip for hip in (HiP(k=256), HIP, HiP(k=1024), FEWER_KEYS, FEWEST_KEYS)},
     }
 
 
@@ -227,8 +224,8 @@ def _quality_rows() -> dict[str, Row]:
 
 
 SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, Row]]] = {
-    "prefill": (("tokens and selector", "SDPA ms", "HiP ms", "vs SDPA", "selection"), {}),
-    "selection": (("keys", "ms", "lists"), {}),
+    "prefill": (("tokens", "SDPA ms", *(f"`{named(hip)}`" for hip in SPEED)), {}),
+    "selection": (("tokens", "ms", "ns a row and step", "lists"), {}),
     "decode": (("keys", "SDPA ms", "HiP ms", "vs SDPA"), {}),
     "quality": (("selector", "perplexity", "loss on second copy", "passkeys found (depth)"), {}),
     "model": (("selector", "prefill s", "speed-up end to end", "speed-up of attention"), {}),
@@ -237,7 +234,10 @@ SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, Row]]] = {
 
 
 def _fill_sections() -> None:
-    SECTIONS["prefill"][1].update(_prefill_rows())
+    sizes = {4096: 2, 8192: 2, 32768: 2, 131072: 1}
+    SECTIONS["prefill"][1].update(
+        {str(seqlen): functools.partial(prefill, seqlen, heads) for seqlen, heads in sizes.items()}
+    )
     SECTIONS["selection"][1].update(
         {str(2**n): functools.partial(selection, HIP, 2**n) for n in range(12, 19)}
     )
@@ -255,12 +255,21 @@ def _fill_sections() -> None:
     )
 
 
-def exponent(kept: dict[str, list[str]]) -> str:
-    """The slope of log time over log length, from the shortest to the longest selection."""
+def exponents(kept: dict[str, list[str]]) -> str:
+    """The slope of log time over log length, in whole and over the longer half."""
     points = sorted((int(name), float(cells[0])) for name, cells in kept.items())
-    (first, first_ms), (last, last_ms) = points[0], points[-1]
-    slope = math.log(last_ms / first_ms) / math.log(last / first)
-    return f"Measured exponent from {first} to {last} keys: {slope:.2f}."
+
+    def slope(first: int) -> str:
+        (start, begin), (stop, end) = points[first], points[-1]
+        power = math.log(end / begin) / math.log(stop / start)
+        return f"{power:.2f} from {start} to {stop} tokens"
+
+    return f"Measured exponents: {slope(0)}, {slope(len(points) // 2)}."
+
+
+def stored() -> dict[str, dict[str, list[str]]]:
+    """Cells of the rows measured so far, by section and name."""
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
 def write(kept: dict[str, dict[str, list[str]]]) -> None:
@@ -269,7 +278,7 @@ def write(kept: dict[str, dict[str, list[str]]]) -> None:
         cells = [[name, *kept[section][name]] for name in rows if name in kept.get(section, {})]
         text = report.markdown_table(cells, header) if cells else "Not measured."
         if section == "selection" and len(cells) > 1:
-            text += f"\n\n{exponent(kept[section])}"
+            text += f"\n\n{exponents(kept[section])}"
         report.replace_section(PAGE, section, text)
 
 
@@ -280,16 +289,16 @@ def main() -> None:
     torch.manual_seed(0)
     torch.exp(torch.ones(2**16))  # the first threaded call of a process may be less accurate
     _fill_sections()
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for section, (_, rows) in SECTIONS.items():
         for name, row in rows.items():
             if not all(word in f"{section} {name}" for word in args.only):
                 continue
             cells = row()
             print(section, name, *cells, sep=" | ", flush=True)
+            kept = stored()  # other runs may have added to it
             kept.setdefault(section, {})[name] = cells
             KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    write(kept)
+    write(stored())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from sparse_attn.selectors import (
     BlockTopK,
     Dense,
     HiP,
+    InfiniteHiP,
     MaskCache,
     PerHead,
     SinkWindow,
@@ -23,6 +24,7 @@ TABLE = {
     "SinkWindow": SinkWindow(sink=5, window=40),
     "BlockTopK": BlockTopK(top_k=3, block_size=32, sink=4, window=40),
     "HiP": HiP(k=24, block_q=32, block_k=4, sink=5, window=20),
+    "InfiniteHiP": InfiniteHiP((16, 4), (64, 24), (4, 1), block_q=16, sink=4, window=40),
     "MaskCache": MaskCache(
         HiP(k=24, block_q=32, block_k=4, sink=5, window=20, margin=3), refresh=4
     ),

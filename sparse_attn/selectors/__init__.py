@@ -3,6 +3,7 @@
 from .base import PerHead, Selector, Union
 from .block_topk import BlockTopK
 from .hip import HiP
+from .infinite_hip import InfiniteHiP
 from .mask_cache import MaskCache
 from .static import Dense, SinkWindow, SlidingWindow
 
@@ -10,6 +11,7 @@ __all__ = [
     "BlockTopK",
     "Dense",
     "HiP",
+    "InfiniteHiP",
     "MaskCache",
     "PerHead",
     "Selector",

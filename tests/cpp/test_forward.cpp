@@ -18,6 +18,7 @@
 
 #include "../../csrc/cpu/backward.h"
 #include "../../csrc/cpu/forward.h"
+#include "../../csrc/cpu/hip.h"
 
 namespace {
 
@@ -442,6 +443,106 @@ Problem random_problem(bool decode) {
   return problem;
 }
 
+// HiP's search for the blocks of one query block, a node being the list of its blocks.
+std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, const Tensor& q,
+                                   const Tensor& k, int64_t b, int64_t h, int64_t row) {
+  const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
+  const int64_t begin = row * params.block_q, stop = begin + params.block_q;
+  const int64_t last_row = std::min(stop, params.seqlen_q) - 1;
+  const int64_t off = params.seqlen_kv - params.seqlen_q;
+  const int64_t end =
+      params.is_causal ? std::min(stop + off, params.seqlen_kv) - params.window : params.seqlen_kv;
+  std::vector<int32_t> blocks;
+  for (int64_t n = params.sink / params.block_k; n * params.block_k < end; ++n) {
+    blocks.push_back(static_cast<int32_t>(n));
+  }
+  const int64_t size = static_cast<int64_t>(blocks.size());
+  if (size <= params.slots) return blocks;
+  const auto score = [&](int32_t block) {
+    double best = -INFINITY;
+    for (int64_t i = begin; i <= last_row; ++i) {
+      const bool sampled =
+          params.strict ? i == begin : (i - begin + 1) % params.stride_q == 0 || i == last_row;
+      if (!sampled) continue;
+      for (int64_t o = params.stride_k / 2; o < params.block_k; o += params.stride_k) {
+        const int64_t j = std::min(block * params.block_k + o, end - 1);
+        double s = 0;
+        for (int64_t d = 0; d < params.head_dim; ++d)
+          s += q.at(b, h, i, d) * k.at(b, kv_head, j, d);
+        best = std::max(best, s);
+      }
+    }
+    return best;
+  };
+  using Node = std::vector<int32_t>;
+  std::vector<Node> nodes;
+  for (int64_t j = 0; j < params.slots; ++j) {
+    nodes.emplace_back(blocks.begin() + size * j / params.slots,
+                       blocks.begin() + size * (j + 1) / params.slots);
+  }
+  while (std::any_of(nodes.begin(), nodes.end(), [](const Node& n) { return n.size() > 1; })) {
+    std::vector<std::pair<double, Node>> halves;
+    for (const Node& node : nodes) {
+      const auto middle = node.begin() + node.size() / 2;
+      for (const Node& half : {Node(node.begin(), middle), Node(middle, node.end())}) {
+        if (!half.empty()) halves.emplace_back(-score(half[half.size() / 2]), half);
+      }
+    }
+    std::stable_sort(halves.begin(), halves.end());
+    for (size_t i = 0; i < nodes.size(); ++i) nodes[i] = halves[i].second;
+    std::sort(nodes.begin(), nodes.end());
+  }
+  for (size_t i = 0; i < nodes.size(); ++i) blocks[i] = nodes[i][0];
+  blocks.resize(nodes.size());
+  return blocks;
+}
+
+void check_hip(Isa isa) {
+  sparse_attn::cpu::HipParams params;
+  params.dtype = choose({DType::kFloat32, DType::kBFloat16, DType::kFloat16});
+  params.batch = random_int(1, 2);
+  params.num_kv_heads = random_int(1, 2);
+  params.num_heads = params.num_kv_heads * random_int(1, 3);
+  params.seqlen_q = choose<int64_t>({1, 40, 130});
+  params.seqlen_kv = choose<int64_t>({0, 1, 100, 333});
+  params.head_dim = choose<int64_t>({1, 40, 64, 256});
+  params.block_q = choose<int64_t>({1, 32, 64});
+  params.block_k = choose<int64_t>({1, 3, 16, 32});
+  params.stride_q = random_int(1, params.block_q);
+  params.stride_k = choose<int64_t>({1, params.block_k});
+  params.slots = random_int(1, 40);
+  params.sink = random_int(0, 20);
+  params.window = random_int(0, 60);
+  params.strict = random_int(0, 3) == 0;
+  params.is_causal = random_int(0, 3) > 0;
+  Tensor q(params.dtype, params.batch, params.num_heads, params.seqlen_q, params.head_dim);
+  Tensor k(params.dtype, params.batch, params.num_kv_heads, params.seqlen_kv, params.head_dim);
+  q.fill_normal();
+  k.fill_normal();
+  params.q = q.bytes.data();
+  params.k = k.bytes.data();
+  params.q_stride = q.strides;
+  params.k_stride = k.strides;
+  const int64_t num_blocks = (params.seqlen_kv + params.block_k - 1) / params.block_k;
+  params.width = std::min(params.slots, num_blocks);
+  const int64_t lists = params.batch * params.num_heads * params.num_rows();
+  std::vector<int32_t> counts(lists, -1), indices(lists * params.width, -1);
+  params.counts = counts.data();
+  params.indices = indices.data();
+  sparse_attn::cpu::hip_select(params, isa, Problem::two_threads());
+  for (int64_t i = 0; i < lists; ++i) {
+    const int64_t head = i / params.num_rows();
+    const std::vector<int32_t> expected = search_blocks(
+        params, q, k, head / params.num_heads, head % params.num_heads, i % params.num_rows());
+    const auto begin = indices.begin() + i * params.width;
+    if (counts[i] != static_cast<int32_t>(expected.size()) ||
+        !std::equal(expected.begin(), expected.end(), begin)) {
+      std::printf("%s: HiP chose other blocks\n", isa_name(isa));
+      std::exit(1);
+    }
+  }
+}
+
 void expect_refusal(const char* message, const std::function<void(Problem&)>& damage, Isa isa) {
   Problem problem(DType::kFloat32, 1, 2, 1, 70, 90, 8, 8);
   problem.params.block_q = problem.params.block_kv = 16;
@@ -494,6 +595,7 @@ int main(int argc, char** argv) {
       problem.run(isa);
       const std::string name = std::string(isa_name(isa)) + ", problem " + std::to_string(i);
       problem.check(name);
+      if (i % 4 == 0) check_hip(isa);
       if (i % 2 == 0) continue;
       Gradients gradients(problem);
       gradients.run(isa);
