@@ -143,7 +143,7 @@ def test_against_each_sequence_alone(backend, dtype, page_size, name):
     if is_interpreted(backend):
         if page_size in (1, 64):
             pytest.skip("two page sizes are enough in the interpreter")
-        lengths = [(min(a, 40), min(b, 150)) for a, b in lengths]
+        lengths = [(min(a, 20), min(b, 100)) for a, b in lengths]
     batch = Batch(lengths, dtype, page_size=page_size)
     for kind, layout in layouts(batch):
         options = {"softcap": 2.0} if kind == "blocks" else {}

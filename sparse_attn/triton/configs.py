@@ -27,6 +27,11 @@ class Target:
     capability: tuple[int, int]
     num_cores: int
 
+    @property
+    def has_large_memory(self) -> bool:
+        """Whether a program has 227 KiB of shared memory, not 99 or 163."""
+        return self.capability[0] in (9, 10)
+
     @staticmethod
     def of(x: Tensor) -> Target:
         if x.device.type != "cuda":
@@ -65,7 +70,8 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     if head_dim <= 64:
         return Config(128, 32, 4, 3) if irregular else Config(128, 64, 4, 3)
     if head_dim <= 128:
-        return Config(128, 32 if irregular else 64, 8, 2)
+        stages = 3 if target.has_large_memory else 2
+        return Config(128, 32 if irregular else 64, 8, stages)
     return Config(64, 32, 8, 2)
 
 
