@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sparse_attn import BlockLayout, merge_states
 
 from .oracle import (
-    BACKENDS,
     DTYPES,
     assert_accurate,
+    backends,
     cases,
     dense_attention,
     is_interpreted,
@@ -279,14 +279,14 @@ def test_merge_states_is_differentiable_and_takes_empty_parts():
         merge_states()
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if not is_interpreted(b)])
+@pytest.mark.parametrize("backend", backends(lambda b: not is_interpreted(b)))
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape_layout_stride_and_dtype(backend, data):
     check_any(backend, data.draw)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if is_interpreted(b)])
+@pytest.mark.parametrize("backend", backends(is_interpreted))
 @given(data=st.data())
 @settings(max_examples=8, deadline=None)
 def test_any_shape_layout_stride_and_dtype_interpreted(backend, data):
@@ -321,7 +321,7 @@ def check_any(backend, draw, most=150):
     check(backend, q, k, v, layout, is_causal=draw(st.booleans()), sinks=sinks, softcap=softcap)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("backend", backends(lambda b: b != "reference"))
 def test_more_than_2_to_the_31_elements(backend):
     """Offsets beyond 32 bits, in tensors of 4 GiB of which only the touched pages are resident."""
     torch.utils.deterministic.fill_uninitialized_memory = False
