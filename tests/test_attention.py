@@ -337,4 +337,4 @@ def test_more_than_2_to_the_31_elements(backend):
     out = sparse_attention(q, k, v, layout, backend=backend)
     short = [x[:, :, kept] for x in (k, v)]
     expected = sparse_attention(q, *short, BlockLayout.dense((1, 80)), backend=backend)
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, rtol=0.016, atol=1e-4)
