@@ -88,16 +88,18 @@ def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
     return Config(32, 32, 8, 2)
 
 
-def backward_keys(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
+def backward_keys(
+    dtype: torch.dtype, head_dim: int, short_of_registers: bool, target: Target
+) -> Config:
     """The configuration of the kernel that computes dk and dv; block_n is at most 64, the bits of
-    an entry of the transposed lists.
+    an entry of the transposed lists. A softcap and irregular lists take registers of their own.
     """
     if target == INTERPRETER:
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
     if head_dim <= 128:
-        return Config(32 if irregular else 64, 64, 4 if head_dim <= 64 else 8, 2)
+        return Config(32 if short_of_registers else 64, 64, 4 if head_dim <= 64 else 8, 2)
     return Config(32, 32, 8, 2)
 
 
