@@ -33,9 +33,13 @@ def shorter(backend: str, seqlens: tuple[int, int]) -> tuple[int, int]:
     return tuple(-(-n // 2) for n in seqlens) if is_interpreted(backend) else seqlens
 
 
-def backends():
-    """The backends that must run, those on a GPU being marked."""
-    return [pytest.param(b, marks=_marks(b)) for b in BACKENDS]
+def backends(condition=lambda backend: True):
+    """The backends that must run and meet a condition, those on a GPU being marked."""
+    return [pytest.param(b, marks=_marks(b)) for b in BACKENDS if condition(b)]
+
+
+# Ops that take the CPU tensors of a test as they are.
+CPU_SUFFIXES = ("", "_reference") if GPU else ("", "_reference", "_triton")
 
 
 def cases(dtypes_of_interpreted=DTYPES[:1]):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sparse_attn import BlockLayout, merge_states
 
 from .oracle import (
-    BACKENDS,
     DTYPES,
     assert_accurate,
+    backends,
     cases,
     dense_attention,
     is_interpreted,
@@ -214,10 +214,12 @@ def test_strides(backend, dtype):
     assert torch.equal(sparse_attention(strided, k, v, layout, backend=backend), expected)
     one_k, one_v = k[:, :1, :, :], v[:, :1, :, :]
     expanded = [x.expand(-1, 4, -1, -1) for x in (one_k, one_v)]
-    assert torch.equal(
-        sparse_attention(q, *expanded, layout, backend=backend),
-        sparse_attention(q, one_k, one_v, layout, backend=backend),
-    )
+    out = sparse_attention(q, *expanded, layout, backend=backend)
+    expected = sparse_attention(q, one_k, one_v, layout, backend=backend)
+    if backend == "triton":  # heads of one KV head share a tile
+        torch.testing.assert_close(out, expected)
+    else:
+        assert torch.equal(out, expected)
 
 
 @every_case
@@ -277,18 +279,18 @@ def test_merge_states_is_differentiable_and_takes_empty_parts():
         merge_states()
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if not is_interpreted(b)])
+@pytest.mark.parametrize("backend", backends(lambda b: not is_interpreted(b)))
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape_layout_stride_and_dtype(backend, data):
     check_any(backend, data.draw)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if is_interpreted(b)])
+@pytest.mark.parametrize("backend", backends(is_interpreted))
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_shape_layout_stride_and_dtype_interpreted(backend, data):
-    check_any(backend, data.draw, most=50)
+    check_any(backend, data.draw, most=40)
 
 
 def check_any(backend, draw, most=150):
@@ -319,19 +321,20 @@ def check_any(backend, draw, most=150):
     check(backend, q, k, v, layout, is_causal=draw(st.booleans()), sinks=sinks, softcap=softcap)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("backend", backends(lambda b: b != "reference"))
 def test_more_than_2_to_the_31_elements(backend):
     """Offsets beyond 32 bits, in tensors of 4 GiB of which only the touched pages are resident."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     seqlen = 2**25 + 64
-    k = torch.empty(1, 1, seqlen, 64, dtype=torch.bfloat16)
-    v = torch.empty(1, 1, seqlen, 64, dtype=torch.bfloat16)
+    dtype = torch.float16 if is_interpreted(backend) else torch.bfloat16
+    k = torch.empty(1, 1, seqlen, 64, dtype=dtype)
+    v = torch.empty(1, 1, seqlen, 64, dtype=dtype)
     assert k.numel() > 2**31
     kept = torch.cat([torch.arange(16), torch.arange(seqlen - 64, seqlen)])
-    q = torch.randn(1, 2, 1, 64).bfloat16()
-    k[:, :, kept], v[:, :, kept] = torch.randn(2, 1, 1, 80, 64).bfloat16().unbind(0)
+    q = torch.randn(1, 2, 1, 64, dtype=dtype)
+    k[:, :, kept], v[:, :, kept] = torch.randn(2, 1, 1, 80, 64, dtype=dtype).unbind(0)
     layout = BlockLayout.sink_window((1, seqlen), sink=16, window=64)
     out = sparse_attention(q, k, v, layout, backend=backend)
     short = [x[:, :, kept] for x in (k, v)]
     expected = sparse_attention(q, *short, BlockLayout.dense((1, 80)), backend=backend)
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, rtol=0.016, atol=1e-4)

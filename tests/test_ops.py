@@ -11,7 +11,7 @@ from sparse_attn import (
     sparse_attention,
 )
 
-from .oracle import random_layout
+from .oracle import CPU_SUFFIXES, random_layout
 
 
 def _inputs(dtype, *, requires_grad=False, seqlens=(9, 13), dim=8):
@@ -44,9 +44,10 @@ def test_gradcheck(softcap, with_sinks):
 
 VARIANTS = ["lists", "no lists", "sinks", "transposed"]
 OPCHECKS = [(x, variant) for x in ("attention", "attention_reference") for variant in VARIANTS]
+OPCHECKS += [("attention_triton", "sinks")] if "_triton" in CPU_SUFFIXES else []
 
 
-@pytest.mark.parametrize(("name", "variant"), [*OPCHECKS, ("attention_triton", "sinks")])
+@pytest.mark.parametrize(("name", "variant"), OPCHECKS)
 def test_opcheck_forward(name, variant):
     q, k, v = _inputs(torch.float32, requires_grad=True)
     layout = BlockLayout.dense((9, 13)) if variant == "no lists" else _layout()
@@ -57,14 +58,10 @@ def test_opcheck_forward(name, variant):
     torch.library.opcheck(op, (q, k, v, *ops.layout_args(layout, sinks, 0.3, 0.0, True)))
 
 
-@pytest.mark.parametrize(
-    ("name", "with_sinks"),
-    [
-        *((x, y) for x in ("attention", "attention_reference") for y in (False, True)),
-        ("attention_triton", True),
-    ],
-)
-def test_opcheck_backward(name, with_sinks):
+@pytest.mark.parametrize("suffix", CPU_SUFFIXES)
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_opcheck_backward(suffix, with_sinks):
+    name = f"attention{suffix}"
     q, k, v = _inputs(torch.float32)
     sinks = torch.randn(4) if with_sinks else None
     layout = ops.layout_args(_layout(), sinks, 0.3, 0.0, True)

@@ -414,7 +414,8 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
     layout = call.layout
     q, v = tensors["q_ptr"], tensors["v_ptr"]
     dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    config = configs.backward_keys(q.dtype, dims, call.is_irregular, target)
+    short_of_registers = call.is_irregular or call.softcap > 0
+    config = configs.backward_keys(q.dtype, dims, short_of_registers, target)
     config, rows_per_block, parts = call.row_tiles(config)
     listed = call.lists()
     used = ("sink", "window", "block_counts", "block_indices", "block_run", "block_batch")

@@ -30,6 +30,11 @@ class Target:
     num_cores: int
     warp_size: int = 32
 
+    @property
+    def has_large_memory(self) -> bool:
+        """Whether a program has 227 KiB of shared memory, not 99 or 163."""
+        return self.capability[0] in (9, 10)
+
     @staticmethod
     def of(x: Tensor) -> Target:
         if x.device.type != "cuda":
@@ -85,7 +90,8 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     if head_dim <= 64:
         return Config(128, 32, 4, 3) if irregular else Config(128, 64, 4, 3)
     if head_dim <= 128:
-        return Config(128, 32 if irregular else 64, 8, 2)
+        stages = 3 if target.has_large_memory else 2
+        return Config(128, 32 if irregular else 64, 8, stages)
     return Config(64, 32, 8, 2)
 
 
@@ -104,18 +110,20 @@ def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
 
 
 @_in_wide_warps
-def backward_keys(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
+def backward_keys(
+    dtype: torch.dtype, head_dim: int, short_of_registers: bool, target: Target
+) -> Config:
     """The configuration of the kernel that computes dk and dv; block_n is at most 64, the bits of
-    an entry of the transposed lists.
+    an entry of the transposed lists. A softcap and irregular lists take registers of their own.
     """
     if target == INTERPRETER:
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
     if head_dim <= 64:
-        return Config(32 if irregular else 64, 64, 4, 2)
+        return Config(32 if short_of_registers else 64, 64, 4, 2)
     if head_dim <= 128:
-        return Config(32 if irregular or target.capability == (9, 0) else 64, 64, 8, 2)
+        return Config(32 if short_of_registers or target.capability == (9, 0) else 64, 64, 8, 2)
     return Config(32, 32, 8, 2)
 
 
