@@ -2,8 +2,8 @@
 
 `python -m bench.triton_table` compiles every kernel in every configuration that the launchers
 choose, for each target, and writes `bench/results/triton.csv` and the table in
-`docs/performance.md`; `--only bfloat16` does so for some of them. It fails if a kernel breaks one
-of the rules of `problems`.
+`docs/performance.md`; `--quick` or `--only bfloat16` does so for some of them. It fails if a
+kernel breaks one of the rules of `problems`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .gpus import GPUS, Gpu, gpu
 ROOT = Path(__file__).parents[1]
 CSV = ROOT / "bench" / "results" / "triton.csv"
 PAGE = ROOT / "docs" / "performance.md"
-IN_PAGE = "blocks"  # the layout whose rows the page shows
+IN_PAGE = (" blocks", " pages")  # the layouts whose rows the page shows
 QUICK = tuple(
     f"{kernel}_kernel bfloat16 128 {layout}"
     for kernel, layout in (
@@ -312,8 +312,8 @@ def page_table(found: list[Compiled], archs: list[str]) -> str:
     return report.markdown_table(rows, head)
 
 
-def write(found: list[Compiled], archs: list[str], named: str) -> None:
-    """The CSV file and the section of the page."""
+def write(found: list[Compiled], archs: list[str], which: str) -> None:
+    """The CSV file and the section of the page, which says `which` kernels were compiled."""
     rows = [
         [
             *map(str, asdict(x).values()),
@@ -325,8 +325,10 @@ def write(found: list[Compiled], archs: list[str], named: str) -> None:
     ]
     report.write_rows(CSV, COLUMNS, rows)
     broken = sum(bool(problems(x)) for x in found)
-    kernels = f"{len(found)} kernels{f' named {named}' if named else ''} were compiled"
-    about = f"{kernels} with Triton {version('triton')}; {broken} of them break a rule."
+    about = (
+        f"{len(found)} kernels were compiled with Triton {version('triton')} ({which}); "
+        f"{broken} of them break a rule."
+    )
     report.replace_section(PAGE, "compiled", f"{page_table(found, archs)}\n\n{about}")
 
 
@@ -334,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     known = [x.arch for x in GPUS]
     parser.add_argument("--arch", nargs="+", choices=known, default=known)
-    parser.add_argument("--quick", action="store_true", help="few kernels, no files")
+    parser.add_argument("--quick", action="store_true", help="few kernels")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels named so")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", action="store_true", help="print the results, write no file")
@@ -346,8 +348,8 @@ def main() -> None:
         print(json.dumps([asdict(x) for x in found]))
     else:
         print(page_table(found, args.arch))
-        if args.arch == known and not args.quick:
-            write(found, args.arch, " ".join(args.only))
+        if args.arch == known:
+            write(found, args.arch, " ".join(sys.argv[1:]) or "all")
     broken = [f"{x.arch} {x.name}: {'; '.join(why)}" for x in found if (why := problems(x))]
     if broken:
         raise SystemExit("\n".join(broken))
