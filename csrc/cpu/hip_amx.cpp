@@ -5,7 +5,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <utility>
 
 #include "hip.h"
 
@@ -107,26 +106,17 @@ void prefetch(const void* const* keys, int64_t head_dim) {
   }
 }
 
-// Keys are copied one round before they are multiplied: tiles are slow to load what has just been
-// stored.
 void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const void* const* keys,
            int64_t count, float* best) {
   constexpr int64_t kMostSteps = 256 / 32;
-  alignas(64) uint16_t copies[4][kMostSteps * kTile];
+  alignas(64) uint16_t copies[2][kMostSteps * kTile];
   alignas(64) float scores[4 * kFloatTile];
   const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
   const int64_t steps = padded_dim(head_dim) / 32, groups = num_groups(num_rows);
-  const auto take = [&](int64_t j) {
-    uint16_t (*copy)[kMostSteps * kTile] = copies + j / 16 % 4;
-    return std::pair{Keys(keys + j, head_dim, copy[0]), Keys(keys + j + 16, head_dim, copy[1])};
-  };
   prefetch(keys, head_dim);
-  if (count > 32) prefetch(keys + 32, head_dim);
-  auto next = take(0);
   for (int64_t j = 0; j < count; j += 32) {
-    const auto [a, b] = next;
-    if (j + 64 < count) prefetch(keys + j + 64, head_dim);
-    if (j + 32 < count) next = take(j + 32);
+    if (j + 32 < count) prefetch(keys + j + 32, head_dim);
+    const Keys a(keys + j, head_dim, copies[0]), b(keys + j + 16, head_dim, copies[1]);
     __m512 top[32];
     for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
     for (int64_t g = 0; g < groups; g += 2) {
