@@ -159,7 +159,7 @@ def _backward_rows_kernel(
         columns_ptr, num_columns = list_of_row(
             column_counts_ptr, column_indices_ptr, list_row, column_width
         )
-        for tile in range(tl.cdiv(num_columns, BLOCK_N)):
+        for tile in tl.range(tl.cdiv(num_columns, BLOCK_N), num_stages=1):
             j, live = tile_of_columns(
                 tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
                 BLOCK_N, BLOCK_KV, SEARCH_STEPS,

@@ -156,7 +156,7 @@ def _forward_kernel(
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
     if column_counts_ptr is not None:
-        for tile in range(tl.maximum(tile_begin, listed_end), tile_end):
+        for tile in tl.range(tl.maximum(tile_begin, listed_end), tile_end, num_stages=1):
             j, live = tile_of_columns(
                 tile - listed_end, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr,
                 num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS,
