@@ -83,6 +83,8 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     """
     if target == INTERPRETER:
         return Config(64, 64, 4, 1)
+    if dtype == torch.float32 and irregular:
+        return Config(16, 16, 4, 1)
     if dtype == torch.float32:
         if head_dim <= 64:
             return Config(32, 32, 4, 2)
@@ -100,6 +102,8 @@ def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
     """The configuration of the kernel that computes dq."""
     if target == INTERPRETER:
         return Config(64, 64, 4, 1)
+    if dtype == torch.float32 and irregular:
+        return Config(16, 16, 4, 1)
     if dtype == torch.float32:
         if head_dim <= 64:
             return Config(32, 32, 4, 2)
