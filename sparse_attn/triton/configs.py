@@ -90,7 +90,8 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
             return Config(32, 32, 4, 2)
         return Config(32 if head_dim <= 128 else 16, 16, 4, 2)
     if head_dim <= 64:
-        return Config(128, 32, 4, 3) if irregular else Config(128, 64, 4, 3)
+        num_warps = 8 if target.capability[0] == 10 and not irregular else 4
+        return Config(128, 32 if irregular else 64, num_warps, 3)
     if head_dim <= 128:
         stages = 3 if target.has_large_memory else 2
         return Config(128, 32 if irregular else 64, 8, stages)
@@ -109,7 +110,8 @@ def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Ta
             return Config(32, 32, 4, 2)
         return Config(16, 16, 8, 1) if irregular and head_dim > 128 else Config(16, 16, 4, 2)
     if head_dim <= 128:
-        return Config(64, 32 if irregular else 64, 4 if head_dim <= 64 else 8, 2)
+        few = head_dim <= 64 and target.capability[0] != 10
+        return Config(64, 32 if irregular else 64, 4 if few else 8, 2)
     return Config(32, 32, 8, 2)
 
 
