@@ -136,14 +136,22 @@ def layouts(batch):
     yield "larger", random_layout((seqlens[0] + 9, seqlens[1] + 99), heads=4, block_size=(32, 16))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), cases(), ids=str)
-@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
+def paged_cases():
+    """(backend, dtype, page_size): two page sizes are enough where kernels are interpreted."""
+    found = []
+    for case in cases():
+        backend, dtype = getattr(case, "values", case)
+        for page_size in (None, 16) if is_interpreted(backend) else (None, 1, 16, 64):
+            marks = getattr(case, "marks", ())
+            found.append(pytest.param(backend, dtype, page_size, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("backend", "dtype", "page_size"), paged_cases(), ids=str)
 @pytest.mark.parametrize("name", LENGTHS)
 def test_against_each_sequence_alone(backend, dtype, page_size, name):
     lengths = LENGTHS[name]
     if is_interpreted(backend):
-        if page_size in (1, 64):
-            pytest.skip("two page sizes are enough in the interpreter")
         lengths = [(min(a, 20), min(b, 100)) for a, b in lengths]
     batch = Batch(lengths, dtype, page_size=page_size)
     for kind, layout in layouts(batch):
