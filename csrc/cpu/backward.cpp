@@ -264,11 +264,11 @@ class Backward {
       if (!map_.sees(i, first_key / kKeyTile)) continue;
       find_visibility(params_, tile_index(i), first_key, visibility);
       for (int n = 0; n < visibility.count; ++n) {
-        const auto [g, rows] = visibility.parts[n];
-        if (rows == nullptr)
+        const auto [g, visible, rows] = visibility.parts[n];
+        if (visible == nullptr)
           seen[g] = ~uint32_t{0};
         else
-          for (int64_t r = 0; r < shape_.rows; ++r) seen[g] |= rows[r];
+          for (int r = rows.begin; r < rows.end; ++r) seen[g] |= visible[r];
       }
       num_seen = std::accumulate(seen, seen + kKeyTileGranules, int64_t{0},
                                  [](int64_t n, uint32_t w) { return n + std::popcount(w); });

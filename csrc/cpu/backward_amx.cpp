@@ -172,24 +172,32 @@ inline void multiply_block(const uint16_t* left0, const uint16_t* left1, const u
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// c[rows][32 keys] = a[rows][dim] b[32 keys][dim]^T
-void multiply_rows_by_keys(const uint16_t* a, const uint16_t* b, int64_t rows, int64_t dim,
+// Whole blocks of 32 rows that hold all rows of the range.
+RowRange whole_blocks(const RowRange& range, int64_t rows) {
+  const int end = std::min(range.end, static_cast<int>(rows));
+  return {range.begin / 32 * 32, (end + 31) / 32 * 32};
+}
+
+// c[rows][32 keys] = a[rows][dim] b[32 keys][dim]^T for the rows of a range.
+void multiply_rows_by_keys(const uint16_t* a, const uint16_t* b, const RowRange& range, int64_t dim,
                            float* c) {
-  for (int64_t r = 0; r < rows; r += 32, a += 32 * dim, c += 4 * kFloatTile) {
-    load_block(c, 2 * kFloatTile, true);
+  for (int64_t r = range.begin; r < range.end; r += 32) {
+    const uint16_t* left = a + r * dim;
+    float* block = c + r / 16 * 2 * kFloatTile;
+    load_block(block, 2 * kFloatTile, true);
     for (int64_t d = 0; d < dim; d += 32) {
-      multiply_block(a + d * 16, a + (dim + d) * 16, b + d * 16, b + (dim + d) * 16);
+      multiply_block(left + d * 16, left + (dim + d) * 16, b + d * 16, b + (dim + d) * 16);
     }
-    store_block(c, 2 * kFloatTile);
+    store_block(block, 2 * kFloatTile);
   }
 }
 
-// c[dim][32 keys] += a[rows][dim]^T b[rows][32 keys]
-void multiply_into_keys(const uint16_t* a_t, const uint16_t* b, int64_t rows, int64_t dim,
-                        float* c) {
+// c[dim][32 keys] += a[rows][dim]^T b[rows][32 keys], summed over the rows of a range.
+void multiply_into_keys(const uint16_t* a_t, const uint16_t* b, const RowRange& range, int64_t rows,
+                        int64_t dim, float* c) {
   for (int64_t d = 0; d < dim; d += 32, a_t += 32 * rows, c += 4 * kFloatTile) {
     load_block(c, 2 * kFloatTile, false);
-    for (int64_t r = 0; r < rows; r += 32) {
+    for (int64_t r = range.begin; r < range.end; r += 32) {
       multiply_block(a_t + r * 16, a_t + (rows + r) * 16, b + r * 32, b + r * 32 + kTile);
     }
     store_block(c, 2 * kFloatTile);
@@ -206,6 +214,7 @@ void multiply_into_queries(const Scratch& scratch, const Visibility& visibility,
       const uint16_t* left = scratch.ds_left + r / 16 * left_below;
       load_block(c, below, first);
       for (int n = 0; n < visibility.count; ++n, left += kTile) {
+        if (!visibility.parts[n].rows.meets(r, 32)) continue;
         const uint16_t* k = scratch.k + visibility.parts[n].granule * scratch.k_size + d * 32;
         multiply_block(left, left + left_below, k, k + kTile);
       }
@@ -250,9 +259,9 @@ inline Gradients gradients(const TileShape& shape, __m512 s, __m512 dp, float ls
 // Turns the scores and dp of one granule into p and ds; `n` is its place among the pair's granules.
 template <bool kSoftcap>
 void gradient_step(const TileShape& shape, const QueryTileHead& head, const Scratch& scratch,
-                   const Visibility& visibility, int n) {
-  const uint32_t* words = visibility.parts[n].rows;
-  for (int64_t r = 0; r < shape.rows; r += 2) {
+                   const Visibility& visibility, int n, const RowRange& range) {
+  const uint32_t* words = visibility.parts[n].visible;
+  for (int64_t r = range.begin; r < range.end; r += 2) {
     const int64_t at = r / 16 * 2 * kFloatTile + r % 16 * 16;
     const int64_t pair = r / 32 * 2 * kTile + r % 32 * 16;
     uint16_t* left = scratch.ds_left + (r / 16 * visibility.count + n) * kTile + r % 16 * kGranule;
@@ -286,18 +295,19 @@ void add_pair(const TileShape& shape, const Visibility& visibility, bool first, 
   for (int n = 0; n < visibility.count; ++n) {
     const int64_t granule = visibility.parts[n].granule;
     const int64_t k = granule * scratch.k_size, v = granule * scratch.v_size;
+    const RowRange range = whole_blocks(visibility.parts[n].rows, rows);
     fence_compiler();
-    multiply_rows_by_keys(queries.q, scratch.k_t + k, rows, dim, scratch.s);
-    multiply_rows_by_keys(queries.dout, scratch.v_t + v, rows, dim_v, scratch.dp);
+    multiply_rows_by_keys(queries.q, scratch.k_t + k, range, dim, scratch.s);
+    multiply_rows_by_keys(queries.dout, scratch.v_t + v, range, dim_v, scratch.dp);
     fence_compiler();
     if (shape.softcap > 0) {
-      gradient_step<true>(shape, queries.head, scratch, visibility, n);
+      gradient_step<true>(shape, queries.head, scratch, visibility, n, range);
     } else {
-      gradient_step<false>(shape, queries.head, scratch, visibility, n);
+      gradient_step<false>(shape, queries.head, scratch, visibility, n, range);
     }
     fence_compiler();
-    multiply_into_keys(queries.dout_t, scratch.p, rows, dim_v, scratch.dv_t + v);
-    multiply_into_keys(queries.q_t, scratch.ds, rows, dim, scratch.dk_t + k);
+    multiply_into_keys(queries.dout_t, scratch.p, range, rows, dim_v, scratch.dv_t + v);
+    multiply_into_keys(queries.q_t, scratch.ds, range, rows, dim, scratch.dk_t + k);
   }
   multiply_into_queries(scratch, visibility, rows, dim, first, queries.dq);
   fence_compiler();

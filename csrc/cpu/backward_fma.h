@@ -190,27 +190,28 @@ static void add_pair(const TileShape& shape, const Visibility& visibility, bool 
                      std::byte* tile, std::byte* memory) {
   const PackedQueries queries(shape, tile);
   const BackwardScratch scratch(shape, memory);
-  const int64_t rows = shape.rows;
   const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
-  if (first) std::fill(queries.dq, queries.dq + rows * dim, 0.0f);
+  if (first) std::fill(queries.dq, queries.dq + shape.rows * dim, 0.0f);
   for (int n = 0; n < visibility.count; ++n) {
-    const auto [granule, words] = visibility.parts[n];
-    const int64_t key = granule * kGranule;
-    product({queries.q, dim, 1}, scratch.k_transposed + key * dim, kGranule, shape.head_dim,
-            scratch.p, kGranule, rows, kGranule, false);
-    product({queries.dout, dim_v, 1}, scratch.v_transposed + key * dim_v, kGranule,
-            shape.head_dim_v, scratch.ds, kGranule, rows, kGranule, false);
+    const auto [granule, visible, seeing] = visibility.parts[n];
+    const int64_t key = granule * kGranule, row = seeing.begin;
+    const int64_t rows = std::min<int64_t>(seeing.end, shape.rows) - row;
+    const float *q = queries.q + row * dim, *dout = queries.dout + row * dim_v;
+    product({q, dim, 1}, scratch.k_transposed + key * dim, kGranule, shape.head_dim, scratch.p,
+            kGranule, rows, kGranule, false);
+    product({dout, dim_v, 1}, scratch.v_transposed + key * dim_v, kGranule, shape.head_dim_v,
+            scratch.ds, kGranule, rows, kGranule, false);
     for (int64_t r = 0; r < rows; ++r) {
-      gradient_row(shape, queries.head.lse[r], queries.head.delta[r],
-                   words != nullptr ? words[r] : ~uint32_t{0}, scratch.p + r * kGranule,
+      gradient_row(shape, queries.head.lse[row + r], queries.head.delta[row + r],
+                   visible != nullptr ? visible[row + r] : ~uint32_t{0}, scratch.p + r * kGranule,
                    scratch.ds + r * kGranule);
     }
-    product({scratch.p, 1, kGranule}, queries.dout, dim_v, rows, scratch.dv + key * dim_v, dim_v,
-            kGranule, dim_v, true);
-    product({scratch.ds, 1, kGranule}, queries.q, dim, rows, scratch.dk + key * dim, dim, kGranule,
-            dim, true);
-    product({scratch.ds, kGranule, 1}, scratch.k + key * dim, dim, kGranule, queries.dq, dim, rows,
-            dim, true);
+    product({scratch.p, 1, kGranule}, dout, dim_v, rows, scratch.dv + key * dim_v, dim_v, kGranule,
+            dim_v, true);
+    product({scratch.ds, 1, kGranule}, q, dim, rows, scratch.dk + key * dim, dim, kGranule, dim,
+            true);
+    product({scratch.ds, kGranule, 1}, scratch.k + key * dim, dim, kGranule, queries.dq + row * dim,
+            dim, rows, dim, true);
   }
 }
 

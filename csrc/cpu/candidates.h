@@ -35,6 +35,7 @@ class CandidateWalk {
 
   // An upper estimate of how many candidates lie before `key`; ascending in `key`.
   int64_t count_below(int64_t key) const;
+  int64_t rows() const { return rows_; }
   // No candidate lies at or after it.
   int64_t limit() const { return limit_; }
 

@@ -167,24 +167,26 @@ struct Panel {
 };
 
 template <int kVectors>
-static void score_keys(const Panel& panel, const Granule& granule, int64_t first_key,
-                       int64_t head_dim) {
+static void score_keys(const Panel& panel, int64_t first_row, const Granule& granule,
+                       int64_t first_key, int64_t head_dim) {
   const float* k = static_cast<const float*>(granule.k);
   constexpr int kMost = std::min(16, kSums / kVectors);
   for_parts(granule.count, kMost, [&](int64_t begin, int64_t count) {
     score_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
-        k + begin * granule.k_stride, granule.k_stride, panel.q, head_dim,
-        panel.scores + (first_key + begin) * kPanel);
+        k + begin * granule.k_stride, granule.k_stride, panel.q + first_row, head_dim,
+        panel.scores + (first_key + begin) * kPanel + first_row);
   });
 }
 
 template <int kVectors>
-static void add_values(const Panel& panel, const Granule* granules, int num_granules,
+static void add_values(const Panel& panel, int64_t first_row, const Granule* granules,
+                       int num_granules, int64_t first_key, const float* factor,
                        int64_t head_dim_v) {
   constexpr int kMost = std::min(16, kSums / kVectors);
   for_parts(head_dim_v, kMost, [&](int64_t begin, int64_t count) {
     value_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
-        granules, num_granules, begin, panel.scores, panel.factor, panel.acc + begin * kPanel);
+        granules, num_granules, begin, panel.scores + first_key * kPanel + first_row,
+        factor + first_row, panel.acc + begin * kPanel + first_row);
   });
 }
 
@@ -325,11 +327,11 @@ static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory)
   return panel;
 }
 
-// The work on one panel, for each number of vectors.
+// The work on some vectors of a panel, for each number of them.
 struct PanelSteps {
-  void (*score_keys)(const Panel&, const Granule&, int64_t, int64_t);
+  void (*score_keys)(const Panel&, int64_t, const Granule&, int64_t, int64_t);
   void (*softmax)(const Panel&, int64_t, float);
-  void (*add_values)(const Panel&, const Granule*, int, int64_t);
+  void (*add_values)(const Panel&, int64_t, const Granule*, int, int64_t, const float*, int64_t);
 };
 
 template <int... kVectors>
@@ -339,6 +341,40 @@ static constexpr std::array<PanelSteps, kPanelVectors> panel_steps(
 }
 
 static constexpr auto kSteps = panel_steps(std::make_integer_sequence<int, kPanelVectors>());
+
+// The vectors of a panel that hold rows which see any key of a granule.
+struct VectorRange {
+  int64_t begin, count;
+
+  VectorRange(const Panel& panel, const RowRange& rows) {
+    const int64_t first = std::max<int64_t>(0, rows.begin - panel.first_row);
+    const int64_t last = std::min<int64_t>(panel.rows, rows.end - panel.first_row);
+    begin = first / kLanes;
+    count = std::max<int64_t>(0, (last + kLanes - 1) / kLanes - begin);
+  }
+  bool operator==(const VectorRange&) const = default;
+};
+
+// acc = acc * factor + weights v for all keys of a step. The last granules may be seen by some of
+// the vectors only, and are added to these.
+static void add_step(const Panel& panel, const Granule* granules, int num_granules,
+                     int64_t head_dim_v) {
+  static const std::array<float, kPanel> kOnes = [] {
+    std::array<float, kPanel> ones;
+    ones.fill(1.0f);
+    return ones;
+  }();
+  int common = num_granules;
+  while (common > 1 && VectorRange(panel, granules[common - 1].rows).count < panel.vectors) --common;
+  kSteps[panel.vectors - 1].add_values(panel, 0, granules, common, 0, panel.factor, head_dim_v);
+  int64_t first_key = 0;
+  for (int g = 0; g < num_granules; first_key += granules[g].count, ++g) {
+    const VectorRange seen(panel, granules[g].rows);
+    if (g < common || seen.count == 0) continue;
+    kSteps[seen.count - 1].add_values(panel, seen.begin * kLanes, granules + g, 1, first_key,
+                                      kOnes.data(), head_dim_v);
+  }
+}
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
@@ -357,7 +393,10 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
     int64_t num_keys = 0;
     for (int g = 0; g < n; num_keys += granules[g].count, ++g) {
       for (int64_t i = 0; i < num_panels; ++i) {
-        kSteps[panels[i].vectors - 1].score_keys(panels[i], granules[g], num_keys, tile.head_dim);
+        const VectorRange seen(panels[i], granules[g].rows);
+        if (seen.count == 0) continue;
+        kSteps[seen.count - 1].score_keys(panels[i], seen.begin * kLanes, granules[g], num_keys,
+                                          tile.head_dim);
       }
     }
     for (int64_t i = 0; i < num_panels; ++i) {
@@ -372,7 +411,7 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
                     granules[g].count, panel.rows);
       }
       kSteps[panel.vectors - 1].softmax(panel, num_keys, base2);
-      kSteps[panel.vectors - 1].add_values(panel, granules, n, tile.head_dim_v);
+      add_step(panel, granules, n, tile.head_dim_v);
     }
   }
   for (int64_t i = 0; i < num_panels; ++i) write_rows<T>(tile, panels[i]);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
+#include <thread>
 #include <vector>
 
 #include "aligned_buffer.h"
@@ -28,6 +30,9 @@ const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
 const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
   return static_cast<const std::byte*>(base) + elements * element_size(dtype);
 }
+
+// What each calling thread keeps of the memory for packed keys, as fresh pages cost more than packing.
+constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
 // One query tile and an estimate of its work.
 struct Task {
@@ -83,8 +88,7 @@ void sort_tasks(const AttentionParams& params, HeadRange kv_heads, std::vector<T
   });
 }
 
-// The keys of some KV heads as granules. Each calling thread keeps the memory, as fresh pages cost
-// more than packing.
+// The keys of some KV heads as granules, in memory of the caller.
 class PackedKeys {
  public:
   PackedKeys(const AttentionParams& params, const TileKernel& kernel)
@@ -94,26 +98,23 @@ class PackedKeys {
         v_bytes_(kernel.v_granule_bytes(params.head_dim_v)) {
     // Memory stays below half of what the tensors of the call take: of one very long head, the last
     // keys are not packed.
+    granules_ = std::min((params.seqlen_kv + kGranule - 1) / kGranule,
+                         allowed_bytes(params) / (k_bytes_ + v_bytes_));
+  }
+
+  static int64_t allowed_bytes(const AttentionParams& params) {
     const int64_t tensor_bytes =
         element_size(params.dtype) * params.batch * (params.head_dim + params.head_dim_v) *
         (params.num_heads * params.seqlen_q + params.num_kv_heads * params.seqlen_kv);
-    const int64_t allowed = std::max(kKeptBytes, tensor_bytes / 20 * 9);
-    granules_ =
-        std::min((params.seqlen_kv + kGranule - 1) / kGranule, allowed / (k_bytes_ + v_bytes_));
-  }
-  PackedKeys(const PackedKeys&) = delete;
-  PackedKeys& operator=(const PackedKeys&) = delete;
-  ~PackedKeys() {
-    if (memory().capacity() > kKeptBytes) memory().release();
+    return std::max(kKeptBytes, tensor_bytes / 20 * 9);
   }
 
   int64_t head_bytes() const { return granules_ * (k_bytes_ + v_bytes_); }
 
-  void pack(HeadRange heads, const Parallel& parallel) {
+  void pack(HeadRange heads, std::byte* memory, const Parallel& parallel) {
     packed_ = heads;
     const int64_t total = (heads.end - heads.begin) * granules_;
-    memory().reserve(total * (k_bytes_ + v_bytes_));
-    k_ = memory().data();
+    k_ = memory;
     v_ = k_ + total * k_bytes_;
     constexpr int64_t kPerTask = 16;
     parallel.run((total + kPerTask - 1) / kPerTask, [&](int64_t task) {
@@ -141,11 +142,6 @@ class PackedKeys {
   }
 
  private:
-  static AlignedBuffer& memory() {
-    thread_local AlignedBuffer buffer;
-    return buffer;
-  }
-
   void pack_granule(int64_t slot) {
     alignas(64) static const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
     const KeySource head = source(packed_.begin + slot / granules_);
@@ -162,8 +158,6 @@ class PackedKeys {
     kernel_.pack_k(k_rows, params_.head_dim, k_ + slot * k_bytes_);
     kernel_.pack_v(v_rows, params_.head_dim_v, v_ + slot * v_bytes_);
   }
-
-  static constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
   const AttentionParams& params_;
   const TileKernel& kernel_;
@@ -206,56 +200,130 @@ const Parallel& no_threads() {
   return kNone;
 }
 
-// Attention of the query heads of some KV heads.
-void run_heads(const AttentionParams& params, const TileKernel& kernel, HeadRange kv_heads,
-               PackedKeys& keys, const Parallel& threads) {
-  std::vector<Task> tasks = make_tasks(params, kv_heads, kernel.block_m);
-  sort_tasks(params, kv_heads, tasks);
+// The query tiles of some KV heads, for any number of threads to take from.
+class Work {
+ public:
+  Work(const AttentionParams& params, const TileKernel& kernel, HeadRange kv_heads)
+      : params_(params), kernel_(kernel), kv_heads_(kv_heads), keys_(params, kernel) {}
 
-  int64_t keys_read = 0, pairs = 0;
-  for (const Task& task : tasks) {
-    keys_read += task.weight;
-    pairs += task.weight * task.tile.rows;
-  }
-  // Other threads wake up in the time that one needs for about a million multiplications.
-  constexpr int64_t kWorthThreads = 1 << 20;
-  const bool is_small = pairs * (params.head_dim + params.head_dim_v) < kWorthThreads;
-  const Parallel& parallel = is_small ? no_threads() : threads;
-
-  // Packing pays when keys are read more than once; otherwise tiles pack what they read.
-  const int64_t num_keys = (kv_heads.end - kv_heads.begin) * params.seqlen_kv;
-  if (!kernel.in_place && keys_read > num_keys) keys.pack(kv_heads, parallel);
-
-  const int64_t scratch_bytes = KeyCursor::scratch_bytes(params, kernel) +
-                                kernel.scratch_bytes(params.head_dim, params.head_dim_v);
-  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  std::atomic<int64_t> next_task{0};
-  parallel.run(std::min(num_tasks, parallel.num_threads), [&](int64_t) {
-    thread_local AlignedBuffer scratch;
-    scratch.reserve(scratch_bytes);
-    const uint32_t saved = kernel.enter();
-    for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
-      run_task(params, kernel, tasks[i], keys, scratch.data());
+  // Lists the tiles, and packs the keys into `memory` where they are read more than once;
+  // otherwise tiles pack what they read. To be called before anything else.
+  void prepare(std::byte* memory, const Parallel& threads) {
+    tasks_ = make_tasks(params_, kv_heads_, kernel_.block_m);
+    sort_tasks(params_, kv_heads_, tasks_);
+    int64_t keys_read = 0;
+    for (const Task& task : tasks_) {
+      keys_read += task.weight;
+      pairs_ += task.weight * task.tile.rows;
     }
-    kernel.leave(saved);
+    const int64_t num_keys = (kv_heads_.end - kv_heads_.begin) * params_.seqlen_kv;
+    if (!kernel_.in_place && keys_read > num_keys) {
+      keys_.pack(kv_heads_, memory, is_small() ? no_threads() : threads);
+    }
+  }
+
+  // Other threads wake up in the time that one needs for about a million multiplications.
+  bool is_small() const {
+    constexpr int64_t kWorthThreads = 1 << 20;
+    return pairs_ * (params_.head_dim + params_.head_dim_v) < kWorthThreads;
+  }
+
+  // Runs tiles until none is left.
+  void run() {
+    if (next_ >= num_tasks()) return;
+    thread_local AlignedBuffer scratch;
+    scratch.reserve(KeyCursor::scratch_bytes(params_, kernel_) +
+                    kernel_.scratch_bytes(params_.head_dim, params_.head_dim_v));
+    const uint32_t saved = kernel_.enter();
+    for (int64_t i = next_++; i < num_tasks(); i = next_++) {
+      run_task(params_, kernel_, tasks_[i], keys_, scratch.data());
+    }
+    kernel_.leave(saved);
+  }
+
+  int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
+
+ private:
+  const AttentionParams& params_;
+  const TileKernel& kernel_;
+  HeadRange kv_heads_;
+  PackedKeys keys_;
+  std::vector<Task> tasks_;
+  int64_t pairs_ = 0;
+  std::atomic<int64_t> next_{0};
+};
+
+// All threads work on some KV heads together, then on the next ones.
+void run_together(const AttentionParams& params, const TileKernel& kernel, AlignedBuffer& memory,
+                  const Parallel& threads) {
+  // As many KV heads at a time as moderate memory holds packed.
+  constexpr int64_t kPackedBytesPerThread = int64_t{32} << 20;
+  const int64_t num_heads = params.batch * params.num_kv_heads;
+  const int64_t head_bytes = PackedKeys(params, kernel).head_bytes();
+  const int64_t fitting =
+      threads.num_threads * kPackedBytesPerThread / std::max<int64_t>(1, head_bytes);
+  const int64_t count = kernel.in_place ? num_heads : std::max<int64_t>(1, fitting);
+  if (!kernel.in_place) memory.reserve(std::min(count, num_heads) * head_bytes);
+  for (int64_t begin = 0; begin < num_heads; begin += count) {
+    Work work(params, kernel, {begin, std::min(begin + count, num_heads)});
+    work.prepare(memory.data(), threads);
+    const Parallel& parallel = work.is_small() ? no_threads() : threads;
+    parallel.run(std::min(work.num_tasks(), parallel.num_threads), [&](int64_t) { work.run(); });
+  }
+}
+
+// Each thread takes one KV head after the other, so that packed keys stay in its own cache, and
+// helps others when no head is left to take.
+void run_apart(const AttentionParams& params, const TileKernel& kernel, AlignedBuffer& memory,
+               const Parallel& threads) {
+  struct Head {
+    Head(const AttentionParams& params, const TileKernel& kernel, int64_t i)
+        : work(params, kernel, {i, i + 1}) {}
+    Work work;
+    std::atomic<bool> is_prepared{false};
+  };
+  std::deque<Head> heads;
+  for (int64_t i = 0; i < params.batch * params.num_kv_heads; ++i) {
+    heads.emplace_back(params, kernel, i);
+  }
+  const int64_t num_heads = static_cast<int64_t>(heads.size());
+  const int64_t head_bytes = PackedKeys(params, kernel).head_bytes();
+  memory.reserve(threads.num_threads * head_bytes);
+  std::atomic<int64_t> next_head{0};
+  threads.run(threads.num_threads, [&](int64_t thread) {
+    for (int64_t i = next_head++; i < num_heads; i = next_head++) {
+      try {
+        heads[i].work.prepare(memory.data() + thread * head_bytes, no_threads());
+      } catch (...) {
+        heads[i].is_prepared = true;  // nobody waits for it
+        throw;
+      }
+      heads[i].is_prepared = true;
+      heads[i].work.run();
+    }
+    for (Head& head : heads) {
+      while (!head.is_prepared) std::this_thread::yield();
+      head.work.run();
+    }
   });
 }
 
 // Attention of many rows: tiles of queries over packed keys.
-void prefill(const AttentionParams& params, Isa isa, const Parallel& parallel) {
-  const int64_t num_kv_heads = params.batch * params.num_kv_heads;
-  if (num_kv_heads == 0 || params.num_heads == 0 || params.seqlen_q == 0) return;
+void prefill(const AttentionParams& params, Isa isa, const Parallel& threads) {
+  const int64_t num_heads = params.batch * params.num_kv_heads;
+  if (num_heads == 0 || params.num_heads == 0 || params.seqlen_q == 0) return;
   const TileKernel& kernel = select_kernel(isa, params);
-  PackedKeys keys(params, kernel);
-
-  // As many KV heads at a time as moderate memory holds packed.
-  constexpr int64_t kPackedBytesPerThread = int64_t{32} << 20;
-  const int64_t fitting =
-      parallel.num_threads * kPackedBytesPerThread / std::max<int64_t>(1, keys.head_bytes());
-  const int64_t count = kernel.in_place ? num_kv_heads : std::max<int64_t>(1, fitting);
-  for (int64_t begin = 0; begin < num_kv_heads; begin += count) {
-    run_heads(params, kernel, {begin, std::min(begin + count, num_kv_heads)}, keys, parallel);
+  thread_local AlignedBuffer memory;
+  // What the caches hold of packed keys anyway needs no care.
+  constexpr int64_t kCached = int64_t{4} << 20;
+  const int64_t head_bytes = PackedKeys(params, kernel).head_bytes();
+  if (!kernel.in_place && num_heads >= threads.num_threads && num_heads * head_bytes > kCached &&
+      threads.num_threads * head_bytes <= PackedKeys::allowed_bytes(params)) {
+    run_apart(params, kernel, memory, threads);
+  } else {
+    run_together(params, kernel, memory, threads);
   }
+  if (memory.capacity() > kKeptBytes) memory.release();
 }
 
 }  // namespace

@@ -239,15 +239,16 @@ inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float
   store_sums(scores, kStepKeys);
 }
 
-// scores[32][keys] = q[32][64] k[keys][64]^T. All of q stays in tiles 4 to 7, which halves the
-// loads.
-inline void score_rows_dim64(const uint16_t* q, const Granule* granules, int num_granules,
-                             float* scores) {
+// scores[32][keys] = q[32][64] k[keys][64]^T for the rows from `row` on. All of q stays in tiles 4
+// to 7, which halves the loads.
+inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* granules,
+                             int num_granules, float* scores) {
   _tile_loadd(4, q, 128);
   _tile_loadd(5, q + 32, 128);
   _tile_loadd(6, q + 16 * 64, 128);
   _tile_loadd(7, q + 16 * 64 + 32, 128);
   for (int half = 0; half < 2 * num_granules; ++half, scores += 16) {
+    if (!granules[half / 2].rows.meets(row, 32)) continue;
     const uint16_t* k = static_cast<const uint16_t*>(granules[half / 2].k) + half % 2 * 2 * kTile;
     _tile_loadd(2, k, 64);
     _tile_loadd(3, k + kTile, 64);
@@ -292,7 +293,8 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
   }
 }
 
-// scores[rows][keys] = q k^T for all keys of a step.
+// scores[rows][keys] = q k^T for all keys of a step; blocks of 32 rows that see nothing of a
+// granule are left out.
 template <int kTerms>
 void score_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
                 int64_t dim) {
@@ -302,24 +304,26 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
   }
   if (kTerms == 1 && dim == 64) {
     for (int64_t r = 0; r < rows; r += 32) {
-      score_rows_dim64(scratch.q + r * dim, granules, num_granules, scratch.scores + r * kStepKeys);
+      score_rows_dim64(scratch.q + r * dim, r, granules, num_granules, scratch.scores + r * kStepKeys);
     }
     return;
   }
   for (int g = 0; g < num_granules; ++g) {
     for (int64_t r = 0; r < rows; r += 32) {
+      if (!granules[g].rows.meets(r, 32)) continue;
       score_block<kTerms>(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
                           scratch.scores + r * kStepKeys + g * kGranule);
     }
   }
 }
 
-// acc[32][32] += weights[32][keys] v[keys][32]
+// acc[32][32] += weights[32][keys] v[keys][32] for the rows from `row` on
 template <int kTerms>
-inline void value_block(const uint16_t* weights, const Granule* granules, int num_granules,
-                        int64_t d, float* acc, int64_t acc_stride) {
+inline void value_block(const uint16_t* weights, int64_t row, const Granule* granules,
+                        int num_granules, int64_t d, float* acc, int64_t acc_stride) {
   load_sums(acc, acc_stride);
   for (int g = 0; g < num_granules; ++g, weights += kGranule) {
+    if (!granules[g].rows.meets(row, 32)) continue;
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
     load_left(weights, kStepKeys);
     if constexpr (kTerms == 2) {
@@ -385,7 +389,7 @@ void value_step(const Scratch& scratch, const Granule* granules, int num_granule
   }
   for (int64_t d = 0; d < acc_stride; d += 32) {
     for (int64_t r = 0; r < rows; r += 32) {
-      value_block<kTerms>(scratch.weights + r * kStepKeys, granules, num_granules, d,
+      value_block<kTerms>(scratch.weights + r * kStepKeys, r, granules, num_granules, d,
                           scratch.acc + r * acc_stride + d, acc_stride);
     }
   }

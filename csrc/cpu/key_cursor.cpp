@@ -48,11 +48,13 @@ int64_t KeyCursor::scratch_bytes(const AttentionParams& params, const TileKernel
           kMaxRows * static_cast<int64_t>(sizeof(uint32_t)));
 }
 
-const uint32_t* KeyCursor::row_masks(const int32_t* positions, int count, uint32_t always,
-                                     uint32_t window, int slot) {
+// Limits a granule of the given keys to what each row sees.
+void KeyCursor::mask_rows(Granule& granule, const int32_t* positions, uint32_t always,
+                          uint32_t window, int slot) {
   uint32_t* masks = mask_scratch_ + slot * kMaxRows;
-  walk_.row_masks(positions, count, always, window, masks);
-  return masks;
+  walk_.row_masks(positions, granule.count, always, window, masks);
+  granule.visible = masks;
+  granule.rows = seeing_rows(masks, walk_.rows());
 }
 
 // Makes a granule of two aligned runs of 16 keys that are packed already; false if it cannot.
@@ -132,8 +134,7 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
   }
   const bool zeros_follow = count < kGranule && !kernel_.in_place;
   if (zeros_follow || !walk_.seen_by_all_rows(run, found.window != 0)) {
-    granule.visible =
-        row_masks(positions, count, found.always >> first, found.window >> first, slot);
+    mask_rows(granule, positions, found.always >> first, found.window >> first, slot);
   }
   return granule;
 }
@@ -144,7 +145,7 @@ Granule KeyCursor::use_gathered(int count, int slot) {
   const bool all_rows_see =
       always == kAll && (!params_.is_causal || pending_[count - 1] <= walk_.first_position());
   if (!all_rows_see) {
-    granule.visible = row_masks(pending_, count, always, ~always & low_bits(count), slot);
+    mask_rows(granule, pending_, always, ~always & low_bits(count), slot);
   }
   std::copy(pending_ + count, pending_ + num_pending_, pending_);
   num_pending_ -= count;

@@ -39,8 +39,8 @@ class KeyCursor {
   Granule use_gathered(int count, int slot);
   bool join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const;
   Granule pack(const int32_t* positions, int count, int slot);
-  const uint32_t* row_masks(const int32_t* positions, int count, uint32_t always, uint32_t window,
-                            int slot);
+  void mask_rows(Granule& granule, const int32_t* positions, uint32_t always, uint32_t window,
+                 int slot);
 
   const AttentionParams& params_;
   const TileKernel& kernel_;

@@ -194,7 +194,8 @@ void find_visibility(const AttentionParams& params, const TileIndex& tile, int64
     if (!any[g]) continue;
     uint32_t* words = found.words[g];
     if (!all[g]) std::fill(words + tile.rows, words + kMaxRows, 0);
-    found.parts[found.count++] = {g, all[g] ? nullptr : words};
+    found.parts[found.count++] =
+        all[g] ? Visibility::Part{g} : Visibility::Part{g, words, seeing_rows(words, tile.rows)};
   }
 }
 

@@ -16,7 +16,8 @@ int64_t list_rows(const AttentionParams& params);
 struct Visibility {
   struct Part {
     int granule = 0;
-    const uint32_t* rows = nullptr;  // as Granule::visible: null if all rows see all keys
+    const uint32_t* visible = nullptr;  // as in Granule
+    RowRange rows = {};
   };
   int count = 0;
   Part parts[kKeyTileGranules];
