@@ -393,6 +393,26 @@ def test_runs_are_bitwise_equal_on_any_number_of_threads(isa, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_give_the_same_alone_and_on_threads_of_their_own(isa, dtype):
+    """So many keys that each thread packs and works on one KV head after the other."""
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = make_qkv((1, 6, 192, 64), 3, 8192, 64, dtype, generator)
+    blocks = random_lists(1, 6, 3, 128, 0.3, generator)
+    alone = []
+    for h in range(6):
+        kv = slice(h // 2, h // 2 + 1)
+        case = Case(q[:, h : h + 1], k[:, kv], v[:, kv], block=(64, 64), window=[33])
+        case.blocks = tuple(x[:, h : h + 1].contiguous() for x in blocks)
+        alone.append(case.run())
+    case = Case(q, k, v, block=(64, 64), window=[33])
+    case.blocks = blocks
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for together, parts in zip(case.run(), zip(*alone, strict=True), strict=True):
+            assert torch.equal(together, torch.cat(parts, 1))
+
+
 def test_float32_in_two_terms_where_torch_permits_it():
     q, k, v = torch.randn(3, 2, 2, 300, 48).unbind(0)
     layout = sparse_attn.BlockLayout.sink_window((300, 300), sink=5, window=100)
