@@ -12,13 +12,22 @@ def run(op, *args):
     """``op(*args)`` for the forward op, past the Autograd key's Python kernel when no gradient is
     asked for: that kernel costs more than a small call.
     """
-    if torch.compiler.is_compiling() or _needs_grad(args):
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if torch._C._are_functorch_transforms_active():  # torch.func knows Functions, not Autograd keys
+        return _functions[op].apply(*args)
+    if _needs_grad(args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _needs_grad(args: tuple) -> bool:
+    """Whether the Autograd kernel has work to do. It refuses forward-mode derivatives, which would
+    be silently 0 past it.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     if not torch.is_grad_enabled():
         return False
     q, k, v, sinks = *args[:3], args[9]
@@ -30,25 +39,35 @@ def _needs_grad(args: tuple) -> bool:
     )
 
 
+_functions: dict = {}  # from an op to what differentiates it
+
+
 def _differentiable(name: str):
     """The Autograd kernel of the op `name`, whose gradient is the op ``<name>_backward``."""
     forward_op = getattr(torch.ops.sparse_attn, name).default
     backward_op = getattr(torch.ops.sparse_attn, f"{name}_backward").default
 
     class Attention(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
-        def forward(ctx, *args):
+        def forward(*args):
             with torch._C._AutoDispatchBelowAutograd():
-                out, lse = forward_op(*args[:17], for_gradients=True)
-            tensors, ctx.scalars = args[:10], args[10:16]
-            ctx.num_args = len(args)
-            ctx.save_for_backward(*tensors, out, lse)
-            return out, lse
+                return forward_op(*args[:17], for_gradients=True)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            tensors, ctx.scalars = inputs[:10], inputs[10:16]
+            ctx.num_args = len(inputs)
+            ctx.save_for_backward(*tensors, *output)
 
         @staticmethod
         def backward(ctx, dout: Tensor, dlse: Tensor):
             q, k, v, *layout, sinks, out, lse = ctx.saved_tensors
-            dq, dk, dv, dsinks = backward_op(
+            gradient = backward_op
+            if torch._C._are_functorch_transforms_active():
+                gradient = _functions[backward_op].apply
+            dq, dk, dv, dsinks = gradient(
                 dout, dlse, q, k, v, out, lse, *layout, sinks, *ctx.scalars
             )
             none = (None,) * len(layout)
@@ -61,6 +80,7 @@ def _differentiable(name: str):
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op(*args)
 
+    _functions[forward_op] = Attention
     return call
 
 
@@ -69,15 +89,22 @@ def _once(name: str):
     op = getattr(torch.ops.sparse_attn, name).default
 
     class AttentionBackward(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
-        def forward(ctx, *args):
+        def forward(*args):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
 
         @staticmethod
         def backward(ctx, *grads):
             raise RuntimeError("sparse_attn: attention has no second derivative")
 
+    _functions[op] = AttentionBackward
     return AttentionBackward.apply
 
 

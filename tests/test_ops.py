@@ -162,3 +162,34 @@ def test_autocast_and_checkpoint():
     direct = torch.autograd.grad(loss(q, k, v), (q, k, v))
     again = torch.utils.checkpoint.checkpoint(loss, q, k, v, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(again, (q, k, v)), direct)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func():
+    q, k, v = _inputs(torch.float32)
+    layout = _layout()
+
+    def loss(q, k, v):
+        return sparse_attention(q, k, v, layout).square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2))(q, k, v), expected)
+    pairs = [torch.stack([x, 2 * x]) for x in (q, k, v)]
+    per_sample = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*pairs)
+    torch.testing.assert_close(tuple(x[0] for x in per_sample), expected)
+    _, pullback = torch.func.vjp(loss, q, k, v)
+    torch.testing.assert_close(pullback(torch.ones(())), expected)
+
+
+def test_forward_mode_is_refused():
+    q, k, v = _inputs(torch.float32)
+    layout = _layout()
+
+    def attend(q):
+        return sparse_attention(q, k, v, layout)
+
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(attend, (q,), (torch.ones_like(q),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        attend(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))

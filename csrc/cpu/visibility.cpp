@@ -8,12 +8,6 @@ namespace {
 
 constexpr uint32_t kAll = ~uint32_t{0};
 
-// Bits 0 ... n - 1.
-uint32_t low_bits(int64_t n) {
-  if (n <= 0) return 0;
-  return n >= kGranule ? kAll : (uint32_t{1} << n) - 1;
-}
-
 // The keys of [begin, end) among the 32 keys from `origin` on.
 uint32_t range_bits(int64_t begin, int64_t end, int64_t origin) {
   return low_bits(end - origin) & ~low_bits(begin - origin);
