@@ -365,7 +365,8 @@ static void add_step(const Panel& panel, const Granule* granules, int num_granul
     return ones;
   }();
   int common = num_granules;
-  while (common > 1 && VectorRange(panel, granules[common - 1].rows).count < panel.vectors) --common;
+  while (common > 1 && VectorRange(panel, granules[common - 1].rows).count < panel.vectors)
+    --common;
   kSteps[panel.vectors - 1].add_values(panel, 0, granules, common, 0, panel.factor, head_dim_v);
   int64_t first_key = 0;
   for (int g = 0; g < num_granules; first_key += granules[g].count, ++g) {

@@ -31,7 +31,8 @@ const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
   return static_cast<const std::byte*>(base) + elements * element_size(dtype);
 }
 
-// What each calling thread keeps of the memory for packed keys, as fresh pages cost more than packing.
+// What each calling thread keeps of the memory for packed keys, as fresh pages cost more than
+// packing.
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
 // One query tile and an estimate of its work.

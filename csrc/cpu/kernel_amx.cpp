@@ -160,8 +160,8 @@ struct Scratch {
   uint16_t* weights;  // [term][kBlockM][kStepKeys]
   float* acc;         // [kBlockM][padded head_dim_v]
   uint16_t* q;        // [term][kBlockM][padded head_dim]
-  float* m;           // [kBlockM] running maximum, base 2
-  float* l;           // [kBlockM] running sum
+  float* m;           // [kBlockM] reference point of the weights, base 2
+  float* l;           // [kBlockM][kLanes] sums of weights, to be added up at the end
 };
 
 Scratch divide_scratch(std::byte* memory, int64_t head_dim_v, int terms) {
@@ -170,14 +170,14 @@ Scratch divide_scratch(std::byte* memory, int64_t head_dim_v, int terms) {
   scratch.acc = scratch.scores + kBlockM * kStepKeys;
   scratch.m = scratch.acc + kBlockM * padded_dim(head_dim_v);
   scratch.l = scratch.m + kBlockM;
-  scratch.weights = reinterpret_cast<uint16_t*>(scratch.l + kBlockM);
+  scratch.weights = reinterpret_cast<uint16_t*>(scratch.l + kBlockM * kLanes);
   scratch.q = scratch.weights + terms * kBlockM * kStepKeys;
   return scratch;
 }
 
 template <class T>
 int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
-  return kBlockM * (kStepKeys * 4 + padded_dim(head_dim_v) * 4 + 8 +
+  return kBlockM * ((kStepKeys + padded_dim(head_dim_v) + 1 + kLanes) * 4 +
                     kTerms<T> * (kStepKeys + padded_dim(head_dim)) * 2);
 }
 
@@ -304,7 +304,8 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
   }
   if (kTerms == 1 && dim == 64) {
     for (int64_t r = 0; r < rows; r += 32) {
-      score_rows_dim64(scratch.q + r * dim, r, granules, num_granules, scratch.scores + r * kStepKeys);
+      score_rows_dim64(scratch.q + r * dim, r, granules, num_granules,
+                       scratch.scores + r * kStepKeys);
     }
     return;
   }
@@ -422,15 +423,25 @@ inline float row_max(const float* scores, int64_t n) {
   return _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
 }
 
-// weights = 2^(scores * scale - m) in bfloat16, one term or two; returns their sum.
+// A weight is at most 2^kHeadroom.
+constexpr float kHeadroom = 8;
+
+// weights = 2^(scores * scale - m) in bfloat16, one term or two; adds them to 16 sums. Does not add
+// them, and returns false, if one is above the headroom.
 template <int kTerms>
-inline float exp_row(const float* scores, int64_t n, float scale, float m, uint16_t* weights) {
+inline bool exp_row(const float* scores, int64_t n, float scale, float m, uint16_t* weights,
+                    float* sums) {
   const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-m);
-  __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
+  const __m512 limit = _mm512_set1_ps(kHeadroom);
+  __m512 sum0 = _mm512_loadu_ps(sums), sum1 = _mm512_setzero_ps();
+  __m512 top0 = limit, top1 = limit;
 #pragma GCC unroll 2
   for (int64_t j = 0; j < n; j += 32) {
-    const __m512 p0 = exp2_bf16(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset));
-    const __m512 p1 = exp2_bf16(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j + 16), factor, offset));
+    const __m512 x0 = _mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset);
+    const __m512 x1 = _mm512_fmadd_ps(_mm512_loadu_ps(scores + j + 16), factor, offset);
+    top0 = _mm512_max_ps(x0, top0);
+    top1 = _mm512_max_ps(x1, top1);
+    const __m512 p0 = exp2_bf16(x0), p1 = exp2_bf16(x1);
     sum0 = _mm512_add_ps(sum0, p0);
     sum1 = _mm512_add_ps(sum1, p1);
     if constexpr (kTerms == 1) {
@@ -441,30 +452,33 @@ inline float exp_row(const float* scores, int64_t n, float scale, float m, uint1
       _mm512_storeu_si512(weights + kBlockM * kStepKeys + j, p.low);
     }
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
+  if (_mm512_cmp_ps_mask(_mm512_max_ps(top0, top1), limit, _CMP_GT_OQ) != 0) return false;
+  _mm512_storeu_ps(sums, _mm512_add_ps(sum0, sum1));
+  return true;
 }
 
 // Turns the raw scores of one row into weights and brings (m, l, acc) up to date. The reference
-// point m follows the maximum only when that outgrows it by 2^kHeadroom, so acc is seldom scaled.
+// point m is the maximum of the row's first keys, and moves to the maximum of all only when a
+// weight outgrows the headroom: so a row is read once, and acc is seldom scaled.
 template <int kTerms>
 inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scale,
                         int64_t acc_stride) {
-  constexpr float kHeadroom = 8;
   const float* scores = scratch.scores + r * kStepKeys;
-  const float m_old = scratch.m[r], top = row_max(scores, n) * scale;
-  float m_new = m_old;
-  if (top > m_old + kHeadroom) {
-    m_new = top;
-    if (m_old != kMinusInfinity) {
-      const float factor = std::exp2(m_old - m_new);
-      scratch.l[r] *= factor;
-      float* acc = scratch.acc + r * acc_stride;
-      for (int64_t d = 0; d < acc_stride; d += kLanes) store(acc + d, load(acc + d) * factor);
-    }
-    scratch.m[r] = m_new;
+  uint16_t* weights = scratch.weights + r * kStepKeys;
+  float *m = scratch.m + r, *sums = scratch.l + r * kLanes;
+  if (*m == kMinusInfinity) *m = row_max(scores, kGranule) * scale;
+  if (*m > kMinusInfinity && exp_row<kTerms>(scores, n, scale, *m, weights, sums)) return;
+
+  const float m_old = *m, m_new = std::max(m_old, row_max(scores, n) * scale);
+  if (m_old > kMinusInfinity) {
+    const float factor = std::exp2(m_old - m_new);
+    store(sums, load(sums) * factor);
+    float* acc = scratch.acc + r * acc_stride;
+    for (int64_t d = 0; d < acc_stride; d += kLanes) store(acc + d, load(acc + d) * factor);
   }
+  *m = m_new;
   const float base = m_new == kMinusInfinity ? 0.0f : m_new;
-  scratch.l[r] += exp_row<kTerms>(scores, n, scale, base, scratch.weights + r * kStepKeys);
+  exp_row<kTerms>(scores, n, scale, base, weights, sums);
 }
 
 // The rows of q with the sign of the scale, or 0 for a scale of 0.
@@ -492,7 +506,8 @@ template <class T>
 void write_rows(const QueryTile& tile, const Scratch& scratch) {
   const int64_t acc_stride = padded_dim(tile.head_dim_v);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const RowEnd end = finish_row(scratch.m[r], scratch.l[r], tile.sink_logit);
+    const float l = reduce_add(load(scratch.l + r * kLanes));
+    const RowEnd end = finish_row(scratch.m[r], l, tile.sink_logit);
     const __m512 factor = _mm512_set1_ps(end.factor);
     const float* acc = scratch.acc + r * acc_stride;
     T* out = static_cast<T*>(tile.out) + r * tile.out_row_stride;
@@ -505,19 +520,38 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
   }
 }
 
-// Fetches share r of `shares` of the packed rows at `part` of the granules to the second-level
-// cache: while a row of scores goes through softmax, memory is idle.
-inline void prefetch_share(const Granule* granules, int num_granules, const void* Granule::* part,
-                           int64_t lines, int64_t r, int64_t shares) {
-  const int64_t total = num_granules * lines;
-  int64_t i = r * total / shares;
-  const int64_t end = (r + 1) * total / shares;
-  for (int64_t g = i / lines; i < end; ++g) {
-    const char* p = static_cast<const char*>(granules[g].*part) - g * lines * 64;
-    const int64_t stop = std::min(end, (g + 1) * lines);
-    for (; i < stop; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T1);
+// Fetches the packed rows at `part` of some granules to the second-level cache, some lines at a
+// time: while a row of scores goes through softmax, memory is idle.
+class Prefetch {
+ public:
+  Prefetch(const Granule* granules, int num_granules, const void* Granule::* part, int64_t lines,
+           int64_t calls)
+      : granule_(granules),
+        end_(granules + num_granules),
+        part_(part),
+        lines_(lines),
+        share_((num_granules * lines + calls - 1) / calls) {}
+
+  void next() {
+    for (int64_t todo = share_; todo > 0 && granule_ != end_;) {
+      const char* p = static_cast<const char*>(granule_->*part_) + line_ * 64;
+      const int64_t count = std::min(todo, lines_ - line_);
+      for (int64_t i = 0; i < count; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T1);
+      todo -= count;
+      line_ += count;
+      if (line_ == lines_) {
+        line_ = 0;
+        ++granule_;
+      }
+    }
   }
-}
+
+ private:
+  const Granule* granule_;
+  const Granule* end_;
+  const void* Granule::* part_;
+  int64_t lines_, share_, line_ = 0;
+};
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
@@ -531,7 +565,7 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   load_q<T>(tile, scaling.q_factor, scratch.q);
   std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
   std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
-  std::fill(scratch.l, scratch.l + rows, 0.0f);
+  std::fill(scratch.l, scratch.l + rows * kLanes, 0.0f);
 
   Granule steps[2][kStepGranules];
   int n = keys.next(steps[0]);
@@ -544,9 +578,11 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     fence_compiler();
     const bool any_masked =
         std::any_of(granules, granules + n, [](const Granule& g) { return g.visible != nullptr; });
+    Prefetch values(granules, n, &Granule::v, kTerms<T> * acc_stride, tile.rows);
+    Prefetch next_keys(ahead, num_ahead, &Granule::k, kTerms<T> * dim, tile.rows);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      prefetch_share(granules, n, &Granule::v, kTerms<T> * acc_stride, r, tile.rows);
-      prefetch_share(ahead, num_ahead, &Granule::k, kTerms<T> * dim, r, tile.rows);
+      values.next();
+      next_keys.next();
       float* scores = scratch.scores + r * kStepKeys;
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
