@@ -393,6 +393,16 @@ def test_runs_are_bitwise_equal_on_any_number_of_threads(isa, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_that_outgrow_those_of_the_first_keys(isa, dtype, request):
+    """More than once, and by more than a weight may grow; in the last head they shrink."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = make_qkv((1, 3, 70, 64), 3, 1000, 64, dtype, generator)
+    growth = torch.linspace(0, 12, 1000)[:, None]
+    k = (k * torch.stack([growth, growth.exp2() / 256, growth.flip(0)])).to(dtype)
+    check(Case(q, k, v, window=[-1], sinks=torch.tensor([0.0, 50.0, 50.0])), request)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_heads_give_the_same_alone_and_on_threads_of_their_own(isa, dtype):
     """So many keys that each thread packs and works on one KV head after the other."""
