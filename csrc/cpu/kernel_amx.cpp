@@ -156,8 +156,8 @@ void pack_v(const void* const* rows, int64_t head_dim_v, void* granule) {
 }
 
 struct Scratch {
-  float* scores;      // [kBlockM][kStepKeys]
-  uint16_t* weights;  // [term][kBlockM][kStepKeys]
+  float* scores;      // [kBlockM / 16][kStepKeys / 16] tiles
+  uint16_t* weights;  // [term][kBlockM / 16][kStepKeys / 32] tiles
   float* acc;         // [kBlockM][padded head_dim_v]
   uint16_t* q;        // [term][kBlockM][padded head_dim]
   float* m;           // [kBlockM] reference point of the weights, base 2
@@ -202,6 +202,12 @@ inline void load_left(const uint16_t* a, int64_t stride) {
   _tile_loadd(5, a + 16 * stride, stride * 2);
 }
 
+// The weights of 32 rows and 32 keys, the left factor.
+inline void load_weights(const uint16_t* a) {
+  _tile_loadd(4, a, 64);
+  _tile_loadd(5, a + 16 * kStepKeys, 64);
+}
+
 // Two packed tiles, the right factor.
 inline void load_right(const uint16_t* b0, const uint16_t* b1) {
   _tile_loadd(6, b0, 64);
@@ -236,7 +242,10 @@ inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float
       add_product();
     }
   }
-  store_sums(scores, kStepKeys);
+  _tile_stored(0, scores, 64);
+  _tile_stored(1, scores + kFloatTile, 64);
+  _tile_stored(2, scores + 16 * kStepKeys, 64);
+  _tile_stored(3, scores + 16 * kStepKeys + kFloatTile, 64);
 }
 
 // scores[32][keys] = q[32][64] k[keys][64]^T for the rows from `row` on. All of q stays in tiles 4
@@ -247,7 +256,7 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
   _tile_loadd(5, q + 32, 128);
   _tile_loadd(6, q + 16 * 64, 128);
   _tile_loadd(7, q + 16 * 64 + 32, 128);
-  for (int half = 0; half < 2 * num_granules; ++half, scores += 16) {
+  for (int half = 0; half < 2 * num_granules; ++half, scores += kFloatTile) {
     if (!granules[half / 2].rows.meets(row, 32)) continue;
     const uint16_t* k = static_cast<const uint16_t*>(granules[half / 2].k) + half % 2 * 2 * kTile;
     _tile_loadd(2, k, 64);
@@ -258,15 +267,15 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
     _tile_dpbf16ps(1, 6, 2);
     _tile_dpbf16ps(0, 5, 3);
     _tile_dpbf16ps(1, 7, 3);
-    _tile_stored(0, scores, kStepKeys * 4);
-    _tile_stored(1, scores + 16 * kStepKeys, kStepKeys * 4);
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + 16 * kStepKeys, 64);
   }
 }
 
 // scores[16][keys] = q[16][head_dim] k[keys][head_dim]^T, two granules at a time.
 inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules, int num_granules,
                         float* scores) {
-  for (int g = 0; g < num_granules; g += 2, scores += 2 * kGranule) {
+  for (int g = 0; g < num_granules; g += 2, scores += 4 * kFloatTile) {
     const uint16_t* k0 = static_cast<const uint16_t*>(granules[g].k);
     const uint16_t* k1 =
         g + 1 < num_granules ? static_cast<const uint16_t*>(granules[g + 1].k) : k0;
@@ -285,11 +294,11 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 4, 5);
     }
-    _tile_stored(0, scores, kStepKeys * 4);
-    _tile_stored(1, scores + 16, kStepKeys * 4);
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + kFloatTile, 64);
     if (g + 1 == num_granules) break;
-    _tile_stored(2, scores + 32, kStepKeys * 4);
-    _tile_stored(3, scores + 48, kStepKeys * 4);
+    _tile_stored(2, scores + 2 * kFloatTile, 64);
+    _tile_stored(3, scores + 3 * kFloatTile, 64);
   }
 }
 
@@ -313,7 +322,7 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
     for (int64_t r = 0; r < rows; r += 32) {
       if (!granules[g].rows.meets(r, 32)) continue;
       score_block<kTerms>(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
-                          scratch.scores + r * kStepKeys + g * kGranule);
+                          scratch.scores + r * kStepKeys + g * 2 * kFloatTile);
     }
   }
 }
@@ -323,10 +332,10 @@ template <int kTerms>
 inline void value_block(const uint16_t* weights, int64_t row, const Granule* granules,
                         int num_granules, int64_t d, float* acc, int64_t acc_stride) {
   load_sums(acc, acc_stride);
-  for (int g = 0; g < num_granules; ++g, weights += kGranule) {
+  for (int g = 0; g < num_granules; ++g, weights += kTile) {
     if (!granules[g].rows.meets(row, 32)) continue;
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
-    load_left(weights, kStepKeys);
+    load_weights(weights);
     if constexpr (kTerms == 2) {
       const uint16_t* v_low = v + acc_stride * kGranule;
       load_right(v_low, v_low + kTile);
@@ -335,7 +344,7 @@ inline void value_block(const uint16_t* weights, int64_t row, const Granule* gra
     load_right(v, v + kTile);
     add_product();
     if constexpr (kTerms == 2) {
-      load_left(weights + kBlockM * kStepKeys, kStepKeys);
+      load_weights(weights + kBlockM * kStepKeys);
       add_product();
     }
   }
@@ -354,7 +363,7 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
   }
   for (int g = 0; g < num_granules; ++g) {
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
-    _tile_loadd(4, weights + g * kGranule, kStepKeys * 2);
+    _tile_loadd(4, weights + g * kTile, 64);
     _tile_loadd(5, v, 64);
     _tile_loadd(6, v + kTile, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -388,8 +397,8 @@ void value_step(const Scratch& scratch, const Granule* granules, int num_granule
     }
     return;
   }
-  for (int64_t d = 0; d < acc_stride; d += 32) {
-    for (int64_t r = 0; r < rows; r += 32) {
+  for (int64_t r = 0; r < rows; r += 32) {
+    for (int64_t d = 0; d < acc_stride; d += 32) {
       value_block<kTerms>(scratch.weights + r * kStepKeys, r, granules, num_granules, d,
                           scratch.acc + r * acc_stride + d, acc_stride);
     }
@@ -399,26 +408,26 @@ void value_step(const Scratch& scratch, const Granule* granules, int num_granule
 // Hides the keys that row r does not see: their scores become -inf.
 inline void mask_row(float* scores, const Granule* granules, int num_granules, int64_t r) {
   const __m512 hidden = _mm512_set1_ps(kMinusInfinity);
-  for (int g = 0; g < num_granules; ++g, scores += kGranule) {
+  for (int g = 0; g < num_granules; ++g, scores += 2 * kFloatTile) {
     if (granules[g].visible == nullptr) continue;
     const uint32_t bits = ~granules[g].visible[r];
     _mm512_mask_storeu_ps(scores, static_cast<__mmask16>(bits), hidden);
-    _mm512_mask_storeu_ps(scores + 16, static_cast<__mmask16>(bits >> 16), hidden);
+    _mm512_mask_storeu_ps(scores + kFloatTile, static_cast<__mmask16>(bits >> 16), hidden);
   }
 }
 
 // scores = softcap * tanh(scores * factor)
 inline void cap_row(float* scores, int64_t n, float factor, float softcap) {
   for (int64_t j = 0; j < n; j += kLanes) {
-    store(scores + j, tanh(load(scores + j) * factor) * softcap);
+    store(scores + j * 16, tanh(load(scores + j * 16) * factor) * softcap);
   }
 }
 
 inline float row_max(const float* scores, int64_t n) {
-  __m512 top0 = _mm512_loadu_ps(scores), top1 = _mm512_loadu_ps(scores + 16);
+  __m512 top0 = _mm512_load_ps(scores), top1 = _mm512_load_ps(scores + kFloatTile);
   for (int64_t j = 32; j < n; j += 32) {
-    top0 = _mm512_max_ps(_mm512_loadu_ps(scores + j), top0);
-    top1 = _mm512_max_ps(_mm512_loadu_ps(scores + j + 16), top1);
+    top0 = _mm512_max_ps(_mm512_load_ps(scores + j * 16), top0);
+    top1 = _mm512_max_ps(_mm512_load_ps(scores + j * 16 + kFloatTile), top1);
   }
   return _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
 }
@@ -437,19 +446,19 @@ inline bool exp_row(const float* scores, int64_t n, float scale, float m, uint16
   __m512 top0 = limit, top1 = limit;
 #pragma GCC unroll 2
   for (int64_t j = 0; j < n; j += 32) {
-    const __m512 x0 = _mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset);
-    const __m512 x1 = _mm512_fmadd_ps(_mm512_loadu_ps(scores + j + 16), factor, offset);
+    const __m512 x0 = _mm512_fmadd_ps(_mm512_load_ps(scores + j * 16), factor, offset);
+    const __m512 x1 = _mm512_fmadd_ps(_mm512_load_ps(scores + j * 16 + kFloatTile), factor, offset);
     top0 = _mm512_max_ps(x0, top0);
     top1 = _mm512_max_ps(x1, top1);
     const __m512 p0 = exp2_bf16(x0), p1 = exp2_bf16(x1);
     sum0 = _mm512_add_ps(sum0, p0);
     sum1 = _mm512_add_ps(sum1, p1);
     if constexpr (kTerms == 1) {
-      _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+      _mm512_store_si512(weights + j * 16, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
     } else {
       const Split p = split({p0, p1});
-      _mm512_storeu_si512(weights + j, p.high);
-      _mm512_storeu_si512(weights + kBlockM * kStepKeys + j, p.low);
+      _mm512_store_si512(weights + j * 16, p.high);
+      _mm512_store_si512(weights + kBlockM * kStepKeys + j * 16, p.low);
     }
   }
   if (_mm512_cmp_ps_mask(_mm512_max_ps(top0, top1), limit, _CMP_GT_OQ) != 0) return false;
@@ -463,8 +472,8 @@ inline bool exp_row(const float* scores, int64_t n, float scale, float m, uint16
 template <int kTerms>
 inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scale,
                         int64_t acc_stride) {
-  const float* scores = scratch.scores + r * kStepKeys;
-  uint16_t* weights = scratch.weights + r * kStepKeys;
+  const float* scores = scratch.scores + r / 16 * 16 * kStepKeys + r % 16 * 16;
+  uint16_t* weights = scratch.weights + r / 16 * 16 * kStepKeys + r % 16 * 32;
   float *m = scratch.m + r, *sums = scratch.l + r * kLanes;
   if (*m == kMinusInfinity) *m = row_max(scores, kGranule) * scale;
   if (*m > kMinusInfinity && exp_row<kTerms>(scores, n, scale, *m, weights, sums)) return;
@@ -583,7 +592,7 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       values.next();
       next_keys.next();
-      float* scores = scratch.scores + r * kStepKeys;
+      float* scores = scratch.scores + r / 16 * 16 * kStepKeys + r % 16 * 16;
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
       }
