@@ -38,8 +38,14 @@ ROOT = Path(__file__).parents[1]
 CSV = ROOT / "bench" / "results" / "triton.csv"
 PAGE = ROOT / "docs" / "performance.md"
 IN_PAGE = r".* bfloat16 \d+ (blocks|pages) \d.*"  # the rows that the page shows
-QUICK = (
-    r"(forward|backward_\w+)_kernel bfloat16 128 blocks \d.*|forward_kernel bfloat16 128 pages.*"
+QUICK = tuple(  # how the names begin of which a quick run compiles the first
+    f"{kernel}_kernel bfloat16 128 {layout} "
+    for kernel, layout in (
+        ("forward", "blocks"),
+        ("backward_rows", "blocks"),
+        ("backward_keys", "blocks"),
+        ("forward", "pages"),
+    )
 )
 
 RESERVED_SHARED = 1024  # of each block, by CUDA
@@ -238,12 +244,7 @@ def compile_case(case, arch: str) -> Compiled:
     target = GPUTarget(
         "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, gpu(arch).warp_size
     )
-    options = {
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        "enable_fp_fusion": True,
-    }
-    return read(case, triton.compile(source, target=target, options=options), arch)
+    return read(case, triton.compile(source, target=target, options=case.options), arch)
 
 
 def capability(target: Gpu) -> tuple[int, int]:
@@ -273,7 +274,7 @@ def sources(function: Callable) -> str:
 
 def fingerprint(case) -> str:
     """What changes if the compiler is given something else: code, arguments or options."""
-    given = (case.signature, case.constexprs, case.aligned, case.num_warps, case.num_stages)
+    given = (case.signature, case.constexprs, case.aligned, case.options)
     return hashlib.sha256(f"{sources(case.kernel.fn)}{given}".encode()).hexdigest()[:12]
 
 
@@ -285,17 +286,18 @@ def kernel_cases(arch: str) -> list:
 
 
 def wanted(arch: str, words: list[str], quick: bool, stale: bool) -> list[int]:
-    """The numbers of the cases whose name holds all `words`; of those, if asked for, only the ones
-    of `QUICK`, and only those that are not in the CSV file as they are now.
+    """The numbers of the cases whose name holds all `words`; of those, if asked for, only the first
+    of each of `QUICK`, and only those that are not in the CSV file as they are now.
     """
-    known = {(x.arch, x.name, x.fingerprint) for x in recorded()} if stale else ()
-    return [
-        number
-        for number, x in enumerate(kernel_cases(arch))
-        if all(word in x.name for word in words)
-        and (re.fullmatch(QUICK, x.name) or not quick)
-        and (arch, x.name, fingerprint(x)) not in known
-    ]
+    cases = kernel_cases(arch)
+    found = [n for n, x in enumerate(cases) if all(word in x.name for word in words)]
+    if quick:
+        starts = ([n for n in found if cases[n].name.startswith(x)] for x in QUICK)
+        found = [numbers[0] for numbers in starts if numbers]
+    if stale:
+        known = {(x.arch, x.name, x.fingerprint) for x in recorded()}
+        found = [n for n in found if (arch, cases[n].name, fingerprint(cases[n])) not in known]
+    return found
 
 
 def compile_number(arch: str, number: int) -> Compiled:

@@ -478,12 +478,12 @@ def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choi
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }
-        options = (config.num_warps, config.num_stages)
+        options = (config.num_warps, config.num_stages, config.max_registers)
         return [Launch(_backward_rows_kernel, (programs,), arguments, *options)]
 
     candidates = configs.backward_rows(
-        q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]), call.is_irregular, target,
-        slots=call.slots, keys=call.layout.seqlen_kv,
+        q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]), call.is_irregular, call.softcap > 0,
+        target, slots=call.slots, keys=call.layout.seqlen_kv,
     )  # fmt: skip
     return Choice(_kind("backward_rows", call, q, v, target), candidates, build)
 
@@ -525,7 +525,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
         tilings = {"BLOCKS_PER_TILE": blocks_per_tile, "TILES_PER_BLOCK": tiles_per_block}
         nothing = {"active_ptr": None, "active_run": 1, "active_batch": 0, "active_width": 0}
         entry = {"order_ptr": order, "blocks_per_entry": 1}
-        heavy = configs.HEAVY_TILES if tiles * owners > target.num_cores else tiles
+        heavy = -(-configs.HEAVY_KEYS // block_n) if tiles * owners > target.num_cores else tiles
         arguments = shared | nothing | tilings | entry
         found = _keys_launches(call, arguments, config, tiles, heavy, transposed, target)
         if layout.num_columns is None or layout.column_indices.shape[-1] == 0:
@@ -587,7 +587,7 @@ def _keys_launches(
         "BLOCK_N": config.block_n,
     }
     grid = (tiles * owners + split_tiles * (num_splits - 1),)
-    options = (config.num_warps, config.num_stages)
+    options = (config.num_warps, config.num_stages, config.max_registers)
     found = [Launch(_backward_keys_kernel, grid, arguments, *options)]
     if num_splits > 1:
         rows = configs.ROWS_SUMMED

@@ -25,9 +25,10 @@ _TYPES = {
     torch.int64: "*i64",
 }
 HEAD_DIMS = (64, 128, 256)
-# Kinds of calls: of layouts, of a row for each sequence ("decoding"), of packed sequences.
-KINDS = ("static", "blocks", "small blocks and columns", "packed", "pages", "decoding")
-FORWARD_ONLY = ("packed", "pages")
+# Kinds of calls: of layouts, of a row for each sequence ("decoding"), of packed sequences. Without
+# lists the kernels are what is left of those with them, for all dtypes the same.
+KINDS = ("blocks", "small blocks and columns", "pages", "decoding")
+FORWARD_ONLY = ("packed", "pages", "decoding")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class CompileCase:
         signature: for each argument its type, or "constexpr".
         constexprs: the values of the latter.
         aligned: arguments that are divisible by 16, pointers included.
-        num_warps, num_stages: options of `triton.compile`.
+        options: those of `triton.compile`.
     """
 
     name: str
@@ -48,8 +49,7 @@ class CompileCase:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
 
 
 def _described(name: str, launch: Launch) -> CompileCase:
@@ -70,11 +70,11 @@ def _described(name: str, launch: Launch) -> CompileCase:
             if x % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(key)
     kernel = launch.kernel
-    options = (launch.num_warps, launch.num_stages)
     tile = "x".join(str(constexprs[x]) for x in ("BLOCK_M", "BLOCK_N") if x in constexprs)
     part = "" if launch.arguments.get("active_ptr") is None else "_of_columns"
-    name = f"{kernel.fn.__name__.strip('_')}{part} {name} {tile} w{options[0]} s{options[1]}"
-    return CompileCase(name, kernel, signature, constexprs, tuple(aligned), *options)
+    config = f"{tile} w{launch.num_warps} s{launch.num_stages}"
+    name = f"{kernel.fn.__name__.strip('_')}{part} {name} {config}"
+    return CompileCase(name, kernel, signature, constexprs, tuple(aligned), launch.options)
 
 
 def _layout(kind: str, rows: int, keys: int) -> BlockLayout:
@@ -129,13 +129,16 @@ def _launches(step: Choice | Launch) -> list[Launch]:
 
 def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[CompileCase]:
     """Each kernel in each configuration that the launchers may choose on a GPU of this capability:
-    all dtypes, padded head dims and kinds of calls, causal, without softcap; and with a softcap,
-    not causal, for bfloat16 and head_dim 128.
+    all dtypes, padded head dims and kinds of calls, causal, without softcap; for bfloat16 also
+    without lists, and of head_dim 128 packed sequences, and with a softcap, not causal.
     """
     target = Target(capability, 132, warp_size)
     plain = {"softcap": 0.0, "is_causal": True}
-    cases = [(t, d, kind, plain) for t in DTYPES for d in HEAD_DIMS for kind in KINDS]
-    cases.append((torch.bfloat16, 128, "blocks", {"softcap": 20.0, "is_causal": False}))
+    bfloat16 = torch.bfloat16
+    cases = [(bfloat16, dim, "static", plain) for dim in HEAD_DIMS]
+    cases += [(dtype, dim, kind, plain) for dtype in DTYPES for dim in HEAD_DIMS for kind in KINDS]
+    cases.append((bfloat16, 128, "packed", plain))
+    cases.append((bfloat16, 128, "blocks", {"softcap": 20.0, "is_causal": False}))
     seen = set()
     for dtype, dim, kind, options in cases:
         name = f"{str(dtype).removeprefix('torch.')} {dim} {kind}"
@@ -145,7 +148,7 @@ def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[
                 case = _described(name, launch)
                 key = (
                     case.kernel.fn, str(case.signature), str(case.constexprs), case.aligned,
-                    case.num_warps, case.num_stages,
+                    str(case.options),
                 )  # fmt: skip
                 if key not in seen:
                     seen.add(key)

@@ -18,6 +18,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,21 @@ def padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def max_registers(dtype: torch.dtype, num_warps: int, target: Target) -> int | None:
+    """The registers of a thread in a float32 kernel on NVIDIA's GPUs: all that its warps leave it.
+    Unless told, the assembler spills some of them outside the loop so that more warps would fit.
+    """
+    if dtype != torch.float32 or target == INTERPRETER or target.warp_size == 64:
+        return None
+    return min(255, 65536 // (32 * num_warps))
+
+
 def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Config, ...]]:
     """What `choose` lists for a device, pruned for a call of `keys` keys and row blocks of `slots`
     rows (times packed heads).
 
-    Row blocks of at most 16 rows take tiles of 16 if there are any, others higher ones, but not
-    over 64 for at most 64 rows; no tile has more than four times the keys of the call.
+    Row blocks of at most 16 rows take the lowest tiles, others no tiles of 16 if there are others,
+    and at most 64 for at most 64 rows; no tile has more than four times the keys of the call.
 
     On warps of 64 threads (AMD) there are at most 4 of them, which then have all 512 registers, and
     one stage: there tiles are fetched ahead into registers.
@@ -71,11 +81,17 @@ def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Conf
     @functools.wraps(choose)
     def chosen(*args, slots: int, keys: int) -> tuple[Config, ...]:
         found = choose(*args)
-        found = [x for x in found if (x.block_m <= 16) == (slots <= 16)] or found
-        found = [x for x in found if x.block_m <= max(64, slots)] or found
+        lowest = min(x.block_m for x in found)
+        if slots <= 16:
+            found = [x for x in found if x.block_m == lowest]
+        else:
+            found = [x for x in found if 16 < x.block_m <= max(64, slots)] or found
         found = [x for x in found if x.block_n <= 4 * keys] or found[:1]
         if args[-1].warp_size == 64:
             found = [replace(x, num_warps=min(x.num_warps, 4), num_stages=1) for x in found]
+        found = [
+            replace(x, max_registers=max_registers(args[0], x.num_warps, args[-1])) for x in found
+        ]
         return tuple(dict.fromkeys(found))
 
     return chosen
@@ -93,44 +109,45 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32 and irregular:
-        return [Config(16, 16, 4, 1)]
+        return [Config(16, 16, 8 if head_dim <= 128 else 16, 1)]
     if dtype == torch.float32:
         if head_dim <= 64:
-            return [Config(32, 32, 4, 2), Config(16, 32, 4, 2)]
-        return [Config(32 if head_dim <= 128 else 16, 16, 4, 2)]
+            return [Config(32, 32, 8, 2), Config(16, 32, 4, 2)]
+        return [Config(32, 16, 8, 2) if head_dim <= 128 else Config(16, 16, 4, 2)]
     block_n = 32 if irregular else 64
     if head_dim <= 64:
         num_warps = 8 if target.capability[0] == 10 and not irregular else 4
         high = [Config(128, block_n, num_warps, 3), Config(64, block_n, 4, 3)]
-        return [*high, Config(16, block_n, 4, 3)]
+        return [*high, Config(16, block_n, 4, 2)]
     if head_dim <= 128:
         stages = 3 if target.has_large_memory else 2
-        high = [Config(128, block_n, 8, stages), Config(64, block_n, 4, stages)]
+        low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
+        high = [Config(128, block_n, 8, stages), low]
         return [*high, Config(16, block_n, 4, stages)]
-    return [Config(64, 32, 8, 2), Config(16, 32, 4, 2)]
+    return [Config(64, 32, 8, 2), Config(16, 32, 8, 2)]
 
 
 @_candidates
 def backward_rows(
-    dtype: torch.dtype, head_dim: int, irregular: bool, target: Target
+    dtype: torch.dtype, head_dim: int, irregular: bool, has_softcap: bool, target: Target
 ) -> list[Config]:
     """The configurations of the kernel that computes dq."""
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32 and irregular:
-        return [Config(16, 16, 4, 1)]
+        return [Config(16, 32 if head_dim == 128 else 16, 8, 1)]
     if dtype == torch.float32:
         if head_dim <= 64:
             return [Config(32, 32, 4, 2)]
         return [Config(16, 16, 4, 2)]
     if head_dim <= 128:
-        few = head_dim <= 64 and target.capability[0] != 10
-        block_n = 32 if irregular else 64
-        high = [Config(64, block_n, 4 if few else 8, 2)]
-        if not irregular:
-            high.append(Config(64, 32, 4, 2))
-        return [*high, Config(16, 32, 4, 2)]
-    return [Config(32, 32, 8, 2), Config(16, 32, 4, 2)]
+        on_blackwell = target.capability[0] == 10
+        num_warps = 4 if head_dim <= 64 and not on_blackwell else 8
+        if irregular:
+            return [Config(64, 32, num_warps, 2)]
+        found = [Config(64, 64, num_warps, 2), Config(64, 32, 4, 2)]
+        return found[1:] if has_softcap and on_blackwell and head_dim > 64 else found
+    return [Config(32, 32, 8, 2)]
 
 
 @_candidates
@@ -143,24 +160,27 @@ def backward_keys(
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32:
-        return [Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)]
+        if head_dim <= 64:
+            return [Config(16 if short_of_registers else 32, 32, 8, 2)]
+        return [Config(16, 16, 4, 2)]
     if head_dim <= 64:
-        high = [Config(32, 64, 4, 2)]
-        if not short_of_registers:
-            high = [Config(64, 64, 4, 2), *high]
-        return [*high, Config(16, 64, 4, 2)]
+        num_warps = 8 if target.capability[0] == 8 else 4
+        found = [Config(64, 64, num_warps, 2), Config(32, 64, 4, 2)]
+        return found[1:] if short_of_registers else found
     if head_dim <= 128:
-        high = [Config(32, 64, 8, 2)]
-        if not (short_of_registers or target.capability == (9, 0)):
-            high = [Config(64, 64, 8, 2), *high]
-        return [*high, Config(16, 64, 8, 2)]
-    return [Config(32, 32, 8, 2), Config(16, 32, 8, 2)]
+        found = [Config(64, 64, 8, 2), Config(32, 64, 8, 2)]
+        if target.capability == (9, 0):
+            found = [Config(32, 64, 8, 2), Config(64, 32, 8, 2)]
+        return (
+            found if not short_of_registers and target.warp_size == 32 else [Config(32, 64, 8, 2)]
+        )
+    return [Config(32, 32, 8, 2)]
 
 
-ROWS_MERGED = 16
+ROWS_MERGED = 8
 ROWS_PREPROCESSED = 32
 ROWS_SUMMED = 16
-HEAVY_TILES = 2  # of keys, for each KV head, that every row may see: those of sinks
+HEAVY_KEYS = 128  # of each KV head, which every row may see: those of sinks
 
 
 def num_splits(programs: int, tiles: int, target: Target) -> int:

@@ -318,9 +318,11 @@ def steps(
             "BLOCK_N": config.block_n,
         }
         grid = (programs, num_splits)
-        found = [Launch(_forward_kernel, grid, arguments, config.num_warps, config.num_stages)]
+        options = (config.num_warps, config.num_stages, config.max_registers)
+        found = [Launch(_forward_kernel, grid, arguments, *options)]
         if num_splits > 1:
-            found.append(_merge(arguments, rows))
+            limit = configs.max_registers(q.dtype, 4, target)
+            found.append(_merge(arguments, rows, limit))
         return found
 
     is_paged = packing is not None and packing.block_table is not None
@@ -331,7 +333,7 @@ def steps(
     return [Choice(kind, candidates, build)], (out, lse)
 
 
-def _merge(forward: dict, rows: int) -> Launch:
+def _merge(forward: dict, rows: int, max_registers: int | None) -> Launch:
     """The launch that merges the states of `forward`, given its arguments."""
     names = ("partial_acc_ptr", "partial_m_ptr", "partial_l_ptr", "out_ptr", "lse_ptr")
     names += ("sinks_ptr", "stride_ob", "stride_oh", "stride_om", "num_heads", "num_splits")
@@ -339,4 +341,4 @@ def _merge(forward: dict, rows: int) -> Launch:
     arguments = {name: forward[name] for name in names}
     arguments |= {"num_rows": rows, "BLOCK_M": configs.ROWS_MERGED}
     grid = (-(-forward["num_states"] // configs.ROWS_MERGED),)
-    return Launch(_merge_kernel, grid, arguments, 4, 1)
+    return Launch(_merge_kernel, grid, arguments, 4, 1, max_registers)

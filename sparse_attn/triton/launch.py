@@ -25,16 +25,23 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to compile the kernel."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+            **limit,
+        }
 
     def __call__(self) -> None:
         if min(self.grid) == 0:
             return
-        self.kernel[self.grid](
-            **self.arguments,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=True,
-        )
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
