@@ -59,10 +59,11 @@ def padded(head_dim: int) -> int:
 
 
 def max_registers(dtype: torch.dtype, num_warps: int, target: Target) -> int | None:
-    """The registers of a thread in a float32 kernel on NVIDIA's GPUs: all that its warps leave it.
-    Unless told, the assembler spills some of them outside the loop so that more warps would fit.
+    """The registers of a thread that float32 kernels of at least 8 warps are compiled for on
+    NVIDIA's GPUs: all that there are. Unless told, the assembler spills some outside the loop so
+    that more warps would fit; with fewer warps it is better not told.
     """
-    if dtype != torch.float32 or target == INTERPRETER or target.warp_size == 64:
+    if dtype != torch.float32 or num_warps < 8 or target == INTERPRETER or target.warp_size == 64:
         return None
     return min(255, 65536 // (32 * num_warps))
 
@@ -89,9 +90,8 @@ def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Conf
         found = [x for x in found if x.block_n <= 4 * keys] or found[:1]
         if args[-1].warp_size == 64:
             found = [replace(x, num_warps=min(x.num_warps, 4), num_stages=1) for x in found]
-        found = [
-            replace(x, max_registers=max_registers(args[0], x.num_warps, args[-1])) for x in found
-        ]
+        limits = (max_registers(args[0], x.num_warps, args[-1]) for x in found)
+        found = [replace(x, max_registers=y) for x, y in zip(found, limits, strict=True)]
         return tuple(dict.fromkeys(found))
 
     return chosen
@@ -124,7 +124,7 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
         low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
         high = [Config(128, block_n, 8, stages), low]
         return [*high, Config(16, block_n, 4, stages)]
-    return [Config(64, 32, 8, 2), Config(16, 32, 8, 2)]
+    return [Config(64, 32, 8, 2), Config(16, 32, 4 if irregular else 8, 2)]
 
 
 @_candidates
@@ -160,9 +160,7 @@ def backward_keys(
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32:
-        if head_dim <= 64:
-            return [Config(16 if short_of_registers else 32, 32, 8, 2)]
-        return [Config(16, 16, 4, 2)]
+        return [Config(16, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)]
     if head_dim <= 64:
         num_warps = 8 if target.capability[0] == 8 else 4
         found = [Config(64, 64, num_warps, 2), Config(32, 64, 4, 2)]
@@ -177,7 +175,7 @@ def backward_keys(
     return [Config(32, 32, 8, 2)]
 
 
-ROWS_MERGED = 8
+ROWS_MERGED, WARPS_MERGING = 16, 8
 ROWS_PREPROCESSED = 32
 ROWS_SUMMED = 16
 HEAVY_KEYS = 128  # of each KV head, which every row may see: those of sinks

@@ -321,7 +321,7 @@ def steps(
         options = (config.num_warps, config.num_stages, config.max_registers)
         found = [Launch(_forward_kernel, grid, arguments, *options)]
         if num_splits > 1:
-            limit = configs.max_registers(q.dtype, 4, target)
+            limit = configs.max_registers(q.dtype, configs.WARPS_MERGING, target)
             found.append(_merge(arguments, rows, limit))
         return found
 
@@ -341,4 +341,4 @@ def _merge(forward: dict, rows: int, max_registers: int | None) -> Launch:
     arguments = {name: forward[name] for name in names}
     arguments |= {"num_rows": rows, "BLOCK_M": configs.ROWS_MERGED}
     grid = (-(-forward["num_states"] // configs.ROWS_MERGED),)
-    return Launch(_merge_kernel, grid, arguments, 4, 1, max_registers)
+    return Launch(_merge_kernel, grid, arguments, configs.WARPS_MERGING, 1, max_registers)
