@@ -32,6 +32,7 @@ from pathlib import Path
 from time import perf_counter
 
 from . import report
+from .assembly import AMDGCN, SASS, count, hot_loop
 from .gpus import GPUS, Gpu, gpu
 
 ROOT = Path(__file__).parents[1]
@@ -113,66 +114,6 @@ def occupancy(found: Compiled) -> float:
 # --- reading what the compiler made
 
 
-@dataclass(frozen=True)
-class Assembly:
-    """How to read the assembly language of one vendor."""
-
-    instruction: str
-    label: str
-    target: str
-    products: str
-    wide_loads: str
-    spills: str
-
-
-SASS = Assembly(
-    instruction=r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)",
-    label=r"\s*(\.L_x_\d+):",
-    target=r"\bBRA\S*\s.*?`\((\.L_x_\d+)\)",
-    products=r"(HMMA|IMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b",
-    wide_loads=r"(LDG|LDGSTS)\.\S*128|UTMALDG|UBLKCP",
-    spills=r"(STL|LDL)\b",
-)
-AMDGCN = Assembly(
-    instruction=r"\t([a-z]\w+)(?:\s|$)",
-    label=r"(\.LBB\d+_\d+):",
-    target=r"\ts_c?branch\S*\s+(\.LBB\d+_\d+)",
-    products=r"v_mfma|v_smfmac|v_wmma",
-    wide_loads=r"(global|buffer)_load_(dwordx4|b128|lds_dwordx4)",
-    spills=r"scratch_(load|store)",
-)
-
-
-def hot_loop(text: str, language: Assembly) -> list[str]:
-    """The mnemonics of the innermost loop with the most matrix products (of several the shortest);
-    of the whole kernel if no loop has any.
-    """
-    mnemonics, labels, loops = [], {}, []
-    for line in text.splitlines():
-        if found := re.match(language.label, line):
-            labels[found[1]] = len(mnemonics)
-        elif found := re.match(language.instruction, line):
-            mnemonics.append(found[1])
-            branch = re.search(language.target, line)
-            if branch and branch[1] in labels:
-                loops.append((labels[branch[1]], len(mnemonics)))
-    products = [
-        (begin, end)
-        for begin, end in loops
-        if any(re.match(language.products, x) for x in mnemonics[begin:end])
-    ]
-    innermost = [
-        mnemonics[begin:end]
-        for begin, end in products
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in products)
-    ]
-    return max(innermost, key=lambda x: (_count(x, language.products), -len(x)), default=mnemonics)
-
-
-def _count(mnemonics: list[str], pattern: str) -> int:
-    return sum(bool(re.match(pattern, x)) for x in mnemonics)
-
-
 def wants_products(ttir: str) -> bool:
     """Whether Triton's code has products that tensor cores do: all but those of exact float32."""
     dots = re.findall(r"tt\.dot [^\n]*", ttir)
@@ -197,12 +138,12 @@ def read(case, compiled, arch: str) -> Compiled:
         arch=arch,
         num_warps=num_warps,
         registers=registers,
-        spills=_count(everything, language.spills),
+        spills=count(everything, language.spills),
         shared=compiled.metadata.shared,
         family=families.most_common(1)[0][0] if families else "-",
         products=sum(families.values()),
         instructions=len(loop),
-        wide_loads=_count(loop, language.wide_loads),
+        wide_loads=count(loop, language.wide_loads),
         needs_products=wants_products(compiled.asm["ttir"]),
         fingerprint=fingerprint(case),
         triton=version("triton"),
@@ -427,7 +368,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few kernels")
     parser.add_argument("--stale", action="store_true", help="kernels that the file has otherwise")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels named so")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpucount() or 1, help="processes")
     parser.add_argument("--json", action="store_true", help="print the results, write no file")
     parser.add_argument("--check", action="store_true", help="compile nothing")
     args = parser.parse_args()

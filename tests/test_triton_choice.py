@@ -60,6 +60,17 @@ def test_lists_are_short_and_fit_the_call(kernel, target):
                     assert all(x.num_warps <= 4 and x.num_stages == 1 for x in found)
 
 
+def test_registers_are_limited_where_the_assembler_would_spill_some():
+    for arch, expected in {"sm_90": 255, "gfx942": None}.items():
+        found = configs.forward(torch.float32, 64, True, TARGETS[arch], **MANY)
+        assert [x.max_registers for x in found] == [expected]
+    (config,) = configs.forward(torch.float32, 256, True, TARGETS["sm_90"], **MANY)
+    assert (config.num_warps, config.max_registers) == (16, 128)
+    assert (
+        configs.forward(torch.bfloat16, 64, True, TARGETS["sm_90"], **MANY)[0].max_registers is None
+    )
+
+
 def compiled(target: Target) -> set:
     """What `compile_cases` has compiled: the candidates of its steps."""
     found = set()

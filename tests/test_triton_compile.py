@@ -12,14 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from bench import triton_table
+from bench.assembly import AMDGCN, SASS, hot_loop
 from bench.gpus import GPUS
 from bench.triton_table import (
-    AMDGCN,
-    SASS,
     Compiled,
     cell,
     fingerprint,
-    hot_loop,
     occupancy,
     problems,
     sources,

@@ -160,7 +160,10 @@ def backward_keys(
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32:
-        return [Config(16, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)]
+        if head_dim <= 64:
+            few = short_of_registers and target.capability[0] == 8
+            return [Config(16, 32, 4 if few else 8, 2)]
+        return [Config(16, 16, 4, 2)]
     if head_dim <= 64:
         num_warps = 8 if target.capability[0] == 8 else 4
         found = [Config(64, 64, num_warps, 2), Config(32, 64, 4, 2)]
