@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few kernels")
     parser.add_argument("--stale", action="store_true", help="kernels that the file has otherwise")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels named so")
-    parser.add_argument("--jobs", type=int, default=os.cpucount() or 1, help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", action="store_true", help="print the results, write no file")
     parser.add_argument("--check", action="store_true", help="compile nothing")
     args = parser.parse_args()
