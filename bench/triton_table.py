@@ -1,14 +1,21 @@
 """Compiles the Triton kernels for GPUs that are not here, and says what the compiler made of them.
 
-`python -m bench.triton_table` compiles every kernel in every configuration that the launchers
+`python -m bench.triton_table` compiles every kernel in every configuration that the launchers may
 choose, for each target, and writes `bench/results/triton.csv` and the table in
-`docs/performance.md`; `--quick` or `--only bfloat16` does so for some of them. It fails if a
-kernel breaks one of the rules of `problems`.
+`docs/performance.md`. `--stale` compiles those that are not in the file as they are now, `--only
+bfloat16` those with a word in their name; both leave the other rows. `--check` compiles nothing and
+fails if the file is not whole and current. All fail if a kernel breaks one of the rules of
+`problems`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import csv
+import functools
+import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -16,21 +23,24 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
 from . import report
+from .assembly import AMDGCN, SASS, count, hot_loop
 from .gpus import GPUS, Gpu, gpu
 
 ROOT = Path(__file__).parents[1]
 CSV = ROOT / "bench" / "results" / "triton.csv"
 PAGE = ROOT / "docs" / "performance.md"
-IN_PAGE = (" blocks", " pages")  # the layouts whose rows the page shows
-QUICK = tuple(
-    f"{kernel}_kernel bfloat16 128 {layout}"
+IN_PAGE = r".* bfloat16 \d+ (blocks|pages) \d.*"  # the rows that the page shows
+QUICK = tuple(  # how the names begin of which a quick run compiles the first
+    f"{kernel}_kernel bfloat16 128 {layout} "
     for kernel, layout in (
         ("forward", "blocks"),
         ("backward_rows", "blocks"),
@@ -64,6 +74,8 @@ class Compiled:
     instructions: int
     wide_loads: int
     needs_products: bool
+    fingerprint: str = ""
+    triton: str = ""
 
     @property
     def share(self) -> float:
@@ -102,66 +114,6 @@ def occupancy(found: Compiled) -> float:
 # --- reading what the compiler made
 
 
-@dataclass(frozen=True)
-class Assembly:
-    """How to read the assembly language of one vendor."""
-
-    instruction: str
-    label: str
-    target: str
-    products: str
-    wide_loads: str
-    spills: str
-
-
-SASS = Assembly(
-    instruction=r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)",
-    label=r"\s*(\.L_x_\d+):",
-    target=r"\bBRA\S*\s.*?`\((\.L_x_\d+)\)",
-    products=r"(HMMA|IMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b",
-    wide_loads=r"(LDG|LDGSTS)\.\S*128|UTMALDG|UBLKCP",
-    spills=r"(STL|LDL)\b",
-)
-AMDGCN = Assembly(
-    instruction=r"\t([a-z]\w+)(?:\s|$)",
-    label=r"(\.LBB\d+_\d+):",
-    target=r"\ts_c?branch\S*\s+(\.LBB\d+_\d+)",
-    products=r"v_mfma|v_smfmac|v_wmma",
-    wide_loads=r"(global|buffer)_load_(dwordx4|b128|lds_dwordx4)",
-    spills=r"scratch_(load|store)",
-)
-
-
-def hot_loop(text: str, language: Assembly) -> list[str]:
-    """The mnemonics of the innermost loop with the most matrix products (of several the shortest);
-    of the whole kernel if no loop has any.
-    """
-    mnemonics, labels, loops = [], {}, []
-    for line in text.splitlines():
-        if found := re.match(language.label, line):
-            labels[found[1]] = len(mnemonics)
-        elif found := re.match(language.instruction, line):
-            mnemonics.append(found[1])
-            branch = re.search(language.target, line)
-            if branch and branch[1] in labels:
-                loops.append((labels[branch[1]], len(mnemonics)))
-    products = [
-        (begin, end)
-        for begin, end in loops
-        if any(re.match(language.products, x) for x in mnemonics[begin:end])
-    ]
-    innermost = [
-        mnemonics[begin:end]
-        for begin, end in products
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in products)
-    ]
-    return max(innermost, key=lambda x: (_count(x, language.products), -len(x)), default=mnemonics)
-
-
-def _count(mnemonics: list[str], pattern: str) -> int:
-    return sum(bool(re.match(pattern, x)) for x in mnemonics)
-
-
 def wants_products(ttir: str) -> bool:
     """Whether Triton's code has products that tensor cores do: all but those of exact float32."""
     dots = re.findall(r"tt\.dot [^\n]*", ttir)
@@ -186,13 +138,15 @@ def read(case, compiled, arch: str) -> Compiled:
         arch=arch,
         num_warps=num_warps,
         registers=registers,
-        spills=_count(everything, language.spills),
+        spills=count(everything, language.spills),
         shared=compiled.metadata.shared,
         family=families.most_common(1)[0][0] if families else "-",
         products=sum(families.values()),
         instructions=len(loop),
-        wide_loads=_count(loop, language.wide_loads),
+        wide_loads=count(loop, language.wide_loads),
         needs_products=wants_products(compiled.asm["ttir"]),
+        fingerprint=fingerprint(case),
+        triton=version("triton"),
     )
 
 
@@ -231,12 +185,7 @@ def compile_case(case, arch: str) -> Compiled:
     target = GPUTarget(
         "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, gpu(arch).warp_size
     )
-    options = {
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        "enable_fp_fusion": True,
-    }
-    return read(case, triton.compile(source, target=target, options=options), arch)
+    return read(case, triton.compile(source, target=target, options=case.options), arch)
 
 
 def capability(target: Gpu) -> tuple[int, int]:
@@ -246,45 +195,91 @@ def capability(target: Gpu) -> tuple[int, int]:
     return int(major), int(digits[len(major)])
 
 
-def kernel_cases(arch: str, words: list[str] = (), quick: bool = False) -> list:
-    """The cases of a target whose name holds all `words`; only those of `QUICK` if asked for."""
+@functools.cache
+def sources(function: Callable) -> str:
+    """The code of a kernel and of all that it calls, without comments and docstrings."""
+    code = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(code):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    found = [ast.unparse(code)]
+    for name in sorted(function.__code__.co_names):
+        value = function.__globals__.get(name)
+        if inspect.isfunction(called := getattr(value, "fn", None)):
+            if called.__module__.split(".")[0] == function.__module__.split(".")[0]:
+                found.append(sources(called))
+        elif type(value).__name__ == "constexpr":
+            found.append(f"{name} = {value.value}")
+    return "\n".join(found)
+
+
+def fingerprint(case) -> str:
+    """What changes if the compiler is given something else: code, arguments or options."""
+    given = (case.signature, case.constexprs, case.aligned, case.options)
+    return hashlib.sha256(f"{sources(case.kernel.fn)}{given}".encode()).hexdigest()[:12]
+
+
+def kernel_cases(arch: str) -> list:
+    """The cases of a target."""
     from sparse_attn.triton.compile_cases import compile_cases
 
-    return [
-        x
-        for x in compile_cases(capability(gpu(arch)), gpu(arch).warp_size)
-        if all(word in x.name for word in words) and (x.name in QUICK or not quick)
-    ]
+    return list(compile_cases(capability(gpu(arch)), gpu(arch).warp_size))
 
 
-def compile_number(arch: str, words: list[str], quick: bool, number: int) -> Compiled:
+def wanted(arch: str, words: list[str], quick: bool, stale: bool) -> list[int]:
+    """The numbers of the cases whose name holds all `words`; of those, if asked for, only the first
+    of each of `QUICK`, and only those that are not in the CSV file as they are now.
+    """
+    cases = kernel_cases(arch)
+    found = [n for n, x in enumerate(cases) if all(word in x.name for word in words)]
+    if quick:
+        starts = ([n for n in found if cases[n].name.startswith(x)] for x in QUICK)
+        found = [numbers[0] for numbers in starts if numbers]
+    if stale:
+        known = {(x.arch, x.name, x.fingerprint) for x in recorded()}
+        found = [n for n in found if (arch, cases[n].name, fingerprint(cases[n])) not in known]
+    return found
+
+
+def compile_number(arch: str, number: int) -> Compiled:
     """The case of that number."""
-    return compile_case(kernel_cases(arch, words, quick)[number], arch)
+    return compile_case(_cases_of_process(arch)[number], arch)
 
 
-def compile_all(archs: list[str], words: list[str], quick: bool, jobs: int) -> list[Compiled]:
-    """All cases for all targets, in fresh processes that see neither an interpreter nor kernels of
-    earlier runs.
+_cases_of_process = functools.cache(kernel_cases)
+
+
+def compile_all(numbers: dict[str, list[int]], jobs: int) -> Iterator[list[Compiled]]:
+    """Cases by target, one target after the other, in fresh processes that see neither an
+    interpreter nor kernels of earlier runs.
     """
     os.environ.pop("TRITON_INTERPRET", None)
-    found: list[Compiled] = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            for arch in archs:
+            for arch, some in numbers.items():
                 begin = perf_counter()
-                number = len(kernel_cases(arch, words, quick))
-                tasks = [(arch, words, quick, n) for n in range(number)]
-                some = pool.starmap(compile_number, tasks, chunksize=1)
-                took = f"{len(some)} kernels in {perf_counter() - begin:.0f} s"
+                found = pool.starmap(compile_number, [(arch, n) for n in some], chunksize=1)
+                took = f"{len(found)} kernels in {perf_counter() - begin:.0f} s"
                 print(f"{arch}: {took}", file=sys.stderr, flush=True)
-                found += some
-    return found
+                yield found
 
 
 # --- what is written
 
 COLUMNS = (*(x.name for x in fields(Compiled)), "share", "occupancy", "problems")
+
+
+def recorded() -> list[Compiled]:
+    """What the CSV file says."""
+    convert = {"str": str, "int": int, "bool": "True".__eq__}
+    if not CSV.exists():
+        return []
+    with CSV.open(newline="") as file:
+        return [
+            Compiled(**{x.name: convert[x.type](row[x.name]) for x in fields(Compiled)})
+            for row in csv.DictReader(file)
+        ]
 
 
 def cell(found: Compiled) -> str:
@@ -298,38 +293,72 @@ def cell(found: Compiled) -> str:
     return ", ".join(parts)
 
 
-def page_table(found: list[Compiled], archs: list[str]) -> str:
+def page_table(found: list[Compiled]) -> str:
     """One row a kernel, one column a target."""
+    archs = list(dict.fromkeys(x.arch for x in found))
     by_name: dict[str, dict[str, Compiled]] = {}
     for x in found:
         by_name.setdefault(x.name, {})[x.arch] = x
     rows = [
         [name, *(cell(on[arch]) if arch in on else "-" for arch in archs)]
         for name, on in by_name.items()
-        if name.endswith(IN_PAGE) or any(problems(x) for x in on.values())
+        if re.fullmatch(IN_PAGE, name) or any(problems(x) for x in on.values())
     ]
     head = ("kernel", *(f"{gpu(arch).name} ({arch})" for arch in archs))
     return report.markdown_table(rows, head)
 
 
-def write(found: list[Compiled], archs: list[str], which: str) -> None:
-    """The CSV file and the section of the page, which says `which` kernels were compiled."""
-    rows = [
+def write(found: list[Compiled]) -> None:
+    """The CSV file with these rows in place of those of the same names, and the section of the
+    page; rows of cases that are no more are left out.
+    """
+    rows = {(x.arch, x.name): x for x in [*recorded(), *found]}
+    names = [(target.arch, x.name) for target in GPUS for x in kernel_cases(target.arch)]
+    merged = [rows[name] for name in names if name in rows]
+    report.write_rows(
+        CSV,
+        COLUMNS,
         [
-            *map(str, asdict(x).values()),
-            f"{x.share:.4f}",
-            f"{occupancy(x):.4f}",
-            "; ".join(problems(x)),
-        ]
-        for x in found
-    ]
-    report.write_rows(CSV, COLUMNS, rows)
-    broken = sum(bool(problems(x)) for x in found)
+            [
+                *map(str, asdict(x).values()),
+                f"{x.share:.4f}",
+                f"{occupancy(x):.4f}",
+                "; ".join(problems(x)),
+            ]
+            for x in merged
+        ],
+    )
+    broken = sum(bool(problems(x)) for x in merged)
+    compilers = " and ".join(sorted({x.triton for x in merged}))
     about = (
-        f"{len(found)} kernels were compiled with Triton {version('triton')} ({which}); "
+        f"{len(merged)} of {len(names)} kernels were compiled, with Triton {compilers}; "
         f"{broken} of them break a rule."
     )
-    report.replace_section(PAGE, "compiled", f"{page_table(found, archs)}\n\n{about}")
+    report.replace_section(PAGE, "compiled", f"{page_table(merged)}\n\n{about}")
+
+
+def missing() -> list[str]:
+    """What the file lacks: a row for each case as it is now, and no other."""
+    rows = {(x.arch, x.name): x.fingerprint for x in recorded()}
+    cases = {(t.arch, x.name): fingerprint(x) for t in GPUS for x in kernel_cases(t.arch)}
+    found = [" ".join(x) for x in cases if rows.get(x) != cases[x]]
+    return found + [f"{' '.join(x)} (no longer a case)" for x in rows if x not in cases]
+
+
+def check() -> None:
+    """Fails if the file is not whole and current, or a kernel breaks a rule."""
+    if found := missing():
+        raise SystemExit(
+            f"{CSV.name} lacks {len(found)} kernels as they are now: run python -m "
+            f"bench.triton_table --stale. The first are\n" + "\n".join(found[:8])
+        )
+    if broken := broken_rules(recorded()):
+        raise SystemExit("\n".join(broken))
+
+
+def broken_rules(found: list[Compiled]) -> list[str]:
+    """One line for each kernel that breaks a rule."""
+    return [f"{x.arch} {x.name}: {'; '.join(why)}" for x in found if (why := problems(x))]
 
 
 def main() -> None:
@@ -337,21 +366,24 @@ def main() -> None:
     known = [x.arch for x in GPUS]
     parser.add_argument("--arch", nargs="+", choices=known, default=known)
     parser.add_argument("--quick", action="store_true", help="few kernels")
+    parser.add_argument("--stale", action="store_true", help="kernels that the file has otherwise")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels named so")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", action="store_true", help="print the results, write no file")
+    parser.add_argument("--check", action="store_true", help="compile nothing")
     args = parser.parse_args()
-    found = compile_all(args.arch, args.only, args.quick, args.jobs)
-    if not found:
+    if args.check:
+        return check()
+    numbers = {arch: wanted(arch, args.only, args.quick, args.stale) for arch in args.arch}
+    if not (any(numbers.values()) or args.stale):
         parser.error(f"no kernel is named {' '.join(args.only)}")
-    if args.json:
-        print(json.dumps([asdict(x) for x in found]))
-    else:
-        print(page_table(found, args.arch))
-        if args.arch == known:
-            write(found, args.arch, " ".join(sys.argv[1:]) or "all")
-    broken = [f"{x.arch} {x.name}: {'; '.join(why)}" for x in found if (why := problems(x))]
-    if broken:
+    found = []
+    for some in compile_all(numbers, args.jobs):
+        found += some
+        if not args.json:
+            write(some)
+    print(json.dumps([asdict(x) for x in found]) if args.json else page_table(found))
+    if broken := broken_rules(found):
         raise SystemExit("\n".join(broken))
 
 

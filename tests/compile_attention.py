@@ -43,8 +43,7 @@ def case(name: str, rows: int, head_dim: int, dtype: str = "bf16", aligned: bool
         signature=signature | dict.fromkeys(sizes, "constexpr"),
         constexprs=sizes,
         aligned=pointers if aligned else (),
-        num_warps=4,
-        num_stages=2,
+        options={"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True},
     )
 
 

@@ -80,7 +80,7 @@ def test_any_number_of_splits(monkeypatch, rows, name, splits):
 def test_any_tile(monkeypatch, block_m, block_n, name):
     config = configs.Config(block_m, block_n, 4, 1)
     for kernel in ("forward", "backward_rows", "backward_keys"):
-        monkeypatch.setattr(configs, kernel, lambda *args: config)
+        monkeypatch.setattr(configs, kernel, lambda *args, **sizes: (config,))
     q, k, v = make_qkv(torch.float32, heads=4, kv_heads=1, seqlens=(40, 90))
     layout = LAYOUTS[name]((40, 90))
     if layout.batch == 2:
@@ -218,10 +218,8 @@ def test_strides_and_shapes_of_gradients():
 
 def test_what_float32_is_multiplied_in(monkeypatch):
     chosen = []
-    launches = forward.launches
-    monkeypatch.setattr(
-        forward, "launches", lambda *args: chosen.append(args[5]) or launches(*args)
-    )
+    steps = forward.steps
+    monkeypatch.setattr(forward, "steps", lambda *args: chosen.append(args[5]) or steps(*args))
     q = torch.randn(1, 1, 4, 16)
     torch.set_float32_matmul_precision("high")
     try:
@@ -279,12 +277,12 @@ def test_kernels_read_within_their_tensors_whatever_lists_say():
     cases.append(BlockLayout((32, 32), none, none, (16, 16), counts, indices, counts, indices))
     for layout in cases:
         call = _call(layout, heads=2, batch=1)
-        launches, (out, lse) = forward.launches(call, q, k, v, None, False, configs.INTERPRETER)
-        more, gradients = backward.launches(
+        steps, (out, lse) = forward.steps(call, q, k, v, None, False, configs.INTERPRETER)
+        more, gradients = backward.steps(
             call, out, torch.zeros_like(lse), q, k, v, out, lse, configs.INTERPRETER
         )
-        for launch in launches + more:
-            launch()
+        for step in steps + more:
+            step()
         assert all(torch.isfinite(x).all() for x in (out, *gradients))
 
 

@@ -5,15 +5,26 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import triton_table
+from bench.assembly import AMDGCN, SASS, hot_loop
 from bench.gpus import GPUS
-from bench.triton_table import AMDGCN, SASS, Compiled, cell, hot_loop, occupancy, problems
+from bench.triton_table import (
+    Compiled,
+    cell,
+    fingerprint,
+    occupancy,
+    problems,
+    sources,
+)
 
 ROOT = Path(__file__).parents[1]
+ARCHS = [x.arch for x in GPUS]
 GOOD = Compiled("a kernel", "sm_90", 8, 168, 0, 96 * 1024, "HGMMA", 12, 600, 8, True)
 
 
@@ -113,10 +124,85 @@ def test_products_are_wanted_unless_they_are_of_exact_float32():
 
 
 def test_the_page_has_a_row_for_each_kernel():
-    found = [replace(GOOD, name="x blocks"), replace(GOOD, name="x blocks", arch="sm_80", spills=3)]
-    table = triton_table.page_table(found, ["sm_80", "sm_90"])
+    shown = replace(GOOD, name="x bfloat16 64 blocks 64x64 w4 s2")
+    found = [shown, replace(shown, arch="sm_80", spills=3), replace(GOOD, name="y static")]
+    table = triton_table.page_table(found)
     assert "168 + 3 spills, 96" in table and cell(found[0]) == "168, 96, 12 %, 2.0 %"
     assert table.count("\n") == 2
+
+
+# --- whether what is written is whole and current
+
+
+def given(function, **changes):
+    kernel, options = SimpleNamespace(fn=function), {"num_warps": 4}
+    case = {"signature": {"x": "i32"}, "constexprs": {}, "aligned": (), "options": options}
+    return SimpleNamespace(**({"kernel": kernel} | case | changes))
+
+
+def test_a_fingerprint_is_that_of_the_code_and_of_what_the_compiler_is_given():
+    def inner(x):
+        return x + 1
+
+    before = fingerprint(given(inner))
+    assert before == fingerprint(given(inner))
+    for change in ({"options": {"num_warps": 8}}, {"constexprs": {"x": 1}}, {"aligned": ("x",)}):
+        assert fingerprint(given(inner, **change)) != before
+
+    def inner(x):
+        """A docstring."""
+        return x + 1  # a comment
+
+    assert fingerprint(given(inner)) == before
+
+    def inner(x):
+        return x + 2
+
+    assert fingerprint(given(inner)) != before
+
+
+def test_the_sources_of_a_kernel_are_those_of_all_that_it_calls():
+    from sparse_attn.triton import backward, forward
+
+    found = sources(forward._forward_kernel.fn)
+    for name in ("_forward_kernel", "_step", "tile_of_keys", "listed_keys", "LOG2E = 1.44"):
+        assert name in found
+    assert "def _keys_step" not in found
+    assert "def _keys_step" in sources(backward._backward_keys_kernel.fn)
+
+
+def test_the_table_is_whole_and_current_and_every_kernel_is_as_it_should_be():
+    """Else the message names the command that compiles what is missing."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.triton_table", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_table_is_of_one_compiler():
+    compilers = {x.triton for x in triton_table.recorded()}
+    assert len(compilers) == 1
+    if compilers != {installed := version("triton")}:
+        pytest.skip(f"the table is of Triton {compilers}, not {installed}: bench.triton_table")
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    found = [replace(GOOD, name=name, fingerprint="new") for name in "abc"]
+    monkeypatch.setattr(triton_table, "recorded", lambda: found)
+    cases = {"sm_90": list(found)}
+    monkeypatch.setattr(triton_table, "kernel_cases", lambda arch: cases.get(arch, []))
+    monkeypatch.setattr(triton_table, "fingerprint", lambda case: "new")
+    assert triton_table.missing() == []
+    triton_table.check()
+    found[0] = replace(found[0], spills=3)
+    with pytest.raises(SystemExit, match="sm_90 a: 3 accesses to spilled registers"):
+        triton_table.check()
+    found[:2] = [replace(found[0], fingerprint="old"), replace(GOOD, name="gone")]
+    expected = ["sm_90 a", "sm_90 b", "sm_90 gone (no longer a case)"]
+    assert triton_table.missing() == expected
+    with pytest.raises(SystemExit, match=r"(?s)lacks 3 kernels.* run python -m bench.triton_table"):
+        triton_table.check()
 
 
 # --- compiling
@@ -139,10 +225,10 @@ def test_a_kernel_is_read_as_what_it_is(tmp_path):
     assert not exact.needs_products and exact.family == "-" and not problems(exact)
 
 
-@pytest.mark.parametrize("arch", [x.arch for x in GPUS])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_kernels_compile_well(arch, tmp_path):
     found = run("bench.triton_table", "--json", "--quick", "--arch", arch, cache=tmp_path)
-    assert {x.name for x in found} == set(triton_table.QUICK)
+    assert all(x.name.startswith(y) for x, y in zip(found, triton_table.QUICK, strict=True))
     assert {x.name: why for x in found if (why := problems(x))} == {}
     family = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32"}[arch]
-    assert all(x.family.startswith(family) for x in found if x.name.endswith("blocks"))
+    assert all(x.family.startswith(family) for x in found if " blocks " in x.name)

@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, lists
+from .autotune import Choice
 from .launch import Call, Launch, input_precision, strides
 from .primitives import (
     SIZES,
     band_of_rows,
+    even_part,
     in_list,
     list_of_row,
     load_keys,
@@ -220,9 +222,44 @@ def _band_of_keys(j_low, j_high, shift, seqlen_q, sink, window, IS_CAUSAL: tl.co
     return tl.maximum(begin, 0), tl.where(through_sink, seqlen_q, end)
 
 
+@triton.jit
+def _keys_of_tile(
+    index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
+    num_owners, seqlen_kv, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys number `slots` of a tile, and which of them exist; the range that they are from, unless
+    they are columns; batch and KV head; and which transposed list is theirs.
+    """
+    if order_ptr is not None:
+        index = tl.load(order_ptr + index)
+    tile = index // num_owners
+    owner = index % num_owners
+    batch = owner // num_kv_heads
+    kv_head = owner % num_kv_heads
+    j_low = 0
+    j_end = 0
+    list_tile = tile
+    if active_ptr is None:
+        list_tile = tile // TILES_PER_BLOCK
+        j_low = list_tile * BLOCKS_PER_TILE * BLOCK_KV + tile % TILES_PER_BLOCK * BLOCK_N
+        j_end = tl.minimum((list_tile + 1) * BLOCKS_PER_TILE * BLOCK_KV, seqlen_kv)
+        j_end = tl.minimum(j_low + BLOCK_N, j_end)
+        j = j_low + slots
+        live = j < j_end
+    else:
+        rank = tile * BLOCK_N + slots
+        active_ptr += (batch * active_batch + kv_head // active_run).to(tl.int64) * active_width
+        j = tl.load(active_ptr + rank, mask=rank < active_width, other=-1)
+        live = j >= 0
+        j = tl.maximum(j, 0)
+    return j, live, j_low, j_end, batch, kv_head, list_tile
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, partial_dk_ptr,
+    partial_dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
     sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr,
@@ -230,7 +267,7 @@ def _backward_keys_kernel(
     sink_run, window_run, block_run, block_batch, block_rows, block_width,
     active_run, active_batch, active_width, list_run, list_batch, list_tiles, blocks_per_entry,
     num_heads, num_kv_heads, num_owners, seqlen_q, seqlen_kv, rows_per_block, parts,
-    scale, inner_scale, softcap,
+    num_split_tiles, num_splits, scale, inner_scale, softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
     GROUP_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
@@ -239,36 +276,29 @@ def _backward_keys_kernel(
 ):  # fmt: skip
     """dk and dv of one tile of keys, over all query heads of their KV head.
 
+    The first `num_split_tiles` tiles of the order are those of most rows: as many programs as there
+    are splits each take an even part of the walk, and leave their sums to `_sum_kernel`.
+
     The tile holds either the keys of `BLOCKS_PER_TILE` key blocks or a part of one block: what rows
     see through sink, window and blocks. Or it holds keys of `active_ptr`, which are columns of some
     row, and adds what rows see through columns alone.
     """
     index = tl.program_id(0)
-    if order_ptr is not None:
-        index = tl.load(order_ptr + index)
-    tile = index // num_owners
-    owner = index % num_owners
-    batch = owner // num_kv_heads
-    kv_head = owner % num_kv_heads
+    split = tl.full([], 0, tl.int32)
+    splits = 1
+    is_split = False
+    if partial_dk_ptr is not None:
+        is_split = index < num_split_tiles * num_splits
+        split = tl.where(is_split, index % num_splits, 0)
+        splits = tl.where(is_split, num_splits, 1)
+        index = tl.where(is_split, index // num_splits, index - num_split_tiles * (num_splits - 1))
     slots = tl.arange(0, BLOCK_N)
-    if active_ptr is None:
-        list_tile = tile // TILES_PER_BLOCK
-        j_low = list_tile * BLOCKS_PER_TILE * BLOCK_KV + tile % TILES_PER_BLOCK * BLOCK_N
-        j_end = tl.minimum((list_tile + 1) * BLOCKS_PER_TILE * BLOCK_KV, seqlen_kv)
-        j_end = tl.minimum(j_low + BLOCK_N, j_end)
-        if j_low >= j_end:
-            return
-        j = j_low + slots
-        live = j < j_end
-    else:
-        list_tile = tile
-        rank = tile * BLOCK_N + slots
-        active_ptr += (batch * active_batch + kv_head // active_run).to(tl.int64) * active_width
-        j = tl.load(active_ptr + rank, mask=rank < active_width, other=-1)
-        live = j >= 0
-        if tl.max(j, 0) < 0:
-            return
-        j = tl.maximum(j, 0)
+    j, live, j_low, j_end, batch, kv_head, list_tile = _keys_of_tile(
+        index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
+        num_owners, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE, TILES_PER_BLOCK,
+    )  # fmt: skip
+    if tl.max(live.to(tl.int32), 0) == 0:
+        return
 
     b = batch.to(tl.int64)
     h = kv_head.to(tl.int64)
@@ -294,7 +324,9 @@ def _backward_keys_kernel(
             i_begin, i_end = _band_of_keys(
                 j_low, j_end - 1, shift, seqlen_q, sink, window, IS_CAUSAL
             )
-            for tile_of_rows in range(tl.cdiv(tl.maximum(i_end - i_begin, 0) * PACK, BLOCK_M)):
+            tiles = tl.cdiv(tl.maximum(i_end - i_begin, 0) * PACK, BLOCK_M)
+            tile_begin, tile_end = even_part(tiles, split, splits)
+            for tile_of_rows in range(tile_begin, tile_end):
                 slot = tile_of_rows * BLOCK_M + tl.arange(0, BLOCK_M)
                 i = i_begin + slot // PACK
                 dk, dv = _keys_step(
@@ -307,7 +339,8 @@ def _backward_keys_kernel(
             begin = tl.load(offsets_ptr + at)
             per_entry = blocks_per_entry * parts
             steps = ((tl.load(offsets_ptr + at + 1) - begin) * per_entry).to(tl.int32)
-            for step in range(steps):
+            step_begin, step_end = even_part(steps, split, splits)
+            for step in range(step_begin, step_end):
                 entry = begin + step // per_entry
                 source = tl.load(sources_ptr + entry)
                 row_block = source * blocks_per_entry + step % per_entry // parts
@@ -335,15 +368,53 @@ def _backward_keys_kernel(
 
     offsets = (b * num_kv_heads + h) * seqlen_kv + row
     dk *= scale
+    if is_split:
+        part = (index.to(tl.int64) * num_splits + split) * BLOCK_N + slots
+        store_rows(partial_dk_ptr, dk, part * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+        store_rows(partial_dv_ptr, dv, part * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+    else:
+        if active_ptr is not None:
+            dk += load_rows(dk_ptr, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+            dv += load_rows(dv_ptr, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+        store_rows(dk_ptr, dk, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+        store_rows(dv_ptr, dv, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _sum_kernel(
+    partial_dk_ptr, partial_dv_ptr, dk_ptr, dv_ptr, active_ptr, order_ptr,
+    active_run, active_batch, active_width, num_kv_heads, num_owners, seqlen_kv, num_splits,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of `BLOCK_M` keys of a split tile: the sum of its parts, added to what is there if
+    the keys are columns.
+    """
+    index = tl.program_id(0)
+    slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j, live, _, _, batch, kv_head, _ = _keys_of_tile(
+        index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
+        num_owners, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE, TILES_PER_BLOCK,
+    )  # fmt: skip
+    if tl.max(live.to(tl.int32), 0) == 0:
+        return
+    offsets = (batch.to(tl.int64) * num_kv_heads + kv_head) * seqlen_kv + j
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if active_ptr is not None:
         dk += load_rows(dk_ptr, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
         dv += load_rows(dv_ptr, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+    for split in range(num_splits):
+        part = (index.to(tl.int64) * num_splits + split) * BLOCK_N + slots
+        dk += load_rows(partial_dk_ptr, part * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+        dv += load_rows(partial_dv_ptr, part * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
     store_rows(dk_ptr, dk, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, dv, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
 
 
-def _sizes(call: Call, q: Tensor, v: Tensor, config: configs.Config) -> dict:
-    """What all three kernels are specialised for, and the scores that they compute again."""
+def _sizes(call: Call, q: Tensor, v: Tensor) -> dict:
+    """What both kernels are specialised for, and the scores that they compute again."""
     return {
         "num_heads": call.num_heads,
         "seqlen_q": call.layout.seqlen_q,
@@ -352,8 +423,6 @@ def _sizes(call: Call, q: Tensor, v: Tensor, config: configs.Config) -> dict:
         "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": configs.padded(q.shape[-1]),
         "BLOCK_DV": configs.padded(v.shape[-1]),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "PACK": call.pack,
         "GROUP_SIZE": call.group_size,
         "INPUT_PRECISION": input_precision(q.dtype),
@@ -384,107 +453,154 @@ def _preprocess(call: Call, dout, dlse, out, lse, delta, seen_lse) -> Launch:
     return Launch(_preprocess_kernel, (-(-lse.numel() // rows),), arguments, 4, 1)
 
 
-def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Launch:
+def _kind(kernel: str, call: Call, q: Tensor, v: Tensor, target: configs.Target) -> tuple:
+    dims = (configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
+    return (kernel, q.dtype, dims, *call.kind, target)
+
+
+def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choice:
+    """The launch for dq."""
     q, v = tensors["q_ptr"], tensors["v_ptr"]
-    dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    config = configs.backward_rows(q.dtype, dims, call.is_irregular, target)
-    config, rows_per_block, parts = call.row_tiles(config)
-    num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
-    programs = num_row_blocks * parts * call.num_packs
-    order = None
-    if call.listed_rows and programs > target.num_cores:
-        order = lists.order_of_rows(call, rows_per_block, call.layout.seqlens)
-    arguments = {
-        **tensors,
-        "dq_ptr": dq,
-        **call.lists(),
-        "order_ptr": order,
-        "num_row_blocks": num_row_blocks,
-        "rows_per_block": rows_per_block,
-        "parts": parts,
-        **_sizes(call, q, v, config),
-    }
-    return Launch(
-        _backward_rows_kernel, (programs,), arguments, config.num_warps, config.num_stages
-    )
+    shared = tensors | {"dq_ptr": dq, **call.lists(), **_sizes(call, q, v)}
+
+    def build(config: configs.Config) -> list[Launch]:
+        rows_per_block, parts = call.row_tiles(config.block_m)
+        num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
+        programs = num_row_blocks * parts * call.num_packs
+        order = None
+        if call.listed_rows and programs > target.num_cores:
+            order = lists.order_of_rows(call, rows_per_block, call.layout.seqlens)
+        arguments = shared | {
+            "order_ptr": order,
+            "num_row_blocks": num_row_blocks,
+            "rows_per_block": rows_per_block,
+            "parts": parts,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
+        options = (config.num_warps, config.num_stages, config.max_registers)
+        return [Launch(_backward_rows_kernel, (programs,), arguments, *options)]
+
+    candidates = configs.backward_rows(
+        q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]), call.is_irregular, call.softcap > 0,
+        target, slots=call.slots, keys=call.layout.seqlen_kv,
+    )  # fmt: skip
+    return Choice(_kind("backward_rows", call, q, v, target), candidates, build)
 
 
-def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Target) -> list:
+def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Target) -> Choice:
     """The launches for dk and dv: sink, window and blocks first, then columns on top."""
     layout = call.layout
     q, v = tensors["q_ptr"], tensors["v_ptr"]
-    dims = max(configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    short_of_registers = call.is_irregular or call.softcap > 0
-    config = configs.backward_keys(q.dtype, dims, short_of_registers, target)
-    config, rows_per_block, parts = call.row_tiles(config)
     listed = call.lists()
     used = ("sink", "window", "block_counts", "block_indices", "block_run", "block_batch")
     used += ("block_rows", "block_width", "SEARCH_STEPS", "BLOCK_KV")
+    owners = call.batch * call.num_kv_heads
     shared = {
         **tensors,
         "dk_ptr": dk,
         "dv_ptr": dv,
         **{name: x for name, x in listed.items() if name.startswith(used)},
         "num_kv_heads": call.num_kv_heads,
-        "num_owners": call.batch * call.num_kv_heads,
-        "rows_per_block": rows_per_block,
-        "parts": parts,
-        **_sizes(call, q, v, config),
+        "num_owners": owners,
+        **_sizes(call, q, v),
     }
 
-    def launch(tiles: int, transposed: lists.Transposed | None, **arguments) -> Launch:
-        batch, heads, list_tiles = transposed.shape if transposed else (1, 1, 0)
-        arguments = shared | {
-            "offsets_ptr": transposed and transposed.offsets,
-            "sources_ptr": transposed and transposed.sources,
-            "bits_ptr": transposed and transposed.bits,
-            "list_run": call.num_heads // heads,
-            "list_batch": heads if batch > 1 else 0,
-            "list_tiles": list_tiles,
-            **arguments,
-        }
-        grid = (tiles * call.batch * call.num_kv_heads,)
-        return Launch(_backward_keys_kernel, grid, arguments, config.num_warps, config.num_stages)
-
-    block_n, block_kv = config.block_n, call.block_kv
-    blocks_per_tile = max(1, block_n // block_kv)
-    tiles_per_block = -(-block_kv // block_n)
-    list_tiles = -(-layout.seqlen_kv // (blocks_per_tile * block_kv))
-    transposed = None
-    if layout.kv_num_blocks is not None:
-        transposed = lists.transposed_blocks(call, blocks_per_tile)
-    tiles = list_tiles * tiles_per_block
-    order = None
-    if tiles * call.batch * call.num_kv_heads > target.num_cores:
-        part = torch.arange(tiles_per_block, device=q.device) * block_n
-        starts = torch.arange(list_tiles, device=q.device) * blocks_per_tile * block_kv
-        starts = (starts[:, None] + part).flatten()
-        size = min(block_n, blocks_per_tile * block_kv)
-        order = lists.order_of_keys(call, starts, size, transposed)
-    nothing = {"active_ptr": None, "active_run": 1, "active_batch": 0, "active_width": 0}
-    tilings = {"BLOCKS_PER_TILE": blocks_per_tile, "TILES_PER_BLOCK": tiles_per_block}
-    launches = [
-        launch(tiles, transposed, order_ptr=order, blocks_per_entry=1, **nothing, **tilings)
-    ]
-    if layout.num_columns is not None and layout.column_indices.shape[-1] > 0:
+    def build(config: configs.Config) -> list[Launch]:
+        block_n, block_kv = config.block_n, call.block_kv
+        blocks_per_tile = max(1, block_n // block_kv)
+        tiles_per_block = -(-block_kv // block_n)
+        list_tiles = -(-layout.seqlen_kv // (blocks_per_tile * block_kv))
+        transposed = None
+        if layout.kv_num_blocks is not None:
+            transposed = lists.transposed_blocks(call, blocks_per_tile)
+        tiles = list_tiles * tiles_per_block
+        order = None
+        if tiles * owners > target.num_cores:
+            part = torch.arange(tiles_per_block, device=q.device) * block_n
+            starts = torch.arange(list_tiles, device=q.device) * blocks_per_tile * block_kv
+            starts = (starts[:, None] + part).flatten()
+            size = min(block_n, blocks_per_tile * block_kv)
+            order = lists.order_of_keys(call, starts, size, transposed)
+        tilings = {"BLOCKS_PER_TILE": blocks_per_tile, "TILES_PER_BLOCK": tiles_per_block}
+        nothing = {"active_ptr": None, "active_run": 1, "active_batch": 0, "active_width": 0}
+        entry = {"order_ptr": order, "blocks_per_entry": 1}
+        heavy = -(-configs.HEAVY_KEYS // block_n) if tiles * owners > target.num_cores else tiles
+        arguments = shared | nothing | tilings | entry
+        found = _keys_launches(call, arguments, config, tiles, heavy, transposed, target)
+        if layout.num_columns is None or layout.column_indices.shape[-1] == 0:
+            return found
         keys, transposed = lists.transposed_columns(call, block_n)
-        batch, owners, width = keys.shape
+        batch, heads, width = keys.shape
         active = {
             "active_ptr": keys,
-            "active_run": call.num_kv_heads // owners,
-            "active_batch": owners if batch > 1 else 0,
+            "active_run": call.num_kv_heads // heads,
+            "active_batch": heads if batch > 1 else 0,
             "active_width": width,
         }
         entry = {"order_ptr": None, "blocks_per_entry": call.listed_rows[1]}
-        launches.append(launch(transposed.shape[2], transposed, **active, **entry, **tilings))
-    return launches
+        tiles, heavy = transposed.shape[2], -(-layout.column_indices.shape[-1] // block_n)
+        arguments = shared | active | tilings | entry
+        return found + _keys_launches(call, arguments, config, tiles, heavy, transposed, target)
+
+    candidates = configs.backward_keys(
+        q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]),
+        call.is_irregular or call.softcap > 0, target,
+        slots=call.slots, keys=layout.seqlen_kv,
+    )  # fmt: skip
+    return Choice(_kind("backward_keys", call, q, v, target), candidates, build)
 
 
-def launches(
+def _keys_launches(
+    call: Call, arguments: dict, config: configs.Config, tiles: int, heavy: int,
+    transposed: lists.Transposed | None, target: configs.Target,
+) -> list[Launch]:  # fmt: skip
+    """The launch for dk and dv of so many tiles of keys for each KV head, the first `heavy` of them
+    split if they are too few to keep the device busy; then that of the sums of the splits.
+    """
+    rows_per_block, parts = call.row_tiles(config.block_m)
+    batch, heads, list_tiles = transposed.shape if transposed else (1, 1, 0)
+    owners, dk, dv = arguments["num_owners"], arguments["dk_ptr"], arguments["dv_ptr"]
+    split_tiles = min(heavy, tiles) * owners
+    row_tiles = -(-call.layout.seqlen_q * call.group_size // config.block_m)
+    num_splits = configs.num_splits(split_tiles, row_tiles, target)
+    partial_dk = partial_dv = None
+    if num_splits > 1:
+        size = (split_tiles, num_splits, config.block_n)
+        partial_dk, partial_dv = (
+            x.new_empty(*size, x.shape[-1], dtype=torch.float32) for x in (dk, dv)
+        )
+    arguments = arguments | {
+        "partial_dk_ptr": partial_dk,
+        "partial_dv_ptr": partial_dv,
+        "num_split_tiles": split_tiles,
+        "num_splits": num_splits,
+        "offsets_ptr": transposed and transposed.offsets,
+        "sources_ptr": transposed and transposed.sources,
+        "bits_ptr": transposed and transposed.bits,
+        "list_run": call.num_heads // heads,
+        "list_batch": heads if batch > 1 else 0,
+        "list_tiles": list_tiles,
+        "rows_per_block": rows_per_block,
+        "parts": parts,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    grid = (tiles * owners + split_tiles * (num_splits - 1),)
+    options = (config.num_warps, config.num_stages, config.max_registers)
+    found = [Launch(_backward_keys_kernel, grid, arguments, *options)]
+    if num_splits > 1:
+        rows = configs.ROWS_SUMMED
+        sums = {x: arguments[x] for x in _sum_kernel.arg_names} | {"BLOCK_M": rows}
+        found.append(Launch(_sum_kernel, (split_tiles, config.block_n // rows), sums, 4, 1))
+    return found
+
+
+def steps(
     call: Call, dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, target: configs.Target,
-) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
-    """What to launch, in order, and the tensors that then hold ``dq, dk, dv, delta``.
+) -> tuple[list[Choice | Launch], tuple[Tensor, ...]]:  # fmt: skip
+    """What to run, in order, and the tensors that then hold ``dq, dk, dv, delta``.
 
     dk and dv are float32 where columns are added to them.
     """
@@ -504,7 +620,9 @@ def launches(
         **strides("v", v, "bhn"),
         **strides("g", dout, "bhm"),
     }
-    steps = [_preprocess(call, dout, dlse, out, lse, delta, seen_lse)]
-    steps.append(_rows(call, tensors, dq, target))
-    steps += _keys(call, tensors, dk, dv, target)
-    return steps, (dq, dk, dv, delta)
+    found = [
+        _preprocess(call, dout, dlse, out, lse, delta, seen_lse),
+        _rows(call, tensors, dq, target),
+        _keys(call, tensors, dk, dv, target),
+    ]
+    return found, (dq, dk, dv, delta)

@@ -13,6 +13,7 @@ import torch
 from ..layout import BlockLayout
 from ..varlen import Packing
 from . import DTYPES, backward, forward
+from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
 
@@ -24,7 +25,10 @@ _TYPES = {
     torch.int64: "*i64",
 }
 HEAD_DIMS = (64, 128, 256)
-LAYOUTS = ("static", "blocks", "small blocks and columns", "pages")
+# Kinds of calls: of layouts, of a row for each sequence ("decoding"), of packed sequences. Without
+# lists the kernels are what is left of those with them, for all dtypes the same.
+KINDS = ("blocks", "small blocks and columns", "pages", "decoding")
+FORWARD_ONLY = ("packed", "pages", "decoding")
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,12 @@ class CompileCase:
     """One kernel as `triton.compiler.ASTSource` takes it.
 
     Args:
-        name: kernel, dtype, head_dim and layout.
+        name: kernel, dtype, head_dim, layout and configuration.
         kernel: the function; a `triton.JITFunction` unless TRITON_INTERPRET is set.
         signature: for each argument its type, or "constexpr".
         constexprs: the values of the latter.
         aligned: arguments that are divisible by 16, pointers included.
-        num_warps, num_stages: options of `triton.compile`.
+        options: those of `triton.compile`.
     """
 
     name: str
@@ -45,8 +49,7 @@ class CompileCase:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
 
 
 def _described(name: str, launch: Launch) -> CompileCase:
@@ -67,9 +70,11 @@ def _described(name: str, launch: Launch) -> CompileCase:
             if x % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(key)
     kernel = launch.kernel
-    name = f"{kernel.fn.__name__.strip('_')} {name}"
-    options = (launch.num_warps, launch.num_stages)
-    return CompileCase(name, kernel, signature, constexprs, tuple(aligned), *options)
+    tile = "x".join(str(constexprs[x]) for x in ("BLOCK_M", "BLOCK_N") if x in constexprs)
+    part = "" if launch.arguments.get("active_ptr") is None else "_of_columns"
+    config = f"{tile} w{launch.num_warps} s{launch.num_stages}"
+    name = f"{kernel.fn.__name__.strip('_')}{part} {name} {config}"
+    return CompileCase(name, kernel, signature, constexprs, tuple(aligned), launch.options)
 
 
 def _layout(kind: str, rows: int, keys: int) -> BlockLayout:
@@ -81,54 +86,70 @@ def _layout(kind: str, rows: int, keys: int) -> BlockLayout:
         )
 
     per_head = torch.empty(8, dtype=torch.int32, device="meta")
-    block = {"blocks": 64, "small blocks and columns": 16}.get(kind, 0)
+    block = {"blocks": (64, 64), "small blocks and columns": (16, 16), "decoding": (1, 16)}.get(
+        kind
+    )
     if not block:
         return BlockLayout((rows, keys), per_head, per_head)
-    num_rows = -(-rows // block)
-    columns = lists(num_rows, 64) if kind != "blocks" else (None, None)
+    num_rows = -(-rows // block[0])
+    columns = (None, None) if kind == "blocks" else lists(num_rows, 64)
     blocks = lists(num_rows, 32)
-    return BlockLayout((rows, keys), per_head, per_head, (block, block), *blocks, *columns)
+    return BlockLayout((rows, keys), per_head, per_head, block, *blocks, *columns)
 
 
-def _call(layout: BlockLayout, batch: int, softcap: float, is_causal: bool) -> Call:
-    return Call(layout, 32, 8, batch, None, 0.125, softcap, is_causal)
-
-
-def _launches(
+def _steps(
     dtype: torch.dtype, dim: int, kind: str, target: Target, *, softcap: float, is_causal: bool
-) -> list[Launch]:
-    """A batch of 2 with 32 query and 8 KV heads: 4096 rows, or one row for each page table."""
-    if kind == "pages":
-        q = torch.empty(2, 32, dim, dtype=dtype, device="meta")
-        k = torch.empty(512, 16, 8, dim, dtype=dtype, device="meta")
+) -> list[Choice | Launch]:
+    """A batch of 2 with 64 query and 8 KV heads: 4096 rows, or one row of each sequence."""
+    rows = 1 if kind in ("pages", "decoding") else 4096
+    q = torch.empty(2, 64, rows, dim, dtype=dtype, device="meta")
+    k = torch.empty(2, 8, 4096, dim, dtype=dtype, device="meta")
+    call = Call(_layout(kind, rows, 4096), 64, 8, 2, None, 0.125, softcap, is_causal)
+    packing = None
+    if kind in ("pages", "packed"):
         ends = torch.empty(3, dtype=torch.int32, device="meta")
+        q, k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+        packing = Packing(ends, ends)
+    if kind == "pages":
         table = torch.empty(2, 256, dtype=torch.int32, device="meta")
         packing = Packing(ends, None, ends[1:], table)
-        call = _call(_layout("static", 1, 4096), 2, softcap, is_causal)
-        return forward.launches(call, q, k, k, packing, False, target)[0]
-    q = torch.empty(2, 32, 4096, dim, dtype=dtype, device="meta")
-    k = torch.empty(2, 8, 4096, dim, dtype=dtype, device="meta")
-    call = _call(_layout(kind, 4096, 4096), 2, softcap, is_causal)
-    launches, (out, lse) = forward.launches(call, q, k, k, None, False, target)
-    return launches + backward.launches(call, out, lse, q, k, k, out, lse, target)[0]
+        k = k.unflatten(0, (-1, 16))
+    steps, (out, lse) = forward.steps(call, q, k, k, packing, False, target)
+    if kind in FORWARD_ONLY:
+        return steps
+    return steps + backward.steps(call, out, lse, q, k, k, out, lse, target)[0]
+
+
+def _launches(step: Choice | Launch) -> list[Launch]:
+    """The launches of a step, in all configurations that it may choose."""
+    if isinstance(step, Launch):
+        return [step]
+    return [launch for config in step.candidates for launch in step.build(config)]
 
 
 def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[CompileCase]:
-    """Each kernel in each configuration that the launchers choose on a GPU of this capability: all
-    dtypes, padded head dims and kinds of layouts, causal, without softcap; and with a softcap, not
-    causal, for bfloat16 and head_dim 128.
+    """Each kernel in each configuration that the launchers may choose on a GPU of this capability:
+    all dtypes, padded head dims and kinds of calls, causal, without softcap; for bfloat16 also
+    without lists, and of head_dim 128 packed sequences, and with a softcap, not causal.
     """
     target = Target(capability, 132, warp_size)
     plain = {"softcap": 0.0, "is_causal": True}
-    cases = [(t, d, kind, plain) for t in DTYPES for d in HEAD_DIMS for kind in LAYOUTS]
-    cases.append((torch.bfloat16, 128, "blocks", {"softcap": 20.0, "is_causal": False}))
+    bfloat16 = torch.bfloat16
+    cases = [(bfloat16, dim, "static", plain) for dim in HEAD_DIMS]
+    cases += [(dtype, dim, kind, plain) for dtype in DTYPES for dim in HEAD_DIMS for kind in KINDS]
+    cases.append((bfloat16, 128, "packed", plain))
+    cases.append((bfloat16, 128, "blocks", {"softcap": 20.0, "is_causal": False}))
     seen = set()
     for dtype, dim, kind, options in cases:
         name = f"{str(dtype).removeprefix('torch.')} {dim} {kind}"
         name += "" if options is plain else " softcap"
-        for launch in _launches(dtype, dim, kind, target, **options):
-            case = _described(name, launch)
-            key = (case.kernel.fn, str(case.signature), str(case.constexprs), case.aligned)
-            if key not in seen:
-                seen.add(key)
-                yield case
+        for step in _steps(dtype, dim, kind, target, **options):
+            for launch in _launches(step):
+                case = _described(name, launch)
+                key = (
+                    case.kernel.fn, str(case.signature), str(case.constexprs), case.aligned,
+                    str(case.options),
+                )  # fmt: skip
+                if key not in seen:
+                    seen.add(key)
+                    yield case

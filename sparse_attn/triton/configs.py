@@ -18,6 +18,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,24 +58,48 @@ def padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def _in_wide_warps(choose: Callable[..., Config]) -> Callable[..., Config]:
-    """On warps of 64 threads (AMD) at most 4 of them, which then have all 512 registers, and one
-    stage: there tiles are fetched ahead into registers.
+def max_registers(dtype: torch.dtype, num_warps: int, target: Target) -> int | None:
+    """The registers of a thread that float32 kernels of at least 8 warps are compiled for on
+    NVIDIA's GPUs: all that there are. Unless told, the assembler spills some outside the loop so
+    that more warps would fit; with fewer warps it is better not told.
+    """
+    if dtype != torch.float32 or num_warps < 8 or target == INTERPRETER or target.warp_size == 64:
+        return None
+    return min(255, 65536 // (32 * num_warps))
+
+
+def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Config, ...]]:
+    """What `choose` lists for a device, pruned for a call of `keys` keys and row blocks of `slots`
+    rows (times packed heads).
+
+    Row blocks of at most 16 rows take the lowest tiles, others no tiles of 16 if there are others,
+    and at most 64 for at most 64 rows; no tile has more than four times the keys of the call.
+
+    On warps of 64 threads (AMD) there are at most 4 of them, which then have all 512 registers, and
+    one stage: there tiles are fetched ahead into registers.
     """
 
     @functools.wraps(choose)
-    def chosen(*args) -> Config:
-        config = choose(*args)
-        if args[-1].warp_size < 64:
-            return config
-        return replace(config, num_warps=min(config.num_warps, 4), num_stages=1)
+    def chosen(*args, slots: int, keys: int) -> tuple[Config, ...]:
+        found = choose(*args)
+        lowest = min(x.block_m for x in found)
+        if slots <= 16:
+            found = [x for x in found if x.block_m == lowest]
+        else:
+            found = [x for x in found if 16 < x.block_m <= max(64, slots)] or found
+        found = [x for x in found if x.block_n <= 4 * keys] or found[:1]
+        if args[-1].warp_size == 64:
+            found = [replace(x, num_warps=min(x.num_warps, 4), num_stages=1) for x in found]
+        limits = (max_registers(args[0], x.num_warps, args[-1]) for x in found)
+        found = [replace(x, max_registers=y) for x, y in zip(found, limits, strict=True)]
+        return tuple(dict.fromkeys(found))
 
     return chosen
 
 
-@_in_wide_warps
-def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
-    """The forward kernel's configuration.
+@_candidates
+def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> list[Config]:
+    """The forward kernel's configurations; the first one is taken where none may be timed.
 
     Args:
         head_dim: the larger of both padded head dimensions.
@@ -82,65 +107,87 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
             than multiples of 64.
     """
     if target == INTERPRETER:
-        return Config(64, 64, 4, 1)
+        return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32 and irregular:
-        return Config(16, 16, 4, 1)
+        return [Config(16, 16, 8 if head_dim <= 128 else 16, 1)]
     if dtype == torch.float32:
         if head_dim <= 64:
-            return Config(32, 32, 4, 2)
-        return Config(32 if head_dim <= 128 else 16, 16, 4, 2)
+            return [Config(32, 32, 8, 2), Config(16, 32, 4, 2)]
+        return [Config(32, 16, 8, 2) if head_dim <= 128 else Config(16, 16, 4, 2)]
+    block_n = 32 if irregular else 64
     if head_dim <= 64:
         num_warps = 8 if target.capability[0] == 10 and not irregular else 4
-        return Config(128, 32 if irregular else 64, num_warps, 3)
+        high = [Config(128, block_n, num_warps, 3), Config(64, block_n, 4, 3)]
+        return [*high, Config(16, block_n, 4, 2)]
     if head_dim <= 128:
         stages = 3 if target.has_large_memory else 2
-        return Config(128, 32 if irregular else 64, 8, stages)
-    return Config(64, 32, 8, 2)
+        low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
+        high = [Config(128, block_n, 8, stages), low]
+        return [*high, Config(16, block_n, 4, stages)]
+    return [Config(64, 32, 8, 2), Config(16, 32, 4 if irregular else 8, 2)]
 
 
-@_in_wide_warps
-def backward_rows(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> Config:
-    """The configuration of the kernel that computes dq."""
+@_candidates
+def backward_rows(
+    dtype: torch.dtype, head_dim: int, irregular: bool, has_softcap: bool, target: Target
+) -> list[Config]:
+    """The configurations of the kernel that computes dq."""
     if target == INTERPRETER:
-        return Config(64, 64, 4, 1)
+        return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32 and irregular:
-        return Config(16, 16, 4, 1)
+        return [Config(16, 32 if head_dim == 128 else 16, 8, 1)]
     if dtype == torch.float32:
         if head_dim <= 64:
-            return Config(32, 32, 4, 2)
-        return Config(16, 16, 8, 1) if irregular and head_dim > 128 else Config(16, 16, 4, 2)
+            return [Config(32, 32, 4, 2)]
+        return [Config(16, 16, 4, 2)]
     if head_dim <= 128:
-        few = head_dim <= 64 and target.capability[0] != 10
-        return Config(64, 32 if irregular else 64, 4 if few else 8, 2)
-    return Config(32, 32, 8, 2)
+        on_blackwell = target.capability[0] == 10
+        num_warps = 4 if head_dim <= 64 and not on_blackwell else 8
+        if irregular:
+            return [Config(64, 32, num_warps, 2)]
+        found = [Config(64, 64, num_warps, 2), Config(64, 32, 4, 2)]
+        return found[1:] if has_softcap and on_blackwell and head_dim > 64 else found
+    return [Config(32, 32, 8, 2)]
 
 
-@_in_wide_warps
+@_candidates
 def backward_keys(
     dtype: torch.dtype, head_dim: int, short_of_registers: bool, target: Target
-) -> Config:
-    """The configuration of the kernel that computes dk and dv; block_n is at most 64, the bits of
+) -> list[Config]:
+    """The configurations of the kernel that computes dk and dv; block_n is at most 64, the bits of
     an entry of the transposed lists. A softcap and irregular lists take registers of their own.
     """
     if target == INTERPRETER:
-        return Config(64, 64, 4, 1)
+        return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32:
-        return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
+        if head_dim <= 64:
+            few = short_of_registers and target.capability[0] == 8
+            return [Config(16, 32, 4 if few else 8, 2)]
+        return [Config(16, 16, 4, 2)]
     if head_dim <= 64:
-        return Config(32 if short_of_registers else 64, 64, 4, 2)
+        num_warps = 8 if target.capability[0] == 8 else 4
+        found = [Config(64, 64, num_warps, 2), Config(32, 64, 4, 2)]
+        return found[1:] if short_of_registers else found
     if head_dim <= 128:
-        return Config(32 if short_of_registers or target.capability == (9, 0) else 64, 64, 8, 2)
-    return Config(32, 32, 8, 2)
+        found = [Config(64, 64, 8, 2), Config(32, 64, 8, 2)]
+        if target.capability == (9, 0):
+            found = [Config(32, 64, 8, 2), Config(64, 32, 8, 2)]
+        return (
+            found if not short_of_registers and target.warp_size == 32 else [Config(32, 64, 8, 2)]
+        )
+    return [Config(32, 32, 8, 2)]
 
 
-ROWS_MERGED = 16
+ROWS_MERGED, WARPS_MERGING = 16, 8
 ROWS_PREPROCESSED = 32
+ROWS_SUMMED = 16
+HEAVY_KEYS = 128  # of each KV head, which every row may see: those of sinks
 
 
-def num_splits(programs: int, key_tiles: int, target: Target) -> int:
-    """Into how many parts to split the keys of each row so that a few rows keep the device busy,
-    with at least two tiles of keys in a part.
+def num_splits(programs: int, tiles: int, target: Target) -> int:
+    """Into how many parts to split each of a few programs so that they keep the device busy, with
+    at least two tiles of their walk in a part.
     """
     if programs >= target.num_cores:
         return 1
-    return max(1, min(-(-2 * target.num_cores // max(programs, 1)), key_tiles // 2, 64))
+    return max(1, min(-(-2 * target.num_cores // max(programs, 1)), tiles // 2, 64))

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..reference import empty_out
 from ..varlen import Packing
 from . import configs, lists
+from .autotune import Choice
 from .launch import LOG2E, Call, Launch, input_precision, strides
 from .primitives import (
     SIZES,
     band_of_rows,
+    even_part,
     finish,
     list_of_row,
     load_keys,
@@ -139,8 +141,7 @@ def _forward_kernel(
         )
         tiles = listed_end + tl.cdiv(num_columns, BLOCK_N)
     split = tl.program_id(1)
-    tile_begin = (split.to(tl.int64) * tiles // num_splits).to(tl.int32)
-    tile_end = ((split.to(tl.int64) + 1) * tiles // num_splits).to(tl.int32)
+    tile_begin, tile_end = even_part(tiles, split, num_splits)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -245,11 +246,11 @@ def _views(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
     return tuple((x[None] if x.dim() == 3 else x).transpose(1, 2) for x in (q, k, v, out))
 
 
-def launches(
+def steps(
     call: Call, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, may_split: bool,
     target: configs.Target,
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:  # fmt: skip
-    """What to launch, in order, and the tensors that then hold out and lse."""
+) -> tuple[list[Choice], tuple[Tensor, Tensor]]:  # fmt: skip
+    """What to run, in order, and the tensors that then hold out and lse."""
     if packing is None:
         out = empty_out(q, v)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -258,36 +259,14 @@ def launches(
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         q4, k4, v4, out4 = _views(q, k, v, out)
-    sizes = {
-        "HEAD_DIM": q.shape[-1],
-        "HEAD_DIM_V": v.shape[-1],
-        "BLOCK_D": configs.padded(q.shape[-1]),
-        "BLOCK_DV": configs.padded(v.shape[-1]),
-    }
-    dims = max(sizes["BLOCK_D"], sizes["BLOCK_DV"])
-    config = configs.forward(q.dtype, dims, call.is_irregular, target)
-    config, rows_per_block, parts = call.row_tiles(config)
-    num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
-    programs = num_row_blocks * parts * call.num_packs
-    key_tiles = -(-call.layout.seqlen_kv // config.block_n)
-    num_splits = configs.num_splits(programs, key_tiles, target)
-    order = None
-    if programs > target.num_cores and (call.listed_rows or packing is not None):
-        order = lists.order_of_rows(call, rows_per_block, _lengths(call, packing))
-    acc = m_i = l_i = None
-    if num_splits > 1:
-        acc = lse.new_empty(num_splits, lse.numel(), v.shape[-1])
-        m_i, l_i = lse.new_empty(2, num_splits, lse.numel())
+    dims = (configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
     rows = lse.shape[-1]
-    arguments = {
+    shared = {
         "q_ptr": q4,
         "k_ptr": k4,
         "v_ptr": v4,
         "out_ptr": out4,
         "lse_ptr": lse,
-        "partial_acc_ptr": acc,
-        "partial_m_ptr": m_i,
-        "partial_l_ptr": l_i,
         **strides("q", q4, "bhm"),
         **strides("k", k4, "bhn"),
         **strides("v", v4, "bhn"),
@@ -296,42 +275,70 @@ def launches(
         "stride_lh": rows,
         **call.lists(),
         "sinks_ptr": call.sinks,
-        "order_ptr": order,
         **(_UNPACKED if packing is None else _packed(packing, k)),
         "num_heads": call.num_heads,
         "seqlen_q": call.layout.seqlen_q,
         "seqlen_kv": call.layout.seqlen_kv,
         "total_q": q.shape[0],
         "total_kv": k.shape[0],
-        "num_row_blocks": num_row_blocks,
-        "rows_per_block": rows_per_block,
-        "parts": parts,
-        "num_splits": num_splits,
         "num_states": lse.numel(),
         **call.scores(LOG2E),
-        **sizes,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
+        "HEAD_DIM": q.shape[-1],
+        "HEAD_DIM_V": v.shape[-1],
+        "BLOCK_D": dims[0],
+        "BLOCK_DV": dims[1],
         "PACK": call.pack,
         "GROUP_SIZE": call.group_size,
         "INPUT_PRECISION": input_precision(q.dtype, may_split),
     }
-    grid = (programs, num_splits)
-    steps = [Launch(_forward_kernel, grid, arguments, config.num_warps, config.num_stages)]
-    if num_splits > 1:
-        names = ("partial_acc_ptr", "partial_m_ptr", "partial_l_ptr", "out_ptr", "lse_ptr")
-        names += ("sinks_ptr", "stride_ob", "stride_oh", "stride_om", "num_heads", "num_splits")
-        names += ("num_states", "HEAD_DIM_V", "BLOCK_DV")
-        arguments = {name: arguments[name] for name in names}
-        arguments |= {"num_rows": rows, "BLOCK_M": configs.ROWS_MERGED}
-        grid = (-(-lse.numel() // configs.ROWS_MERGED),)
-        steps.append(Launch(_merge_kernel, grid, arguments, 4, 1))
-    return steps, (out, lse)
+
+    def build(config: configs.Config) -> list[Launch]:
+        rows_per_block, parts = call.row_tiles(config.block_m)
+        num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
+        programs = num_row_blocks * parts * call.num_packs
+        key_tiles = -(-call.layout.seqlen_kv // config.block_n)
+        num_splits = configs.num_splits(programs, key_tiles, target)
+        order = None
+        if programs > target.num_cores and (call.listed_rows or packing is not None):
+            order = lists.order_of_rows(call, rows_per_block, lists.lengths(call.layout, packing))
+        acc = m_i = l_i = None
+        if num_splits > 1:
+            acc = lse.new_empty(num_splits, lse.numel(), v.shape[-1])
+            m_i, l_i = lse.new_empty(2, num_splits, lse.numel())
+        arguments = shared | {
+            "partial_acc_ptr": acc,
+            "partial_m_ptr": m_i,
+            "partial_l_ptr": l_i,
+            "order_ptr": order,
+            "num_row_blocks": num_row_blocks,
+            "rows_per_block": rows_per_block,
+            "parts": parts,
+            "num_splits": num_splits,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
+        grid = (programs, num_splits)
+        options = (config.num_warps, config.num_stages, config.max_registers)
+        found = [Launch(_forward_kernel, grid, arguments, *options)]
+        if num_splits > 1:
+            limit = configs.max_registers(q.dtype, configs.WARPS_MERGING, target)
+            found.append(_merge(arguments, rows, limit))
+        return found
+
+    is_paged = packing is not None and packing.block_table is not None
+    kind = ("forward", q.dtype, dims, may_split, packing is not None, is_paged, *call.kind, target)
+    candidates = configs.forward(
+        q.dtype, max(dims), call.is_irregular, target, slots=call.slots, keys=call.layout.seqlen_kv
+    )
+    return [Choice(kind, candidates, build)], (out, lse)
 
 
-def _lengths(call: Call, packing: Packing | None) -> tuple:
-    if packing is None:
-        return call.layout.seqlens
-    if packing.block_table is None:
-        return packing.cu_seqlens_q.diff(), packing.cu_seqlens_kv.diff()
-    return packing.cu_seqlens_q.diff(), packing.seqlens_kv
+def _merge(forward: dict, rows: int, max_registers: int | None) -> Launch:
+    """The launch that merges the states of `forward`, given its arguments."""
+    names = ("partial_acc_ptr", "partial_m_ptr", "partial_l_ptr", "out_ptr", "lse_ptr")
+    names += ("sinks_ptr", "stride_ob", "stride_oh", "stride_om", "num_heads", "num_splits")
+    names += ("num_states", "HEAD_DIM_V", "BLOCK_DV")
+    arguments = {name: forward[name] for name in names}
+    arguments |= {"num_rows": rows, "BLOCK_M": configs.ROWS_MERGED}
+    grid = (-(-forward["num_states"] // configs.ROWS_MERGED),)
+    return Launch(_merge_kernel, grid, arguments, configs.WARPS_MERGING, 1, max_registers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .configs import Config, next_power_of_2
 
 LOG2E = 1.4426950408889634
 
@@ -26,16 +25,23 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to compile the kernel."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+            **limit,
+        }
 
     def __call__(self) -> None:
         if min(self.grid) == 0:
             return
-        self.kernel[self.grid](
-            **self.arguments,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=True,
-        )
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
@@ -94,19 +100,30 @@ class Call:
         has_blocks = self.layout.kv_num_blocks is not None
         return has_columns or (has_blocks and self.block_kv % 64 != 0)
 
-    def rows_per_block(self, block_m: int) -> int:
-        """Rows of a row block: those of the lists, else as many as a tile holds."""
-        if self.listed_rows:
-            return self.listed_rows[0]
-        return max(1, min(block_m // self.pack, self.layout.seqlen_q))
+    @property
+    def slots(self) -> int:
+        """Rows of the largest row block that lists permit, times the packed heads."""
+        rows = self.listed_rows[0] if self.listed_rows else self.layout.seqlen_q
+        return rows * self.pack
 
-    def row_tiles(self, config: Config) -> tuple[Config, int, int]:
-        """The configuration with tiles no higher than row blocks need, the rows of a row block, and
-        the tiles of each.
+    def row_tiles(self, block_m: int) -> tuple[int, int]:
+        """The rows of a row block (those of the lists, else as many as a tile holds), and its
+        tiles.
         """
-        rows = self.rows_per_block(config.block_m) * self.pack
-        config = replace(config, block_m=min(config.block_m, max(16, next_power_of_2(rows))))
-        return config, self.rows_per_block(config.block_m), -(-rows // config.block_m)
+        rows = max(1, min(block_m // self.pack, self.layout.seqlen_q))
+        if self.listed_rows:
+            rows = self.listed_rows[0]
+        return rows, -(-rows * self.pack // block_m)
+
+    @property
+    def kind(self) -> tuple:
+        """What decides on the fastest configuration: features, and lengths up to a power of 2."""
+        layout = self.layout
+        widths = (x.shape[-1] for x in (layout.kv_indices, layout.column_indices) if x is not None)
+        sizes = (self.slots, self.batch * self.num_kv_heads, *layout.seqlens, *widths)
+        features = (self.block_kv, self.is_irregular, self.softcap > 0, self.is_causal)
+        heads = (self.pack, self.group_size)
+        return *features, *heads, *(x.bit_length() for x in sizes)
 
     @property
     def inner_scale(self) -> float:

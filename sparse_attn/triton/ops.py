@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import validation, varlen
 from ..layout import BlockLayout
 from ..layout_algebra import violations
-from . import backward, forward, reasons
+from . import backward, forward, lists, reasons
+from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
 
@@ -51,18 +52,23 @@ def _assert_none(violations: Iterable[tuple[str, Tensor, str]]) -> None:
         torch._assert_async(~bad.any(), f"a value of {name} {why}")
 
 
-def _call(q: Tensor, kv_heads: int, batch: int, layout: BlockLayout, args: tuple) -> Call:
+def _call(
+    q: Tensor, kv_heads: int, batch: int, layout: BlockLayout, args: tuple,
+    packing: varlen.Packing | None = None,
+) -> Call:  # fmt: skip
     sinks, (scale, softcap, is_causal) = args[6], args[10:13]
+    if is_causal and layout.seqlen_q > 1 and batch > 0:
+        layout = lists.without_future(layout, *lists.lengths(layout, packing))
     validation.check_sinks(sinks, q)
     if sinks is not None:
         sinks = sinks.float().contiguous()
     return Call(layout, q.shape[1], kv_heads, batch, sinks, scale, softcap, is_causal)
 
 
-def _run(launches: list[Launch], q: Tensor) -> None:
+def _run(steps: list[Choice | Launch], q: Tensor) -> None:
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        for launch in launches:
-            launch()
+        for step in steps:
+            step()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -88,8 +94,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
     call = _call(q, k.shape[1], q.shape[0], layout, args)
     may_split = split_float32 and not for_gradients
     tensors = [_rows(x) for x in (q, k, v)]
-    launches, (out, lse) = forward.launches(call, *tensors, None, may_split, Target.of(q))
-    _run(launches, q)
+    steps, (out, lse) = forward.steps(call, *tensors, None, may_split, Target.of(q))
+    _run(steps, q)
     return out.to(q.dtype), lse
 
 
@@ -105,10 +111,10 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Te
     packing = varlen.Packing(
         *(None if x is None else x.contiguous() for x in vars(packing).values())
     )
-    call = _call(q, k.shape[-2], batch, layout, args)
+    call = _call(q, k.shape[-2], batch, layout, args, packing)
     tensors = [_rows(x) for x in (q, k, v)]
-    launches, (out, lse) = forward.launches(call, *tensors, packing, False, Target.of(q))
-    _run(launches, q)
+    steps, (out, lse) = forward.steps(call, *tensors, packing, False, Target.of(q))
+    _run(steps, q)
     return out.to(q.dtype), lse
 
 
@@ -137,10 +143,8 @@ def attention_backward(
     call = _call(q, k.shape[1], q.shape[0], layout, args)
     dlse, lse = dlse.contiguous(), lse.contiguous()
     dout, out, *tensors = (_rows(x) for x in (dout, out, q, k, v))
-    launches, (dq, dk, dv, delta) = backward.launches(
-        call, dout, dlse, *tensors, out, lse, Target.of(q)
-    )
-    _run(launches, q)
+    steps, (dq, dk, dv, delta) = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
+    _run(steps, q)
     return *(x.to(q.dtype) for x in (dq, dk, dv)), _sink_gradients(call.sinks, lse, delta, args[6])
 
 

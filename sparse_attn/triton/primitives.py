@@ -19,7 +19,7 @@ SIZES = (
     "num_kv_blocks", "block_rows", "block_width", "column_rows", "column_width", "active_width",
     "list_tiles", "num_rows", "num_pages", "pages_per_sequence", "seqlen_q", "seqlen_kv", "total_q",
     "total_kv", "num_row_blocks", "rows_per_block", "parts", "num_owners", "num_splits",
-    "num_states",
+    "num_states", "num_split_tiles",
 )  # fmt: skip
 
 
@@ -102,6 +102,14 @@ def rows_of_tile(
     last = begin + (part * BLOCK_M + BLOCK_M - 1) // PACK
     first = begin + part * BLOCK_M // PACK
     return rows, slots % PACK, rows < end, first, tl.minimum(last, end - 1)
+
+
+@triton.jit
+def even_part(tiles, split, num_splits):
+    """The first tile of one of `num_splits` even parts, and the one behind its last."""
+    split = split.to(tl.int64)
+    begin = (split * tiles // num_splits).to(tl.int32)
+    return begin, ((split + 1) * tiles // num_splits).to(tl.int32)
 
 
 @triton.jit
