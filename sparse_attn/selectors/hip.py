@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import backends, ops
+from .. import backends, ops, triton
 from ..layout import BlockLayout
 from ..reference import compute_dtype
 from .base import Selector, seqlens
@@ -185,11 +185,27 @@ def _fake_hip_select(q, k, slots, block_q, block_k, *rest) -> tuple[Tensor, Tens
     return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, width), dtype=torch.int32)
 
 
-for _name in ("hip_select", "hip_select_reference"):
+def _on_triton(q: Tensor, k: Tensor, slots: int, *rest) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, which holds a limited number of nodes; the reference takes any."""
+    select = hip_select if slots > triton.MAX_HIP_SLOTS else triton.hip_select
+    return select(q, k, slots, *rest)
+
+
+def _on_gpu(q: Tensor, k: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    select = hip_select if triton.reasons(q, k) else _on_triton
+    return select(q, k, *rest)
+
+
+for _name, _impl in (
+    ("hip_select", hip_select),
+    ("hip_select_reference", hip_select),
+    ("hip_select_triton", _on_triton),
+):
     ops.library.define(
         f"{_name}(Tensor q, Tensor k, int slots, int block_q, int block_k, int stride_q, "
         "int stride_k, int sink, int window, bool strict, bool is_causal) -> (Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    ops.library.impl(_name, hip_select, "CompositeExplicitAutograd")
+    ops.library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_attn::{_name}", _fake_hip_select, lib=ops.library)
+ops.library.impl("hip_select", _on_gpu, "CUDA")

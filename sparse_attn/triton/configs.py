@@ -144,3 +144,19 @@ def num_splits(programs: int, key_tiles: int, target: Target) -> int:
     if programs >= target.num_cores:
         return 1
     return max(1, min(-(-2 * target.num_cores // max(programs, 1)), key_tiles // 2, 64))
+
+
+@_in_wide_warps
+def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Config:
+    """The configuration of HiP's search for `num_rows` sampled rows of a query block."""
+    block_m = min(max(16, next_power_of_2(num_rows)), 64)
+    if target == INTERPRETER:
+        return Config(block_m, 128, 4, 1)
+    if dtype == torch.float32:
+        return Config(16, 32, 4, 1)
+    return Config(block_m, 128 if head_dim <= 128 else 64, 4, 3 if head_dim <= 128 else 2)
+
+
+def chunk(dtype: torch.dtype, head_dim: int) -> int:
+    """Dimensions multiplied at a time where float32 leaves no registers for all."""
+    return min(padded(head_dim), 32 if dtype == torch.float32 else 256)
