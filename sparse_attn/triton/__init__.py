@@ -76,3 +76,12 @@ def hip_select(*args) -> tuple[Tensor, Tensor]:
     from . import hip
 
     return hip.select(*args)
+
+
+def infinite_hip_scores(
+    queries: Tensor, k: Tensor, left: Tensor, size: int, end: int, limits: Tensor
+) -> Tensor:
+    """The scores of a stage of `selectors.InfiniteHiP`."""
+    from . import infinite_hip
+
+    return infinite_hip.scores(queries, k, left, size, end, limits)

@@ -160,3 +160,14 @@ def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Con
 def chunk(dtype: torch.dtype, head_dim: int) -> int:
     """Dimensions multiplied at a time where float32 leaves no registers for all."""
     return min(padded(head_dim), 32 if dtype == torch.float32 else 256)
+
+
+@_in_wide_warps
+def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Config:
+    """The configuration of InfiniteHiP's searches for `num_rows` queries of a query block."""
+    block_m = min(max(16, next_power_of_2(num_rows)), 64)
+    if target == INTERPRETER:
+        return Config(block_m, 64, 4, 1)
+    if dtype == torch.float32:
+        return Config(16, 32, 4, 1)
+    return Config(block_m, 64, 4, 1)
