@@ -464,8 +464,8 @@ std::tuple<Tensor, Tensor> attention_varlen(
 
 std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t slots,
                                       int64_t block_q, int64_t block_k, int64_t stride_q,
-                                      int64_t stride_k, int64_t sink, int64_t window, bool strict,
-                                      bool is_causal) {
+                                      int64_t stride_k, int64_t representatives, int64_t sink,
+                                      int64_t window, bool strict, bool is_causal) {
   AttentionParams qk;  // k stands for v, which is not read
   describe_qkv(q, k, k, qk);
   for (const auto& [value, name, low] :
@@ -477,6 +477,8 @@ std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t 
     require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
             value);
   }
+  require(representatives == 1 || representatives == 2, "representatives must be 1 or 2, but is ",
+          representatives);
   require(stride_q <= block_q, "stride_q must not be more than block_q");
   require(stride_k <= block_k, "stride_k must not be more than block_k");
   cpu::HipParams params;
@@ -496,6 +498,7 @@ std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t 
   params.block_k = block_k;
   params.stride_q = stride_q;
   params.stride_k = stride_k;
+  params.representatives = representatives;
   params.sink = sink;
   params.window = window;
   params.strict = strict;

@@ -1,7 +1,5 @@
 """HiP's tree search against the paper's text, one head and one node at a time."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -33,20 +31,23 @@ def literal_hip(q, k, hip, is_causal=True):
             chosen.append(blocks)
             continue
         best = (q[rows] @ k.T).amax(0).tolist()
-        ends = [len(blocks) * j // slots for j in range(slots + 1)]
-        nodes = [blocks[a:b] for a, b in pairwise(ends)]
-        while max(map(len, nodes)) > 1:
-            halves = []
-            for node in nodes:
-                halves += [node[: len(node) // 2], node[len(node) // 2 :]]
-            halves = [half for half in halves if half]
 
-            scores = [
-                max(best[min(j, end - 1)] for j in sampled_keys(half[len(half) // 2], hip))
-                for half in halves
-            ]
-            order = sorted(range(len(halves)), key=lambda i, s=scores: -s[i])  # stable: ties first
-            nodes = sorted(halves[i] for i in order[:slots])
+        size = 1
+        while -(-len(blocks) // size) > 2 * slots:
+            size *= 2
+        nodes = [blocks[i : i + size] for i in range(0, len(blocks), size)]
+        while True:
+            scores = []
+            for node in nodes:
+                judges = [node[min(size // 2, len(node) - 1)], node[0]][: hip.representatives]
+                keys = [min(j, end - 1) for n in judges for j in sampled_keys(n, hip)]
+                scores.append(max(best[j] for j in keys))
+            order = sorted(range(len(nodes)), key=lambda i, s=scores: -s[i])  # stable: ties first
+            nodes = sorted(nodes[i] for i in order[:slots])
+            if size == 1:
+                break
+            size //= 2
+            nodes = [half for node in nodes for half in (node[:size], node[size:]) if half]
         chosen.append([node[0] for node in nodes])
     return chosen
 
@@ -72,6 +73,7 @@ def reference(q, k, hip, is_causal=True):
         hip.block_k,
         hip.stride_q,
         hip.stride_k,
+        hip.representatives,
         hip.sink,
         hip.window - hip.margin,
         hip.strict,
@@ -90,7 +92,8 @@ def integer_qk(seqlens, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.flo
 
 
 SETTINGS = {
-    "paper": HiP(k=32, block_q=32, block_k=2, sink=4, window=16),
+    "paper": HiP(k=32, block_q=32, block_k=2, sink=4, window=16, representatives=1),
+    "two representatives": HiP(k=32, block_q=32, block_k=2, sink=4, window=16),
     "one slot": HiP(k=4, block_q=16, block_k=4, sink=0, window=1),
     "one query a block": HiP(k=12, block_q=1, stride_q=1, block_k=1, sink=3, window=5),
     "odd": HiP(k=37, block_q=24, block_k=5, stride_q=7, stride_k=2, sink=7, window=9),
@@ -202,7 +205,7 @@ def test_opcheck():
     q, k, _ = structured_qk(100)
     for name in ("hip_select", "hip_select_reference"):
         op = getattr(torch.ops.sparse_attn, name).default
-        torch.library.opcheck(op, (q, k, 8, 16, 4, 2, 1, 4, 16, False, True))
+        torch.library.opcheck(op, (q, k, 8, 16, 4, 2, 1, 2, 4, 16, False, True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -312,6 +315,7 @@ def test_mask_caches_in_a_model():
         ({"window": 0}, "window must be"),
         ({"stride_q": 65}, "stride_q is 65, more than block_q = 64"),
         ({"stride_k": 17}, "stride_k is 17, more than block_k = 16"),
+        ({"representatives": 3}, "representatives must be 1 or 2, got 3"),
         ({"margin": -1}, "margin must be"),
         ({"margin": 257}, "margin is 257, more than window = 256"),
         ({"strict": True, "window": 64, "margin": 1}, r"strict needs window - margin >= block_q"),

@@ -18,6 +18,7 @@ struct HipParams {
   int64_t slots = 1;                   // blocks to find
   int64_t block_q = 1, block_k = 1;    // rows and keys in a block
   int64_t stride_q = 1, stride_k = 1;  // of the sampled rows and keys
+  int64_t representatives = 2;         // blocks that judge a node: its centre, and its first
   int64_t sink = 0, window = 0;        // tokens that need no search
   bool strict = false;                 // only the first row is sampled
   bool is_causal = true;

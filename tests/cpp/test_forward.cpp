@@ -456,8 +456,8 @@ std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, co
   for (int64_t n = params.sink / params.block_k; n * params.block_k < end; ++n) {
     blocks.push_back(static_cast<int32_t>(n));
   }
-  const int64_t size = static_cast<int64_t>(blocks.size());
-  if (size <= params.slots) return blocks;
+  const auto num_blocks = std::ssize(blocks);
+  if (num_blocks <= params.slots) return blocks;
   const auto score = [&](int32_t block) {
     double best = -INFINITY;
     for (int64_t i = begin; i <= last_row; ++i) {
@@ -474,23 +474,33 @@ std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, co
     }
     return best;
   };
+  int64_t size = 1;
+  while ((num_blocks + size - 1) / size > 2 * params.slots) size *= 2;
   using Node = std::vector<int32_t>;
   std::vector<Node> nodes;
-  for (int64_t j = 0; j < params.slots; ++j) {
-    nodes.emplace_back(blocks.begin() + size * j / params.slots,
-                       blocks.begin() + size * (j + 1) / params.slots);
-  }
-  while (std::any_of(nodes.begin(), nodes.end(), [](const Node& n) { return n.size() > 1; })) {
-    std::vector<std::pair<double, Node>> halves;
+  const auto add = [&](int64_t first, int64_t stop) {
+    if (first < stop) nodes.emplace_back(blocks.begin() + first, blocks.begin() + stop);
+  };
+  for (int64_t n = 0; n < num_blocks; n += size) add(n, std::min(n + size, num_blocks));
+  while (true) {
+    std::vector<std::pair<double, Node>> judged;
     for (const Node& node : nodes) {
-      const auto middle = node.begin() + node.size() / 2;
-      for (const Node& half : {Node(node.begin(), middle), Node(middle, node.end())}) {
-        if (!half.empty()) halves.emplace_back(-score(half[half.size() / 2]), half);
-      }
+      double best = score(node[std::min<size_t>(size / 2, node.size() - 1)]);
+      if (params.representatives > 1) best = std::max(best, score(node[0]));
+      judged.emplace_back(-best, node);
     }
-    std::stable_sort(halves.begin(), halves.end());
-    for (size_t i = 0; i < nodes.size(); ++i) nodes[i] = halves[i].second;
-    std::sort(nodes.begin(), nodes.end());
+    std::stable_sort(judged.begin(), judged.end());
+    judged.resize(params.slots);
+    std::sort(judged.begin(), judged.end(),
+              [](const auto& x, const auto& y) { return x.second < y.second; });
+    nodes.clear();
+    for (const auto& [_, node] : judged) {
+      const int64_t first = node[0] - blocks[0], end = first + std::ssize(node);
+      add(first, std::min(first + std::max<int64_t>(size / 2, 1), end));
+      add(first + std::max<int64_t>(size / 2, 1), end);
+    }
+    if (size == 1) break;
+    size /= 2;
   }
   for (size_t i = 0; i < nodes.size(); ++i) blocks[i] = nodes[i][0];
   blocks.resize(nodes.size());
@@ -510,6 +520,7 @@ void check_hip(Isa isa) {
   params.block_k = choose<int64_t>({1, 3, 16, 32});
   params.stride_q = random_int(1, params.block_q);
   params.stride_k = choose<int64_t>({1, params.block_k});
+  params.representatives = random_int(1, 2);
   params.slots = random_int(1, 40);
   params.sink = random_int(0, 20);
   params.window = random_int(0, 60);
