@@ -11,12 +11,10 @@
 
 namespace sparse_attn::cpu {
 
-namespace {
-
-const HipKernel& select_kernel(Isa isa, DType dtype, int64_t sampled_rows) {
+const HipKernel& hip_kernel(Isa isa, DType dtype, int64_t num_rows) {
 #if defined(__x86_64__)
   constexpr int64_t kFewRows = 4;  // tiles multiply 16 in the same time
-  if (isa == Isa::kAmx && dtype == DType::kBFloat16 && sampled_rows > kFewRows) {
+  if (isa == Isa::kAmx && dtype == DType::kBFloat16 && num_rows > kFewRows) {
     return amx_hip_kernel();
   }
   if (isa >= Isa::kAvx512) return avx512_hip_kernel(dtype);
@@ -24,6 +22,8 @@ const HipKernel& select_kernel(Isa isa, DType dtype, int64_t sampled_rows) {
 #endif
   return generic_hip_kernel(dtype);
 }
+
+namespace {
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -192,7 +192,7 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   if (num_tasks == 0) return;
   const int64_t block_rows = std::min(params.block_q, params.seqlen_q);
   const int64_t sampled = params.strict ? 1 : ceil_div(block_rows, params.stride_q);
-  const HipKernel& kernel = select_kernel(isa, params.dtype, sampled);
+  const HipKernel& kernel = hip_kernel(isa, params.dtype, sampled);
   const int64_t group = params.num_heads / params.num_kv_heads;
   std::atomic<int64_t> next_task{0};
   const auto work = [&](int64_t) {
