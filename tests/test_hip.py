@@ -6,7 +6,10 @@ import torch
 from sparse_attn import BlockLayout, patch, selectors, sparse_attention
 from sparse_attn.selectors import HiP, MaskCache, SinkWindow
 
+from .oracle import BACKENDS, GPU
 from .structured import structured_qk
+
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="not a backend under test")
 
 
 def literal_hip(q, k, hip, is_causal=True):
@@ -62,13 +65,12 @@ def lists(layout, batch=0, head=0):
     return [row[:n] for row, n in zip(layout.kv_indices[batch, head].tolist(), counts, strict=True)]
 
 
-def reference(q, k, hip, is_causal=True):
-    """What the selector chooses through the op's reference."""
-    slots = -(-hip.k // hip.block_k)
-    counts, indices = torch.ops.sparse_attn.hip_select_reference(
+def chosen(op, q, k, hip, is_causal=True):
+    """What the selector chooses through an op."""
+    counts, indices = op(
         q,
         k,
-        slots,
+        -(-hip.k // hip.block_k),
         hip.block_q,
         hip.block_k,
         hip.stride_q,
@@ -82,7 +84,21 @@ def reference(q, k, hip, is_causal=True):
     sizes = (hip.block_q, hip.block_k)
     none = torch.zeros(1, dtype=torch.int32)
     seqlens = (q.shape[2], k.shape[2])
-    return BlockLayout(seqlens, none, none, sizes, counts, indices).validate()
+    return BlockLayout(seqlens, none, none, sizes, counts.cpu(), indices.cpu()).validate()
+
+
+def reference(q, k, hip, is_causal=True):
+    return chosen(torch.ops.sparse_attn.hip_select_reference, q, k, hip, is_causal)
+
+
+def on_triton(q, k, hip, is_causal=True):
+    q, k = (x.cuda() if GPU else x for x in (q, k))
+    return chosen(torch.ops.sparse_attn.hip_select_triton, q, k, hip, is_causal)
+
+
+def same(layout, expected):
+    counts = torch.equal(layout.kv_num_blocks, expected.kv_num_blocks)
+    return counts and layout.to_topk().equal(expected.to_topk())
 
 
 def integer_qk(seqlens, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.float32):
@@ -120,9 +136,58 @@ def test_reference_is_the_literal_search(hip, is_causal, seqlens):
 def test_every_instruction_set_chooses_as_the_reference(isa, hip, dtype, seqlens):
     q, k = integer_qk(seqlens, batch=2, heads=4, kv_heads=2, dim=40, dtype=dtype)
     for is_causal in (True, False):
-        layout, expected = hip(q, k, is_causal=is_causal), reference(q, k, hip, is_causal)
-        assert torch.equal(layout.kv_num_blocks, expected.kv_num_blocks)
-        assert layout.to_topk().equal(expected.to_topk())
+        assert same(hip(q, k, is_causal=is_causal), reference(q, k, hip, is_causal))
+
+
+@needs_triton
+@every_setting
+def test_triton_chooses_as_the_reference(hip):
+    q, k = integer_qk((max(20, hip.block_q), 150))
+    assert same(on_triton(q, k, hip), reference(q, k, hip))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "dtype", "seqlens", "is_causal", "dim"),
+    [
+        ("paper", torch.float16, (33, 140), False, 40),
+        ("two representatives", torch.bfloat16, (1, 300), True, 33),
+        ("two representatives", torch.float16, (1, 200), True, 256),
+        ("odd", torch.float16, (60, 40), True, 1),
+        ("odd", torch.float32, (30, 100), False, 72),
+    ],
+)
+def test_triton_with_dtypes_and_head_dims(name, dtype, seqlens, is_causal, dim):
+    q, k = integer_qk(seqlens, batch=2, heads=4, kv_heads=2, dim=dim, dtype=dtype)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    layout = on_triton(q, k, SETTINGS[name], is_causal)
+    assert same(layout, reference(q, k, SETTINGS[name], is_causal))
+
+
+@needs_triton
+def test_triton_searches_rows_and_keys_in_parts():
+    """More sampled rows and more keys of a block than a tile holds."""
+    hip = HiP(k=400, block_q=160, block_k=200, stride_q=1, sink=0, window=8)
+    q, k = integer_qk((160, 1100), heads=1)
+    assert same(on_triton(q, k, hip), reference(q, k, hip))
+
+
+@needs_triton
+def test_triton_leaves_many_slots_to_the_reference():
+    hip = HiP(k=2049, block_k=1, block_q=16, window=8)
+    q, k = integer_qk((16, 2100), heads=1)
+    assert same(on_triton(q, k, hip), reference(q, k, hip))
+    with pytest.raises(ValueError, match="representatives must be 1 or 2, but is 3"):
+        torch.ops.sparse_attn.hip_select_triton(q, k, 8, 16, 4, 2, 1, 3, 4, 16, False, True)
+
+
+@needs_triton
+def test_triton_with_not_a_number():
+    q, k = torch.randn(2, 1, 1, 64, 16).unbind(0)
+    for value in (torch.nan, -torch.inf):
+        k[:, :, ::3], q[:, :, 5] = value, value
+        layout = on_triton(q, k, HiP(k=16, block_q=32, block_k=2, sink=0, window=8))
+        assert (layout.kv_num_blocks == 8).all()
 
 
 @pytest.mark.parametrize("dim", [1, 33, 128, 256])

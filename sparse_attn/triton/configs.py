@@ -170,4 +170,4 @@ def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Targe
         return Config(block_m, 64, 4, 1)
     if dtype == torch.float32:
         return Config(16, 32, 4, 1)
-    return Config(block_m, 64, 4, 1)
+    return Config(block_m, 64, 4 if head_dim <= 64 or target.has_large_memory else 8, 1)

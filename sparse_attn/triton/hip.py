@@ -20,20 +20,18 @@ SIZES = (
 
 _LOW_BITS = tl.constexpr(2**32 - 1)
 _LEAST = tl.constexpr(-(2**63))
-_NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _sort_keys(score, first, odd, live):
-    """Ascending in score, then descending in `first`; the low bits hold ``2 * first + odd``. What
-    is not live is least.
+def _sort_keys(score, slot, live):
+    """Ascending in score, then descending in slot, which the low bits hold; what is not live is
+    least.
     """
     score = tl.where(score == 0, 0.0, score)  # no negative zero
     score = tl.where(score == score, score, float("-inf"))
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    low = _LOW_BITS - (2 * first.to(tl.int64) + odd)
-    return tl.where(live, (bits.to(tl.int64) << 32) | low, _LEAST)
+    return tl.where(live, (bits.to(tl.int64) << 32) | (_LOW_BITS - slot.to(tl.int64)), _LEAST)
 
 
 @triton.jit
@@ -58,14 +56,14 @@ def products(
 
 @triton.jit
 def _best_scores(
-    centres, num_halves, end, q_ptr, k_ptr, first_row, stride_q, last_row, stride_qm, stride_kn,
+    blocks, num_tiles, end, q_ptr, k_ptr, first_row, stride_q, last_row, stride_qm, stride_kn,
     block_k, stride_k, num_keys,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     ROW_PARTS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
     KEY_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The greatest product of a sampled row with a sampled key of each block of `centres`."""
-    centres = tl.reshape(centres, [TILES, BLOCKS])
+    """The greatest product of a sampled row with a sampled key of each of `blocks`."""
+    blocks = tl.reshape(blocks, [TILES, BLOCKS])
     tiles = tl.arange(0, TILES)[:, None]
     best = tl.full([TILES, BLOCKS], float("-inf"), tl.float32)
     slots = tl.arange(0, BLOCK_M)
@@ -75,9 +73,9 @@ def _best_scores(
         q = None
         if CHUNK_D == BLOCK_D:
             q = load_rows(q_ptr, q_offsets, rows >= 0, HEAD_DIM, BLOCK_D)
-        for step in range(tl.cdiv(num_halves, BLOCKS) * KEY_PARTS):
+        for step in range(num_tiles * KEY_PARTS):
             tile = step // KEY_PARTS
-            block = tl.sum(tl.where(tiles == tile, centres, 0), 0)
+            block = tl.sum(tl.where(tiles == tile, blocks, 0), 0)
             key = tl.minimum(step % KEY_PARTS * KEYS + tl.arange(0, KEYS), num_keys - 1)
             j = block[:, None] * block_k + (stride_k // 2 + key * stride_k)[None, :]
             j = tl.reshape(tl.minimum(j, end - 1), [BLOCKS * KEYS])
@@ -98,12 +96,14 @@ def _hip_kernel(
     block_q, first_row, stride_q, block_k, stride_k, num_keys,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, ROW_PARTS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    KEYS: tl.constexpr, KEY_PARTS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, KEY_PARTS: tl.constexpr, JUDGE_FIRST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block and head.
 
-    A node is a run of blocks. All nodes of a level have `shortest` blocks or one more.
+    A node is a run of `size` blocks, or less at the end; nodes are in ascending order. Their first
+    blocks have been judged before, but for those of the first nodes, which take a step of their
+    own.
     """
     search = tl.program_id(0) % num_searches
     row_block = num_row_blocks - 1 - tl.program_id(0) // num_searches
@@ -119,41 +119,52 @@ def _hip_kernel(
     q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     k_ptr += batch.to(tl.int64) * stride_kb + (head // GROUP_SIZE).to(tl.int64) * stride_kh
     slot = tl.arange(0, SLOTS)
-    nodes = tl.maximum(count, 1)
-    shortest = num_blocks // nodes
-    rest = num_blocks % nodes
-    first = shortest * slot + rest * slot // nodes  # num_blocks * slot // nodes
-    size = shortest + rest * (slot + 1) // nodes - rest * slot // nodes
-    longest = tl.cdiv(num_blocks, nodes)
-    while longest > 1:
-        first = tl.where(slot < count, first, 0)
-        size = tl.where(slot < count, size, 0)
-        half = size // 2
-        first = tl.reshape(tl.join(first, first + half), [2 * SLOTS])
-        size = tl.reshape(tl.join(half, size - half), [2 * SLOTS])
-        shortest = shortest // 2
-        longest = tl.cdiv(longest, 2)
+    node = tl.arange(0, 2 * SLOTS)
+    found = slot
+    size = tl.where(num_blocks > slots, 1, 0)
+    while tl.cdiv(num_blocks, tl.maximum(size, 1)) > 2 * slots:
+        size = size * 2
+    first = tl.minimum(node * size, num_blocks)
+    first_score = tl.full([2 * SLOTS], float("-inf"), tl.float32)
+    step = tl.where(JUDGE_FIRST, 0, 1)
+    while size > 0:
+        judge_first = step == 0
+        block = tl.where(judge_first, first, first + size // 2)
+        block = first_block + tl.minimum(block, num_blocks - 1)
+        num_tiles = tl.cdiv(2 * slots, BLOCKS)
+        if JUDGE_FIRST:
+            num_tiles = tl.where((size > 1) | judge_first, num_tiles, 0)
         score = _best_scores(
-            first_block + first + size // 2, 2 * count, end, q_ptr, k_ptr, start + first_row,
-            stride_q, last_row, stride_qm, stride_kn, block_k, stride_k, num_keys,
-            HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, ROW_PARTS, 2 * SLOTS // BLOCKS, BLOCKS, KEYS,
-            KEY_PARTS, INPUT_PRECISION,
+            block, num_tiles, end, q_ptr, k_ptr, start + first_row, stride_q, last_row, stride_qm,
+            stride_kn, block_k, stride_k, num_keys, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, ROW_PARTS,
+            2 * SLOTS // BLOCKS, BLOCKS, KEYS, KEY_PARTS, INPUT_PRECISION,
         )  # fmt: skip
-        best = tl.topk(_sort_keys(score, first, size - shortest, size > 0), SLOTS)
-        low = _LOW_BITS - (best & _LOW_BITS)
-        first = (low >> 1).to(tl.int32)
-        size = shortest + (low & 1).to(tl.int32)
+        if judge_first:
+            first_score = score
+        else:
+            best = tl.maximum(first_score, score)
+            best = tl.topk(_sort_keys(best, node, first < num_blocks), SLOTS)
+            kept = (_LOW_BITS - (best & _LOW_BITS)).to(tl.int32)
+            kept = tl.sort(tl.where(slot < slots, kept, 2 * SLOTS - 1))
+            found = tl.gather(first, kept, 0)
+            size = size // 2
+            first = tl.reshape(tl.join(found, found + size), [2 * SLOTS])
+            first = tl.where(node < 2 * slots, tl.minimum(first, num_blocks), num_blocks)
+            if JUDGE_FIRST:
+                firsts, centres = tl.gather(first_score, kept, 0), tl.gather(score, kept, 0)
+                first_score = tl.reshape(tl.join(firsts, centres), [2 * SLOTS])
+        step += 1
 
     row = search.to(tl.int64) * num_row_blocks + row_block
     tl.store(counts_ptr + row, count)
-    first = tl.sort(tl.where(slot < count, first, _NO_BLOCK))
-    found = tl.where(slot < count, first_block + first, 0)
+    found = tl.where(slot < count, first_block + found, 0)
     tl.store(indices_ptr + row * width + slot, found, mask=slot < width)
 
 
 def launches(
     q: Tensor, k: Tensor, slots: int, block_q: int, block_k: int, stride_q: int, stride_k: int,
-    sink: int, window: int, strict: bool, is_causal: bool, target: configs.Target,
+    representatives: int, sink: int, window: int, strict: bool, is_causal: bool,
+    target: configs.Target,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:  # fmt: skip
     """What to launch, and the tensors that then hold counts and indices."""
     batch, heads, seqlen_q, head_dim = q.shape
@@ -203,6 +214,7 @@ def launches(
         "BLOCKS": min(config.block_n // keys, 2 * padded_slots),
         "KEYS": keys,
         "KEY_PARTS": -(-num_keys // keys),
+        "JUDGE_FIRST": representatives > 1,
         "IS_CAUSAL": is_causal,
         "INPUT_PRECISION": "ieee",
     }
@@ -213,7 +225,7 @@ def launches(
 
 def select(
     q: Tensor, k: Tensor, slots: int, block_q: int, block_k: int, stride_q: int, stride_k: int,
-    sink: int, window: int, strict: bool, is_causal: bool,
+    representatives: int, sink: int, window: int, strict: bool, is_causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sparse_attn::hip_select`."""
     _refuse(q, k)
@@ -226,12 +238,14 @@ def select(
     for name, value in {"sink": sink, "window": window}.items():
         if value < 0:
             raise ValueError(f"{name} must be at least 0, but is {value}")
+    if representatives not in (1, 2):
+        raise ValueError(f"representatives must be 1 or 2, but is {representatives}")
     if stride_q > block_q or stride_k > block_k:
         raise ValueError("stride_q must not be more than block_q, nor stride_k more than block_k")
     q, k = _rows(q), _rows(k)
     steps, found = launches(
-        q, k, slots, block_q, block_k, stride_q, stride_k, sink, window, strict, is_causal,
-        configs.Target.of(q),
+        q, k, slots, block_q, block_k, stride_q, stride_k, representatives, sink, window, strict,
+        is_causal, configs.Target.of(q),
     )  # fmt: skip
     _run(steps, q)
     return found
