@@ -153,8 +153,10 @@ def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Con
     if target == INTERPRETER:
         return Config(block_m, 128, 4, 1)
     if dtype == torch.float32:
-        return Config(16, 32, 4, 1)
-    return Config(block_m, 128 if head_dim <= 128 else 64, 4, 3 if head_dim <= 128 else 2)
+        return Config(16, 16 if target.has_large_memory else 32, 4, 1)
+    if head_dim <= 128:
+        return Config(block_m, 128, 4, 3)
+    return Config(block_m, 64, 8 if target.capability[0] == 10 else 4, 2)
 
 
 def chunk(dtype: torch.dtype, head_dim: int) -> int:
@@ -169,5 +171,5 @@ def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Targe
     if target == INTERPRETER:
         return Config(block_m, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(16, 32, 4, 1)
+        return Config(16, 32 if target.has_large_memory else 16, 4, 1)
     return Config(block_m, 64, 4 if head_dim <= 64 or target.has_large_memory else 8, 1)
