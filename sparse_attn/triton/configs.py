@@ -171,5 +171,7 @@ def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Targe
     if target == INTERPRETER:
         return Config(block_m, 64, 4, 1)
     if dtype == torch.float32:
-        return Config(16, 32 if target.has_large_memory else 16, 4, 1)
-    return Config(block_m, 64, 4 if head_dim <= 64 or target.has_large_memory else 8, 1)
+        return Config(16, 32, 8, 1)
+    if target.has_large_memory:
+        return Config(block_m, 64, 4, 1)
+    return Config(block_m, 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 1)

@@ -31,7 +31,7 @@ def _sort_keys(score, slot, live):
     score = tl.where(score == score, score, float("-inf"))
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(live, (bits.to(tl.int64) << 32) | (_LOW_BITS - slot.to(tl.int64)), _LEAST)
+    return tl.where(live, (bits.to(tl.int64) << 32) | (slot.to(tl.int64) ^ _LOW_BITS), _LEAST)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def _hip_kernel(
         else:
             best = tl.maximum(first_score, score)
             best = tl.topk(_sort_keys(best, node, first < num_blocks), SLOTS)
-            kept = (_LOW_BITS - (best & _LOW_BITS)).to(tl.int32)
+            kept = ((best & _LOW_BITS) ^ _LOW_BITS).to(tl.int32)
             kept = tl.sort(tl.where(slot < slots, kept, 2 * SLOTS - 1))
             found = tl.gather(first, kept, 0)
             size = size // 2
