@@ -22,6 +22,7 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/hip.h"
+#include "cpu/infinite_hip.h"
 #include "cpu/kernel.h"
 
 namespace sparse_attn {
@@ -464,8 +465,8 @@ std::tuple<Tensor, Tensor> attention_varlen(
 
 std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t slots,
                                       int64_t block_q, int64_t block_k, int64_t stride_q,
-                                      int64_t stride_k, int64_t sink, int64_t window, bool strict,
-                                      bool is_causal) {
+                                      int64_t stride_k, int64_t representatives, int64_t sink,
+                                      int64_t window, bool strict, bool is_causal) {
   AttentionParams qk;  // k stands for v, which is not read
   describe_qkv(q, k, k, qk);
   for (const auto& [value, name, low] :
@@ -477,6 +478,8 @@ std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t 
     require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
             value);
   }
+  require(representatives == 1 || representatives == 2, "representatives must be 1 or 2, but is ",
+          representatives);
   require(stride_q <= block_q, "stride_q must not be more than block_q");
   require(stride_k <= block_k, "stride_k must not be more than block_k");
   cpu::HipParams params;
@@ -496,6 +499,7 @@ std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t 
   params.block_k = block_k;
   params.stride_q = stride_q;
   params.stride_k = stride_k;
+  params.representatives = representatives;
   params.sink = sink;
   params.window = window;
   params.strict = strict;
@@ -511,6 +515,68 @@ std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t 
   params.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   cpu::hip_select(params, active_isa(), torch_threads());
   return {counts, indices};
+}
+
+std::tuple<Tensor, Tensor> infinite_hip_stage(const Tensor& q, const Tensor& k,
+                                              const std::optional<Tensor>& counts,
+                                              const std::optional<Tensor>& indices, int64_t parent,
+                                              int64_t chunk, int64_t slots, int64_t stride_q,
+                                              int64_t block_q, int64_t sink, int64_t window,
+                                              int64_t behind, bool shared, bool is_causal) {
+  AttentionParams qk;  // k stands for v, which is not read
+  describe_qkv(q, k, k, qk);
+  for (const auto& [value, name, low] :
+       {std::tuple(parent, "parent", 1), std::tuple(chunk, "chunk", 1),
+        std::tuple(slots, "slots", 1), std::tuple(stride_q, "stride_q", 1),
+        std::tuple(block_q, "block_q", 1), std::tuple(sink, "sink", 0),
+        std::tuple(window, "window", 0), std::tuple(behind, "behind", 0)}) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
+            value);
+  }
+  require(parent % chunk == 0, "parent: ", parent, " is no multiple of chunk = ", chunk);
+  cpu::InfiniteHipParams params;
+  params.q = qk.q;
+  params.k = qk.k;
+  params.q_stride = qk.q_stride;
+  params.k_stride = qk.k_stride;
+  params.dtype = qk.dtype;
+  params.batch = qk.batch;
+  params.num_heads = qk.num_heads;
+  params.num_kv_heads = qk.num_kv_heads;
+  params.seqlen_q = qk.seqlen_q;
+  params.seqlen_kv = qk.seqlen_kv;
+  params.head_dim = qk.head_dim;
+  params.parent = parent;
+  params.chunk = chunk;
+  params.slots = slots;
+  params.stride_q = stride_q;
+  params.block_q = block_q;
+  params.sink = sink;
+  params.window = window;
+  params.behind = behind;
+  params.shared = shared;
+  params.is_causal = is_causal;
+  const int64_t groups = params.groups(), rows = params.num_rows();
+  const IndexLists listed = describe_lists(counts, "counts", indices, "indices", rows, qk);
+  if (listed.present()) {
+    require(listed.batch == qk.batch && listed.heads == groups, "counts has shape ",
+            shape_of(*counts), ", it must be [", qk.batch, ", ", groups, ", ", rows, "]");
+    params.listed_counts = listed.counts;
+    params.listed_indices = listed.indices;
+    params.listed_width = listed.width;
+  }
+  params.width = std::min(slots, ceil_div(qk.seqlen_kv, chunk));
+  const int64_t width = params.width;
+  Tensor found_counts = empty_strided<3>({qk.batch, groups, rows}, {groups * rows, rows, 1},
+                                         aoti_torch_dtype_int32());
+  Tensor found =
+      empty_strided<4>({qk.batch, groups, rows, width},
+                       {groups * rows * width, rows * width, width, 1}, aoti_torch_dtype_int32());
+  params.counts = static_cast<int32_t*>(found_counts.mutable_data_ptr());
+  params.indices = static_cast<int32_t*>(found.mutable_data_ptr());
+  cpu::infinite_hip_stage(params, active_isa(), torch_threads());
+  return {found_counts, found};
 }
 
 PyObject* cpu_isa(PyObject*, PyObject*) {
@@ -578,6 +644,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&sparse_attn::attention_backward));
   m.impl("attention_varlen", TORCH_BOX(&sparse_attn::attention_varlen));
   m.impl("hip_select", TORCH_BOX(&sparse_attn::hip_select));
+  m.impl("infinite_hip_stage", TORCH_BOX(&sparse_attn::infinite_hip_stage));
 }
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&sparse_attn::kModule); }

@@ -1,14 +1,15 @@
 """HiP's tree search against the paper's text, one head and one node at a time."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 from sparse_attn import BlockLayout, patch, selectors, sparse_attention
 from sparse_attn.selectors import HiP, MaskCache, SinkWindow
 
+from .oracle import BACKENDS, GPU
 from .structured import structured_qk
+
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="not a backend under test")
 
 
 def literal_hip(q, k, hip, is_causal=True):
@@ -33,20 +34,23 @@ def literal_hip(q, k, hip, is_causal=True):
             chosen.append(blocks)
             continue
         best = (q[rows] @ k.T).amax(0).tolist()
-        ends = [len(blocks) * j // slots for j in range(slots + 1)]
-        nodes = [blocks[a:b] for a, b in pairwise(ends)]
-        while max(map(len, nodes)) > 1:
-            halves = []
-            for node in nodes:
-                halves += [node[: len(node) // 2], node[len(node) // 2 :]]
-            halves = [half for half in halves if half]
 
-            scores = [
-                max(best[min(j, end - 1)] for j in sampled_keys(half[len(half) // 2], hip))
-                for half in halves
-            ]
-            order = sorted(range(len(halves)), key=lambda i, s=scores: -s[i])  # stable: ties first
-            nodes = sorted(halves[i] for i in order[:slots])
+        size = 1
+        while -(-len(blocks) // size) > 2 * slots:
+            size *= 2
+        nodes = [blocks[i : i + size] for i in range(0, len(blocks), size)]
+        while True:
+            scores = []
+            for node in nodes:
+                judges = [node[min(size // 2, len(node) - 1)], node[0]][: hip.representatives]
+                keys = [min(j, end - 1) for n in judges for j in sampled_keys(n, hip)]
+                scores.append(max(best[j] for j in keys))
+            order = sorted(range(len(nodes)), key=lambda i, s=scores: -s[i])  # stable: ties first
+            nodes = sorted(nodes[i] for i in order[:slots])
+            if size == 1:
+                break
+            size //= 2
+            nodes = [half for node in nodes for half in (node[:size], node[size:]) if half]
         chosen.append([node[0] for node in nodes])
     return chosen
 
@@ -61,17 +65,17 @@ def lists(layout, batch=0, head=0):
     return [row[:n] for row, n in zip(layout.kv_indices[batch, head].tolist(), counts, strict=True)]
 
 
-def reference(q, k, hip, is_causal=True):
-    """What the selector chooses through the op's reference."""
-    slots = -(-hip.k // hip.block_k)
-    counts, indices = torch.ops.sparse_attn.hip_select_reference(
+def chosen(op, q, k, hip, is_causal=True):
+    """What the selector chooses through an op."""
+    counts, indices = op(
         q,
         k,
-        slots,
+        -(-hip.k // hip.block_k),
         hip.block_q,
         hip.block_k,
         hip.stride_q,
         hip.stride_k,
+        hip.representatives,
         hip.sink,
         hip.window - hip.margin,
         hip.strict,
@@ -80,7 +84,21 @@ def reference(q, k, hip, is_causal=True):
     sizes = (hip.block_q, hip.block_k)
     none = torch.zeros(1, dtype=torch.int32)
     seqlens = (q.shape[2], k.shape[2])
-    return BlockLayout(seqlens, none, none, sizes, counts, indices).validate()
+    return BlockLayout(seqlens, none, none, sizes, counts.cpu(), indices.cpu()).validate()
+
+
+def reference(q, k, hip, is_causal=True):
+    return chosen(torch.ops.sparse_attn.hip_select_reference, q, k, hip, is_causal)
+
+
+def on_triton(q, k, hip, is_causal=True):
+    q, k = (x.cuda() if GPU else x for x in (q, k))
+    return chosen(torch.ops.sparse_attn.hip_select_triton, q, k, hip, is_causal)
+
+
+def same(layout, expected):
+    counts = torch.equal(layout.kv_num_blocks, expected.kv_num_blocks)
+    return counts and layout.to_topk().equal(expected.to_topk())
 
 
 def integer_qk(seqlens, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.float32):
@@ -90,7 +108,8 @@ def integer_qk(seqlens, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.flo
 
 
 SETTINGS = {
-    "paper": HiP(k=32, block_q=32, block_k=2, sink=4, window=16),
+    "paper": HiP(k=32, block_q=32, block_k=2, sink=4, window=16, representatives=1),
+    "two representatives": HiP(k=32, block_q=32, block_k=2, sink=4, window=16),
     "one slot": HiP(k=4, block_q=16, block_k=4, sink=0, window=1),
     "one query a block": HiP(k=12, block_q=1, stride_q=1, block_k=1, sink=3, window=5),
     "odd": HiP(k=37, block_q=24, block_k=5, stride_q=7, stride_k=2, sink=7, window=9),
@@ -117,9 +136,58 @@ def test_reference_is_the_literal_search(hip, is_causal, seqlens):
 def test_every_instruction_set_chooses_as_the_reference(isa, hip, dtype, seqlens):
     q, k = integer_qk(seqlens, batch=2, heads=4, kv_heads=2, dim=40, dtype=dtype)
     for is_causal in (True, False):
-        layout, expected = hip(q, k, is_causal=is_causal), reference(q, k, hip, is_causal)
-        assert torch.equal(layout.kv_num_blocks, expected.kv_num_blocks)
-        assert layout.to_topk().equal(expected.to_topk())
+        assert same(hip(q, k, is_causal=is_causal), reference(q, k, hip, is_causal))
+
+
+@needs_triton
+@every_setting
+def test_triton_chooses_as_the_reference(hip):
+    q, k = integer_qk((max(20, hip.block_q), 150))
+    assert same(on_triton(q, k, hip), reference(q, k, hip))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "dtype", "seqlens", "is_causal", "dim"),
+    [
+        ("paper", torch.float16, (33, 140), False, 40),
+        ("two representatives", torch.bfloat16, (1, 300), True, 33),
+        ("two representatives", torch.float16, (1, 200), True, 256),
+        ("odd", torch.float16, (60, 40), True, 1),
+        ("odd", torch.float32, (30, 100), False, 72),
+    ],
+)
+def test_triton_with_dtypes_and_head_dims(name, dtype, seqlens, is_causal, dim):
+    q, k = integer_qk(seqlens, batch=2, heads=4, kv_heads=2, dim=dim, dtype=dtype)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    layout = on_triton(q, k, SETTINGS[name], is_causal)
+    assert same(layout, reference(q, k, SETTINGS[name], is_causal))
+
+
+@needs_triton
+def test_triton_searches_rows_and_keys_in_parts():
+    """More sampled rows and more keys of a block than a tile holds."""
+    hip = HiP(k=400, block_q=160, block_k=200, stride_q=1, sink=0, window=8)
+    q, k = integer_qk((160, 1100), heads=1)
+    assert same(on_triton(q, k, hip), reference(q, k, hip))
+
+
+@needs_triton
+def test_triton_leaves_many_slots_to_the_reference():
+    hip = HiP(k=2049, block_k=1, block_q=16, window=8)
+    q, k = integer_qk((16, 2100), heads=1)
+    assert same(on_triton(q, k, hip), reference(q, k, hip))
+    with pytest.raises(ValueError, match="representatives must be 1 or 2, but is 3"):
+        torch.ops.sparse_attn.hip_select_triton(q, k, 8, 16, 4, 2, 1, 3, 4, 16, False, True)
+
+
+@needs_triton
+def test_triton_with_not_a_number():
+    q, k = torch.randn(2, 1, 1, 64, 16).unbind(0)
+    for value in (torch.nan, -torch.inf):
+        k[:, :, ::3], q[:, :, 5] = value, value
+        layout = on_triton(q, k, HiP(k=16, block_q=32, block_k=2, sink=0, window=8))
+        assert (layout.kv_num_blocks == 8).all()
 
 
 @pytest.mark.parametrize("dim", [1, 33, 128, 256])
@@ -202,7 +270,7 @@ def test_opcheck():
     q, k, _ = structured_qk(100)
     for name in ("hip_select", "hip_select_reference"):
         op = getattr(torch.ops.sparse_attn, name).default
-        torch.library.opcheck(op, (q, k, 8, 16, 4, 2, 1, 4, 16, False, True))
+        torch.library.opcheck(op, (q, k, 8, 16, 4, 2, 1, 2, 4, 16, False, True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -312,6 +380,7 @@ def test_mask_caches_in_a_model():
         ({"window": 0}, "window must be"),
         ({"stride_q": 65}, "stride_q is 65, more than block_q = 64"),
         ({"stride_k": 17}, "stride_k is 17, more than block_k = 16"),
+        ({"representatives": 3}, "representatives must be 1 or 2, got 3"),
         ({"margin": -1}, "margin must be"),
         ({"margin": 257}, "margin is 257, more than window = 256"),
         ({"strict": True, "window": 64, "margin": 1}, r"strict needs window - margin >= block_q"),

@@ -11,12 +11,10 @@
 
 namespace sparse_attn::cpu {
 
-namespace {
-
-const HipKernel& select_kernel(Isa isa, DType dtype, int64_t sampled_rows) {
+const HipKernel& hip_kernel(Isa isa, DType dtype, int64_t num_rows) {
 #if defined(__x86_64__)
   constexpr int64_t kFewRows = 4;  // tiles multiply 16 in the same time
-  if (isa == Isa::kAmx && dtype == DType::kBFloat16 && sampled_rows > kFewRows) {
+  if (isa == Isa::kAmx && dtype == DType::kBFloat16 && num_rows > kFewRows) {
     return amx_hip_kernel();
   }
   if (isa >= Isa::kAvx512) return avx512_hip_kernel(dtype);
@@ -25,11 +23,14 @@ const HipKernel& select_kernel(Isa isa, DType dtype, int64_t sampled_rows) {
   return generic_hip_kernel(dtype);
 }
 
+namespace {
+
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// A run of key blocks, counted from the first one that is searched.
+// A run of key blocks, counted from the first one that is searched, and how two of them rank.
 struct Node {
-  int32_t first, size;
+  int32_t first;
+  uint32_t first_rank, centre_rank;
 };
 
 // Floats in the order of their values; NaN comes first.
@@ -60,25 +61,39 @@ class TreeSearch {
     params_.counts[list] = static_cast<int32_t>(count);
     int32_t* indices = params_.indices + list * params_.width;
     std::fill(indices + count, indices + params_.width, 0);
-    nodes_.clear();
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t begin = num_blocks * j / count, end = num_blocks * (j + 1) / count;
-      nodes_.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(end - begin)});
-    }
-    if (count < num_blocks) search(b, head, first_row);
-    for (int64_t j = 0; j < count; ++j) {
-      indices[j] = static_cast<int32_t>(first_block_ + nodes_[j].first);
+    if (count < num_blocks) {
+      search(b, head, first_row, num_blocks);
+      for (int64_t j = 0; j < count; ++j) {
+        indices[j] = static_cast<int32_t>(first_block_ + nodes_[j].first);
+      }
+    } else {
+      std::iota(indices, indices + count, static_cast<int32_t>(first_block_));
     }
   }
 
  private:
-  void search(int64_t b, int64_t head, int64_t first_row) {
+  void search(int64_t b, int64_t head, int64_t first_row, int64_t num_blocks) {
     prepare_queries(b, head, first_row);
     const int64_t kv_head = head / (params_.num_heads / params_.num_kv_heads);
     keys_ = byte_offset(params_.k, b * params_.k_stride.batch + kv_head * params_.k_stride.head);
-    while (split()) {
-      score();
+    const bool firsts = params_.representatives > 1;
+    const int32_t end = static_cast<int32_t>(num_blocks);
+    int32_t size = 1;  // of a node
+    while (ceil_div(end, size) > 2 * params_.slots) size *= 2;
+    nodes_.clear();
+    for (int32_t first = 0; first < end; first += size) nodes_.push_back({first, 0, 0});
+    if (firsts) {
+      rank_blocks([](const Node& node) { return node.first; }, &Node::first_rank);
+    }
+    while (true) {
+      if (size > 1 || !firsts) {
+        rank_blocks([&](const Node& node) { return std::min(node.first + size / 2, end - 1); },
+                    &Node::centre_rank);
+      }
       keep_best();
+      if (size == 1) break;
+      size /= 2;
+      split(size, end);
     }
   }
 
@@ -106,51 +121,55 @@ class TreeSearch {
     kernel_.prepare_queries(pointers_.data(), num_rows_, params_.head_dim, queries_.data());
   }
 
-  // Whether any node has two halves.
-  bool split() {
+  // A node of 2 size blocks has its second half from its centre on.
+  void split(int32_t size, int32_t end) {
     halves_.clear();
     for (const Node node : nodes_) {
-      const int32_t half = node.size / 2;
-      if (half > 0) halves_.push_back({node.first, half});
-      halves_.push_back({node.first + half, node.size - half});
+      halves_.push_back({node.first, node.first_rank, 0});
+      if (node.first + size < end) halves_.push_back({node.first + size, node.centre_rank, 0});
     }
-    return halves_.size() > nodes_.size();
+    nodes_.swap(halves_);
   }
 
-  void score() {
+  // Ranks one block of each node: its largest product of a sampled row and a sampled key.
+  void rank_blocks(auto block_of, uint32_t Node::* rank) {
     const int64_t row_bytes = params_.k_stride.row * element_size(params_.dtype);
     pointers_.clear();
-    for (const Node half : halves_) {
-      const int64_t begin = (first_block_ + half.first + half.size / 2) * params_.block_k;
+    for (const Node& node : nodes_) {
+      const int64_t begin = (first_block_ + block_of(node)) * params_.block_k;
       for (int64_t i = params_.stride_k / 2; i < params_.block_k; i += params_.stride_k) {
         pointers_.push_back(keys_ + std::min(begin + i, end_ - 1) * row_bytes);
       }
     }
     const int64_t count = static_cast<int64_t>(pointers_.size());
-    const int64_t per_half = count / static_cast<int64_t>(halves_.size());
+    const int64_t per_node = count / static_cast<int64_t>(nodes_.size());
     pointers_.resize(ceil_div(count, kHipKeys) * kHipKeys, pointers_.back());
     scores_.resize(pointers_.size());
     kernel_.score(queries_.data(), num_rows_, params_.head_dim, pointers_.data(), count,
                   scores_.data());
-    ranks_.clear();
-    for (int64_t i = 0; i < count; i += per_half) {
-      float best = scores_[i];
-      for (int64_t j = i + 1; j < i + per_half; ++j) best = std::max(best, scores_[j]);
-      ranks_.push_back(rank_of(best));
+    const float* score = scores_.data();
+    for (Node& node : nodes_) {
+      node.*rank = rank_of(*std::max_element(score, score + per_node));
+      score += per_node;
     }
   }
 
-  // The halves of highest rank become the nodes; of equal ones the first.
+  // Leaves the nodes of highest rank; of equal ones the first.
   void keep_best() {
-    sorted_ = ranks_;
-    const auto last = sorted_.begin() + static_cast<int64_t>(nodes_.size()) - 1;
-    std::nth_element(sorted_.begin(), last, sorted_.end(), std::greater<>());
+    ranks_.clear();
+    for (const Node& node : nodes_) ranks_.push_back(rank(node));
+    const auto last = ranks_.begin() + params_.slots - 1;
+    std::nth_element(ranks_.begin(), last, ranks_.end(), std::greater<>());
     const uint32_t lowest = *last;
-    int64_t ties = std::count(sorted_.begin(), last + 1, lowest);
-    auto node = nodes_.begin();
-    for (size_t i = 0; i < halves_.size(); ++i) {
-      if (ranks_[i] > lowest || (ranks_[i] == lowest && ties-- > 0)) *node++ = halves_[i];
-    }
+    int64_t ties = std::count(ranks_.begin(), last + 1, lowest);
+    std::erase_if(nodes_, [&](const Node& node) {
+      return rank(node) < lowest || (rank(node) == lowest && ties-- <= 0);
+    });
+  }
+
+  uint32_t rank(const Node& node) const {
+    return params_.representatives > 1 ? std::max(node.first_rank, node.centre_rank)
+                                       : node.centre_rank;
   }
 
   const HipParams& params_;
@@ -162,7 +181,7 @@ class TreeSearch {
   std::vector<Node> nodes_, halves_;
   std::vector<const void*> pointers_;
   std::vector<float> scores_;
-  std::vector<uint32_t> ranks_, sorted_;
+  std::vector<uint32_t> ranks_;
 };
 
 }  // namespace
@@ -173,7 +192,7 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   if (num_tasks == 0) return;
   const int64_t block_rows = std::min(params.block_q, params.seqlen_q);
   const int64_t sampled = params.strict ? 1 : ceil_div(block_rows, params.stride_q);
-  const HipKernel& kernel = select_kernel(isa, params.dtype, sampled);
+  const HipKernel& kernel = hip_kernel(isa, params.dtype, sampled);
   const int64_t group = params.num_heads / params.num_kv_heads;
   std::atomic<int64_t> next_task{0};
   const auto work = [&](int64_t) {

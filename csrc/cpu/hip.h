@@ -18,6 +18,7 @@ struct HipParams {
   int64_t slots = 1;                   // blocks to find
   int64_t block_q = 1, block_k = 1;    // rows and keys in a block
   int64_t stride_q = 1, stride_k = 1;  // of the sampled rows and keys
+  int64_t representatives = 2;         // blocks that judge a node: its centre, and its first
   int64_t sink = 0, window = 0;        // tokens that need no search
   bool strict = false;                 // only the first row is sampled
   bool is_causal = true;
@@ -35,6 +36,8 @@ inline constexpr int64_t kHipKeys = 64;
 // The scores of keys: their largest product with any of the sampled rows.
 struct HipKernel {
   int64_t (*query_bytes)(int64_t num_rows, int64_t head_dim);
+  // The mean of rows, in their dtype.
+  void (*mean)(const void* const* rows, int64_t num_rows, int64_t head_dim, void* result);
   void (*prepare_queries)(const void* const* rows, int64_t num_rows, int64_t head_dim,
                           std::byte* queries);
   void (*score)(const std::byte* queries, int64_t num_rows, int64_t head_dim,
@@ -49,6 +52,9 @@ const HipKernel& avx2_hip_kernel(DType dtype);
 const HipKernel& avx512_hip_kernel(DType dtype);
 const HipKernel& amx_hip_kernel();  // bfloat16
 #endif
+
+// The kernel to use for so many sampled rows, of at most the given instruction set.
+const HipKernel& hip_kernel(Isa isa, DType dtype, int64_t num_rows);
 
 void hip_select(const HipParams& params, Isa isa, const Parallel& parallel);
 

@@ -139,9 +139,10 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
 }  // namespace amx_hip
 
 const HipKernel& amx_hip_kernel() {
-  static constexpr HipKernel kKernel = {amx_hip::query_bytes, amx_hip::prepare_queries,
-                                        amx_hip::score, amx_hip::enter_kernel,
-                                        amx_hip::leave_kernel};
+  static const HipKernel kKernel = {
+      amx_hip::query_bytes,     avx512_hip_kernel(DType::kBFloat16).mean,
+      amx_hip::prepare_queries, amx_hip::score,
+      amx_hip::enter_kernel,    amx_hip::leave_kernel};
   return kKernel;
 }
 

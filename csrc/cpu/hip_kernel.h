@@ -13,6 +13,17 @@ static int64_t hip_query_bytes(int64_t num_rows, int64_t head_dim) {
 }
 
 template <class T>
+static void mean_of_rows(const void* const* rows, int64_t num_rows, int64_t head_dim,
+                         void* result) {
+  T* mean = static_cast<T*>(result);
+  for (int64_t d = 0; d < head_dim; ++d) {
+    float sum = 0;
+    for (int64_t r = 0; r < num_rows; ++r) sum += to_float(static_cast<const T*>(rows[r])[d]);
+    from_float(sum / static_cast<float>(num_rows), mean[d]);
+  }
+}
+
+template <class T>
 static void prepare_hip_queries(const void* const* rows, int64_t num_rows, int64_t head_dim,
                                 std::byte* queries) {
   const int64_t stride = decode_q_stride(head_dim);
@@ -53,8 +64,8 @@ static void score_hip_keys(const std::byte* queries, int64_t num_rows, int64_t h
 
 template <class T>
 static const HipKernel& hip_kernel() {
-  static constexpr HipKernel kKernel = {hip_query_bytes, prepare_hip_queries<T>, score_hip_keys<T>,
-                                        enter_kernel, leave_kernel};
+  static constexpr HipKernel kKernel = {hip_query_bytes,   mean_of_rows<T>, prepare_hip_queries<T>,
+                                        score_hip_keys<T>, enter_kernel,    leave_kernel};
   return kKernel;
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import backends, ops
+from .. import backends, ops, triton
 from ..layout import BlockLayout
 from ..reference import compute_dtype
 from .base import Selector, seqlens
@@ -21,15 +21,16 @@ class HiP(Selector):
 
     The searched keys of query block ``m`` are those between the sink and the window of its last
     row, in blocks of `block_k` keys; blocks that lie in either as a whole are left out. Let ``N``
-    be their number. The search keeps ``M = ceil(k / block_k)`` nodes,
-    each a run of blocks; at first they share the ``N`` blocks evenly. A step splits every node into
-    halves and keeps the ``M`` best of the ``2 M``, until each node is one block. A half is judged
-    by the block at its centre (block ``first + size // 2``)::
+    be their number and ``M = ceil(k / block_k)``. A node of the search is a run of ``size`` blocks,
+    from a multiple of ``size`` on; the last one may be shorter. The search starts with the smallest
+    power of two for which there are at most ``2 M`` nodes, keeps the ``M`` best, goes on with their
+    halves, and so on until nodes are blocks. Two blocks judge a node, its first one and the one at
+    its centre, ``min(first + size // 2, N - 1)``::
 
         score = max(q[r] @ key[j] for r in sampled rows of the query block
-                                  for j in sampled keys of the centre block)
+                                  for j in sampled keys of these blocks)
 
-    Of equal scores the earlier half is kept. If ``N <= M`` all blocks are kept: with ``k >=
+    Of equal scores the earlier node is kept. If ``N <= M`` all blocks are kept: with ``k >=
     seqlen_kv`` attention is dense. Searching takes ``O(S log S)`` time and ``O(S)`` memory.
 
     The rows of one query block share its selection, so a row's keys may depend on later rows of its
@@ -44,6 +45,9 @@ class HiP(Selector):
             and its last row. Default 2.
         stride_k: the keys ``stride_k // 2, stride_k // 2 + stride_k, ...`` of a key block are
             sampled, so 1 takes all and `block_k` the central one. Default 1.
+        representatives: 2, or 1 to judge a node by the block at its centre alone, as the paper
+            does: a block that was seen at a centre is then lost to its node, of which it begins the
+            second half. Default 2.
         sink: number of leading keys every row sees. Default 16.
         window: number of trailing keys every row sees, itself included, at least 1. Default 256.
         margin: the last keys that the window shows are searched too, so many of them, at most
@@ -64,6 +68,7 @@ class HiP(Selector):
     block_k: int = 16
     stride_q: int = 2
     stride_k: int = 1
+    representatives: int = 2
     sink: int = 16
     window: int = 256
     margin: int = 0
@@ -78,6 +83,8 @@ class HiP(Selector):
             raise ValueError(f"stride_q is {self.stride_q}, more than block_q = {self.block_q}")
         if self.stride_k > self.block_k:
             raise ValueError(f"stride_k is {self.stride_k}, more than block_k = {self.block_k}")
+        if self.representatives not in (1, 2):
+            raise ValueError(f"representatives must be 1 or 2, got {self.representatives!r}")
         if self.margin > self.window:
             raise ValueError(f"margin is {self.margin}, more than window = {self.window}")
         if self.strict and self.window - self.margin < self.block_q:
@@ -105,6 +112,7 @@ class HiP(Selector):
             self.block_k,
             self.stride_q,
             self.stride_k,
+            self.representatives,
             self.sink,
             self.window - self.margin,
             self.strict,
@@ -122,6 +130,7 @@ def hip_select(
     block_k: int,
     stride_q: int,
     stride_k: int,
+    representatives: int,
     sink: int,
     window: int,
     strict: bool,
@@ -136,8 +145,8 @@ def hip_select(
     batch, heads, seqlen_q, _ = q.shape
     num_kv_heads, seqlen_kv = k.shape[1:3]
     dtype = compute_dtype(q.dtype)
-    b = torch.arange(batch, device=q.device)[:, None, None, None]
-    kv_head = (torch.arange(heads, device=q.device) // (heads // num_kv_heads))[:, None, None]
+    b = torch.arange(batch, device=q.device)[:, None, None]
+    kv_head = (torch.arange(heads, device=q.device) // (heads // num_kv_heads))[:, None]
     keys_of_block = torch.arange(stride_k // 2, block_k, stride_k, device=q.device)
     first_block = sink // block_k
     width = _width(slots, block_k, seqlen_kv)
@@ -154,22 +163,29 @@ def hip_select(
         counts[m] = count
         if count == 0:
             continue
-        bounds = torch.arange(count + 1, device=q.device) * num_blocks // count
-        first, size = (x.expand(batch, heads, -1) for x in (bounds[:-1], bounds.diff()))
+        if num_blocks <= slots:
+            indices[:, :, m, :count] = torch.arange(first_block, first_block + count)
+            continue
         queries = q[:, :, rows].to(dtype)
-        for _ in range((-(-num_blocks // count) - 1).bit_length()):
-            half = size // 2
-            first = torch.stack([first, first + half], -1).flatten(-2)
-            size = torch.stack([half, size - half], -1).flatten(-2)
-            block = first_block + first + size // 2
+        size = 1
+        while -(-num_blocks // size) > 2 * slots:
+            size *= 2
+        first = torch.arange(0, num_blocks, size, device=q.device).expand(batch, heads, -1)
+        while True:
+            judges = [(first + size // 2).clamp(max=num_blocks - 1), first][:representatives]
+            block = first_block + torch.stack(judges, -1)
             at = (block[..., None] * block_k + keys_of_block).clamp(max=end - 1)
-            keys = k[b, kv_head, at].to(dtype).flatten(2, 3)
-            scores = (queries @ keys.mT).amax(2).unflatten(2, (-1, len(keys_of_block))).amax(-1)
-            scores = scores.nan_to_num(-torch.inf).clamp(min=torch.finfo(dtype).min)
-            scores = scores.masked_fill(size == 0, -torch.inf)
+            keys = k[b, kv_head, at.flatten(-3)].to(dtype)
+            scores = (queries @ keys.mT).amax(2).unflatten(-1, at.shape[-3:])
+            scores = scores.amax(-1).nan_to_num(-torch.inf).amax(-1)
+            scores = scores.clamp(min=torch.finfo(dtype).min)
+            scores = scores.masked_fill(first >= num_blocks, -torch.inf)
             best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-            kept = best.sort(-1).values
-            first, size = first.gather(-1, kept), size.gather(-1, kept)
+            first = first.gather(-1, best.sort(-1).values)
+            if size == 1:
+                break
+            size //= 2
+            first = torch.stack([first, first + size], -1).flatten(-2)
         indices[:, :, m, :count] = first_block + first
     return counts.expand(batch, heads, -1).contiguous(), indices
 
@@ -185,11 +201,28 @@ def _fake_hip_select(q, k, slots, block_q, block_k, *rest) -> tuple[Tensor, Tens
     return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, width), dtype=torch.int32)
 
 
-for _name in ("hip_select", "hip_select_reference"):
+def _on_triton(q: Tensor, k: Tensor, slots: int, *rest) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, which holds a limited number of nodes; the reference takes any."""
+    select = hip_select if slots > triton.MAX_HIP_SLOTS else triton.hip_select
+    return select(q, k, slots, *rest)
+
+
+def _on_gpu(q: Tensor, k: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    select = hip_select if triton.reasons(q, k) else _on_triton
+    return select(q, k, *rest)
+
+
+for _name, _impl in (
+    ("hip_select", hip_select),
+    ("hip_select_reference", hip_select),
+    ("hip_select_triton", _on_triton),
+):
     ops.library.define(
         f"{_name}(Tensor q, Tensor k, int slots, int block_q, int block_k, int stride_q, "
-        "int stride_k, int sink, int window, bool strict, bool is_causal) -> (Tensor, Tensor)",
+        "int stride_k, int representatives, int sink, int window, bool strict, bool is_causal) "
+        "-> (Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    ops.library.impl(_name, hip_select, "CompositeExplicitAutograd")
+    ops.library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_attn::{_name}", _fake_hip_select, lib=ops.library)
+ops.library.impl("hip_select", _on_gpu, "CUDA")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import backends, ops, triton
 from ..layout import BlockLayout
 from ..reference import compute_dtype
-from .base import Selector, pool_mean, seqlens
+from .base import Selector, seqlens
 from .static import _at_least
+
+Lists = tuple[Tensor, Tensor]  # counts [B, H or 1, Mq] and indices [B, H or 1, Mq, width], int32
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,17 @@ class InfiniteHiP(Selector):
     Stage ``i`` cuts what is left of the keys into chunks of ``chunk[i]``, finds in each chunk a
     representative key by binary search, and keeps the ``keep[i] // chunk[i]`` chunks whose search
     has met the greatest product with a query. The queries of a query block are means of
-    ``stride_q[i]`` consecutive rows. A step of the search halves the interval ``[L, R)`` at ``C =
-    (L + R) // 2`` and goes on in the half whose middle key, ``(L + C) // 2`` or ``(C + R) // 2``,
-    has the greater product with any query; of equal ones in the right half. Of chunks with equal
-    scores the earlier one is kept.
+    ``stride_q[i]`` consecutive rows, in q's dtype. A step of the search halves the interval ``[L,
+    R)`` at ``C = (L + R) // 2`` and goes on in the half whose middle key, ``(L + C) // 2`` or ``(C
+    + R) // 2``, has the greater product with any query; of equal ones in the right half. Of chunks
+    with equal scores the earlier one is kept.
 
     Chunks that begin in the window of the block's first row, but for ``chunk[0]`` keys, are not
     searched. The keys that represent a chunk may lie up to ``chunk[0]`` after the row, so a
     selection, but not attention, looks ahead of its block unless ``window >= 2 * chunk[0]``.
 
     The first stage compares every query block with every chunk: quadratic, with a small factor.
-    There is no compiled kernel: choosing takes longer than with `HiP` at lengths that a CPU serves.
+    `MaskCache` can keep what each stage has found for a number of decoding steps of its own.
 
     Args:
         chunk: keys of a chunk in each stage; each is a multiple of the next. Default
@@ -47,6 +50,9 @@ class InfiniteHiP(Selector):
             more. Default 1024.
         shared: whether all heads share a selection, by their greatest score, as in the paper, or
             each has its own. Default True.
+        margin: the last keys that the window of the last row shows are searched too, so many of
+            them, at most `window` and ``chunk[0]``. They may then be found before they leave the
+            window, while a selection is reused for later rows, see `MaskCache`. Default 0.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
@@ -61,9 +67,10 @@ class InfiniteHiP(Selector):
     sink: int = 256
     window: int = 1024
     shared: bool = True
+    margin: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("block_q", 1), ("sink", 0), ("window", 1)):
+        for name, low in (("block_q", 1), ("sink", 0), ("window", 1), ("margin", 0)):
             _at_least(name, getattr(self, name), low)
         for name in ("chunk", "keep", "stride_q"):
             values = getattr(self, name)
@@ -81,111 +88,224 @@ class InfiniteHiP(Selector):
             raise ValueError(f"block_q is {self.block_q}, more than chunk[0] = {self.chunk[0]}")
         if self.sink % self.chunk[-1]:
             raise ValueError(f"sink: {self.sink} is no multiple of the last chunk, {self.chunk}")
+        if self.margin > min(self.window, self.chunk[0]):
+            raise ValueError(
+                f"margin is {self.margin}, more than window = {self.window} or chunk[0] = "
+                f"{self.chunk[0]}"
+            )
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
-        window = max(self.window, self.chunk[0])
-        base = BlockLayout.sink_window(
-            seqlens(q, k), sink=self.sink, window=window, device=q.device
-        )
-        if k.shape[2] == 0 or q.shape[2] == 0:
-            return base
+        kept = None
+        for stage in range(len(self.chunk)):
+            kept = self.prune(stage, kept, q, k, is_causal=is_causal, scale=scale)
+        return self.layout(kept, q, k)
+
+    def prune(
+        self,
+        stage: int,
+        kept: Lists | None,
+        q: Tensor,
+        k: Tensor,
+        *,
+        is_causal: bool = True,
+        scale: float | None = None,
+    ) -> Lists:
+        """The chunks that a stage keeps.
+
+        Args:
+            stage: its number, from 0.
+            kept: the chunks that the stage before it has kept, or None for the first one.
+            q, k, is_causal, scale: as in a call.
+
+        Returns:
+            tuple[Tensor, Tensor]: int32 ``(counts [B, H or 1, Mq], indices [B, H or 1, Mq,
+            width])``, ascending; chunk ``c`` begins at key ``sink + chunk[stage] * c``.
+        """
         if scale is not None and scale < 0:
             q = -q
-        counts, indices = torch.ops.sparse_attn.infinite_hip_select(
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        size = self.chunk[stage]
+        return backends.op_for("auto", q, k, "infinite_hip_stage")(
             q,
             k,
-            list(self.chunk),
-            list(self.keep),
-            list(self.stride_q),
+            *(kept or (None, None)),
+            self.chunk[max(0, stage - 1)],
+            size,
+            self.keep[stage] // size,
+            self.stride_q[stage],
             self.block_q,
             self.sink,
-            self.window,
+            self.window - self.margin,
+            max(0, self.window - self.chunk[0]),
             self.shared,
             is_causal,
         )
-        block_size = (self.block_q, self.chunk[-1])
-        return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
+
+    def layout(self, kept: Lists, q: Tensor, k: Tensor) -> BlockLayout:
+        """The layout of the chunks that the last stage has kept."""
+        counts, indices = kept
+        first_block = self.sink // self.chunk[-1]
+        listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
+        base = BlockLayout.sink_window(
+            seqlens(q, k), sink=self.sink, window=max(self.window, self.chunk[0]), device=q.device
+        )
+        return replace(
+            base,
+            block_size=(self.block_q, self.chunk[-1]),
+            kv_num_blocks=counts,
+            kv_indices=torch.where(listed, indices + first_block, 0),
+        )
 
 
-def infinite_hip_select(
+def infinite_hip_stage(
     q: Tensor,
     k: Tensor,
-    chunk: list[int],
-    keep: list[int],
-    stride_q: list[int],
+    counts: Tensor | None,
+    indices: Tensor | None,
+    parent: int,
+    chunk: int,
+    slots: int,
+    stride_q: int,
     block_q: int,
     sink: int,
     window: int,
+    behind: int,
     shared: bool,
     is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """The op ``sparse_attn::infinite_hip_select``, one query block after the other.
+    score: Callable[..., Tensor] | None = None,
+) -> Lists:
+    """The op ``sparse_attn::infinite_hip_stage`` in torch, a few query blocks after the others.
 
-    Returns:
-        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [B, H or 1, Mq], kv_indices [B, H or 1, Mq,
-        width])`` in blocks of the last chunk, ascending; behind the counts, zeros.
+    Candidates are the parts of `chunk` keys of the listed chunks of `parent` keys, or all that
+    begin before the last `window` keys. An index out of range is no candidate. Those that begin
+    less than `behind` keys before a query block's first row are not searched, nor are the last
+    `behind` keys.
     """
     batch, heads, seqlen_q, _ = q.shape
     seqlen_kv = k.shape[2]
-    end = seqlen_kv - max(0, window - chunk[0])  # of the searched keys
-    num_chunks = max(0, -(-(seqlen_kv - sink - window) // chunk[0]))
-    rows = (batch, 1 if shared else heads, -(-seqlen_q // block_q))
-    counts = torch.zeros(rows, dtype=torch.int32, device=q.device)
-    width = min(keep[-1], -(-seqlen_kv // chunk[-1]) * chunk[-1]) // chunk[-1]
-    indices = torch.zeros((*rows, width), dtype=torch.int32, device=q.device)
-    if num_chunks == 0:
-        return counts, indices
-    for m, start in enumerate(range(0, seqlen_q, block_q)):
-        block = q[:, :, start : start + block_q].to(compute_dtype(q.dtype))
-        limit = end
-        if is_causal:
-            limit = max(0, start + seqlen_kv - seqlen_q - max(0, window - chunk[0]))
-        left = sink + chunk[0] * torch.arange(num_chunks, device=q.device)
-        left = left.expand(*rows[:2], -1)
-        for i, size in enumerate(chunk):
-            if i > 0:
-                left = left[..., None] + torch.arange(0, chunk[i - 1], size, device=q.device)
-                left = left.flatten(-2)
-            queries = pool_mean(block, stride_q[i])
-            scores = _score_chunks(queries, k, left, size, end, limit)
-            if shared:
-                scores = scores.amax(1, keepdim=True)
-            count = min(keep[i] // size, left.shape[-1])
-            best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-            best = best.sort(-1).values
-            left, scores = left.gather(-1, best), scores.gather(-1, best)
-            left = left.masked_fill(scores == -torch.inf, seqlen_kv)  # never searched
-            left = left.sort(-1).values
-        counts[:, :, m] = (left < seqlen_kv).sum(-1, dtype=torch.int32)
-        found = torch.where(left < seqlen_kv, left // chunk[-1], 0)[..., :width]
-        indices[:, :, m, : found.shape[-1]] = found.int()
-    return counts, indices
+    _check_stage(q, k, counts, indices, parent, chunk, slots, stride_q, block_q, shared)
+    if counts is None:
+        first = torch.arange(-(-max(0, seqlen_kv - sink - window) // chunk), device=q.device)
+        first = first.int().expand(1, 1, 1, -1)
+    groups, row_blocks = 1 if shared else heads, -(-seqlen_q // block_q)
+    width = min(slots, -(-seqlen_kv // chunk))
+    out_counts = q.new_zeros((batch, groups, row_blocks), dtype=torch.int32)
+    out = q.new_zeros((batch, groups, row_blocks, width), dtype=torch.int32)
+    if out.numel() == 0:
+        return out_counts, out
+    queries = _means(q, block_q, stride_q)
+    num_candidates = first.shape[-1] if counts is None else indices.shape[-1] * (parent // chunk)
+    at_once = max(1, _SCORES // max(1, batch * heads * num_candidates)) if score else 1
+    for start in range(0, row_blocks, at_once):
+        rows = slice(start, min(start + at_once, row_blocks))
+        if counts is None:
+            chunks = first
+        else:
+            chunks = _parts(counts[:, :, rows], indices[:, :, rows], parent, chunk, seqlen_kv)
+        starts = torch.arange(rows.start, rows.stop, device=q.device) * block_q
+        limits = starts + (seqlen_kv - seqlen_q - behind) if is_causal else seqlen_kv + 0 * starts
+        left = torch.where(chunks < 0, seqlen_kv, sink + chunks * chunk)
+        left = left.expand(batch, groups, len(starts), -1)
+        find = score or _scores
+        scores = find(queries[:, :, rows], k, left, chunk, seqlen_kv - behind, limits.clamp(min=0))
+        if shared:
+            scores = scores.amax(1, keepdim=True)
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+        found = scores.gather(-1, best) > -torch.inf
+        chosen = chunks.expand(scores.shape).gather(-1, best)
+        chosen = torch.where(found, chosen, seqlen_kv).sort(-1).values
+        out_counts[:, :, rows] = found.sum(-1, dtype=torch.int32)
+        out[:, :, rows, : chosen.shape[-1]] = torch.where(chosen < seqlen_kv, chosen, 0)
+    return out_counts, out
 
 
-def _score_chunks(
-    queries: Tensor, k: Tensor, left: Tensor, size: int, end: int, limit: int
+_SCORES = 2**23
+
+
+def _check_stage(q, k, counts, indices, parent, chunk, slots, stride_q, block_q, shared) -> None:
+    numbers = {"parent": parent, "chunk": chunk, "slots": slots}
+    for name, value in (numbers | {"stride_q": stride_q, "block_q": block_q}).items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+    if parent % chunk:
+        raise ValueError(f"parent: {parent} is no multiple of chunk = {chunk}")
+    if (counts is None) != (indices is None):
+        raise ValueError("counts and indices must be given together")
+    if counts is None:
+        return
+    rows = (q.shape[0], 1 if shared else q.shape[1], -(-q.shape[2] // block_q))
+    if counts.shape != rows or indices.shape[:-1] != rows or indices.dim() != 4:
+        raise ValueError(
+            f"counts must have shape {list(rows)} and indices one dimension more, got "
+            f"{list(counts.shape)} and {list(indices.shape)}"
+        )
+    for name, x in (("counts", counts), ("indices", indices)):
+        if x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(f"{name} must be int32 on {q.device}, got {x.dtype} on {x.device}")
+
+
+def _parts(counts: Tensor, indices: Tensor, parent: int, chunk: int, seqlen_kv: int) -> Tensor:
+    """The parts of the listed chunks, -1 behind them and for an index out of range."""
+    live = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
+    live = live & (indices >= 0) & (indices < -(-seqlen_kv // parent))
+    parts = torch.arange(parent // chunk, dtype=torch.int32, device=counts.device)
+    parts = (torch.where(live, indices, 0) * (parent // chunk))[..., None] + parts
+    return torch.where(live[..., None], parts, -1).flatten(-2)
+
+
+def _means(q: Tensor, block_q: int, stride_q: int) -> Tensor:
+    """``[B, H, Mq, R, D]``: the means of `stride_q` consecutive rows of each query block; a short
+    block repeats its last one.
+    """
+    seqlen, dtype = q.shape[2], compute_dtype(q.dtype)
+    starts = torch.arange(0, seqlen, block_q, device=q.device)
+    stops = (starts + block_q).clamp(max=seqlen)
+    last = (stops - starts - 1) // stride_q * stride_q
+    offsets = torch.arange(0, min(block_q, seqlen), stride_q, device=q.device)
+    first = starts[:, None] + torch.minimum(offsets, last[:, None])
+    counts = (stops[:, None] - first).clamp(max=stride_q)
+    total = q.new_zeros((*q.shape[:2], *first.shape, q.shape[3]), dtype=dtype)
+    for i in range(min(stride_q, block_q, seqlen)):
+        rows = q[:, :, (first + i).clamp(max=seqlen - 1)].to(dtype)
+        total += torch.where((i < counts)[..., None], rows, 0)
+    return (total / counts[..., None]).to(q.dtype)
+
+
+def _scores(
+    queries: Tensor, k: Tensor, left: Tensor, size: int, end: int, limits: Tensor
 ) -> Tensor:
-    """The greatest product that the binary search in each chunk meets: ``[B, H, chunks]``, -inf in
-    chunks that begin after `limit` or behind the searched keys.
+    """The greatest product that the binary search in each chunk meets, ``[B, H, rows, chunks]``;
+    -inf where nothing is searched: in chunks that begin after the limit of their query block or at
+    `end`.
+
+    Args:
+        queries: ``[B, H, rows, R, D]``.
+        k: ``[B, Hkv, Skv, D]``.
+        left: first keys of the chunks, ``[B, H or 1, rows, chunks]``.
+        size: keys of a chunk.
+        end: number of searched keys.
+        limits: ``[rows]``.
     """
     batch, heads = queries.shape[:2]
-    b = torch.arange(batch, device=k.device)[:, None, None]
-    kv_head = torch.arange(heads, device=k.device)[:, None] // (heads // k.shape[1])
-    left = left.expand(batch, heads, -1)
+    dtype = compute_dtype(queries.dtype)
+    queries, limits = queries.to(dtype), limits[:, None]
+    b = torch.arange(batch, device=k.device)[:, None, None, None]
+    kv_head = torch.arange(heads, device=k.device)[:, None, None] // (heads // k.shape[1])
+    left = left.expand(batch, heads, -1, -1)
     right = (left + size).clamp(max=end)
-    scores = torch.full(left.shape, -torch.inf, dtype=queries.dtype, device=k.device)
+    scores = torch.full(left.shape, -torch.inf, dtype=dtype, device=k.device)
 
     def products(at: Tensor) -> Tensor:
-        keys = k[b, kv_head, at.clamp(max=k.shape[2] - 1)].to(queries.dtype)
-        return (queries @ keys.mT).amax(2).nan_to_num(-torch.inf)
+        keys = k[b, kv_head, at.clamp(max=k.shape[2] - 1)].to(dtype)
+        return (queries @ keys.mT).amax(3).nan_to_num(-torch.inf)
 
     for _ in range(size.bit_length()):
-        searched = (left < right) & (left <= limit)
+        searched = (left < right) & (left <= limits)
         centre = (left + right) // 2
         lower, upper = products((left + centre) // 2), products((centre + right) // 2)
-        winner = torch.maximum(lower, upper).clamp(min=torch.finfo(lower.dtype).min)
+        winner = torch.maximum(lower, upper).clamp(min=torch.finfo(dtype).min)
         scores = torch.where(searched, torch.maximum(scores, winner), scores)
         go_left = lower > upper
         right = torch.where(searched & go_left, centre, right)
@@ -193,16 +313,36 @@ def _score_chunks(
     return scores
 
 
-def _fake(q, k, chunk, keep, stride_q, block_q, sink, window, shared, is_causal):
+def _on_triton(*args) -> Lists:
+    q, k = args[:2]
+    if found := triton.reasons(q, k):
+        raise ValueError(f"sparse_attn on Triton: {'; '.join(found)}")
+    return infinite_hip_stage(*args, score=triton.infinite_hip_scores)
+
+
+def _on_gpu(q: Tensor, k: Tensor, *rest) -> Lists:
+    stage = infinite_hip_stage if triton.reasons(q, k) else _on_triton
+    return stage(q, k, *rest)
+
+
+def _fake(q, k, counts, indices, parent, chunk, slots, stride_q, block_q, *rest):
+    shared = rest[3]
     rows = (q.shape[0], 1 if shared else q.shape[1], -(-q.shape[2] // block_q))
-    width = torch.sym_min(keep[-1] // chunk[-1], -(-k.shape[2] // chunk[-1]))
+    width = torch.sym_min(slots, -(-k.shape[2] // chunk))
     return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, width), dtype=torch.int32)
 
 
-ops.library.define(
-    "infinite_hip_select(Tensor q, Tensor k, int[] chunk, int[] keep, int[] stride_q, int block_q, "
-    "int sink, int window, bool shared, bool is_causal) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-ops.library.impl("infinite_hip_select", infinite_hip_select, "CompositeExplicitAutograd")
-torch.library.register_fake("sparse_attn::infinite_hip_select", _fake, lib=ops.library)
+for _name, _impl in (
+    ("infinite_hip_stage", infinite_hip_stage),
+    ("infinite_hip_stage_reference", infinite_hip_stage),
+    ("infinite_hip_stage_triton", _on_triton),
+):
+    ops.library.define(
+        f"{_name}(Tensor q, Tensor k, Tensor? counts, Tensor? indices, int parent, int chunk, "
+        "int slots, int stride_q, int block_q, int sink, int window, int behind, bool shared, "
+        "bool is_causal) -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    ops.library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_attn::{_name}", _fake, lib=ops.library)
+ops.library.impl("infinite_hip_stage", _on_gpu, "CUDA")

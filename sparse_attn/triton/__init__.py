@@ -12,6 +12,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_HIP_SLOTS = 2048  # what one program sorts in its registers
 
 
 def _is_installed() -> bool:
@@ -68,3 +69,19 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Te
     from . import ops
 
     return ops.attention_varlen(q, k, v, *args)
+
+
+def hip_select(*args) -> tuple[Tensor, Tensor]:
+    """`sparse_attn::hip_select`."""
+    from . import hip
+
+    return hip.select(*args)
+
+
+def infinite_hip_scores(
+    queries: Tensor, k: Tensor, left: Tensor, size: int, end: int, limits: Tensor
+) -> Tensor:
+    """The scores of a stage of `selectors.InfiniteHiP`."""
+    from . import infinite_hip
+
+    return infinite_hip.scores(queries, k, left, size, end, limits)

@@ -12,7 +12,7 @@ import torch
 
 from ..layout import BlockLayout
 from ..varlen import Packing
-from . import DTYPES, backward, forward
+from . import DTYPES, backward, forward, hip, infinite_hip
 from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
@@ -153,3 +153,39 @@ def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[
                 if key not in seen:
                     seen.add(key)
                     yield case
+    yield from _selectors(target)
+
+
+HIP = {
+    "blocks": (4096, 16),
+    "blocks of 1": (4096, 1),
+    "blocks of 2": (4096, 2),
+    "one row": (1, 16),
+}
+
+
+INFINITE_HIP = {"first stage": (16, 256), "last stage": (64, 8)}
+
+
+def _selectors(target: Target) -> Iterator[CompileCase]:
+    """HiP's search for 512 keys, and the searches of InfiniteHiP's stages for some queries of each
+    row block in chunks of keys; in all kinds for bfloat16 and head_dim 128.
+    """
+    for dtype in DTYPES:
+        for dim in HEAD_DIMS:
+            name = f"{str(dtype).removeprefix('torch.')} {dim}"
+            every = (dtype, dim) == (torch.bfloat16, 128)
+            k = torch.empty(2, 8, 4096, dim, dtype=dtype, device="meta")
+            for kind, (rows, block) in HIP.items():
+                if every or kind == "blocks":
+                    q = torch.empty(2, 32, rows, dim, dtype=dtype, device="meta")
+                    sizes = (512 // block, 64, block, 2, 1, 2, 16, 256, False, True)
+                    (launch,), _ = hip.launches(q, k, *sizes, target)
+                    yield _described(f"{name} {kind}", launch)
+            for kind, (queries, size) in INFINITE_HIP.items():
+                if every or kind == "last stage":
+                    q = torch.empty(2, 32, 64, queries, dim, dtype=dtype, device="meta")
+                    left = torch.empty(2, 1, 64, 1024, dtype=torch.int32, device="meta")
+                    limits = torch.empty(64, dtype=torch.int32, device="meta")
+                    (launch,), _ = infinite_hip.launches(q, k, left, size, 4096, limits, target)
+                    yield _described(f"{name} {kind}", launch)

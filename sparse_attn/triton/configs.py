@@ -191,3 +191,43 @@ def num_splits(programs: int, tiles: int, target: Target) -> int:
     if programs >= target.num_cores:
         return 1
     return max(1, min(-(-2 * target.num_cores // max(programs, 1)), tiles // 2, 64))
+
+
+def _for_warps(config: Config, target: Target) -> Config:
+    """At most 4 warps of 64 threads (AMD), and one stage."""
+    if target.warp_size < 64:
+        return config
+    return replace(config, num_warps=min(config.num_warps, 4), num_stages=1)
+
+
+def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Config:
+    """The configuration of HiP's search for `num_rows` sampled rows of a query block."""
+    block_m = min(max(16, next_power_of_2(num_rows)), 64)
+    if target == INTERPRETER:
+        config = Config(block_m, 128, 4, 1)
+    elif dtype == torch.float32:
+        config = Config(16, 16 if target.has_large_memory else 32, 4, 1)
+    elif head_dim <= 128:
+        config = Config(block_m, 128, 4, 3)
+    else:
+        config = Config(block_m, 64, 8 if target.capability[0] == 10 else 4, 2)
+    return _for_warps(config, target)
+
+
+def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Config:
+    """The configuration of InfiniteHiP's searches for `num_rows` queries of a query block."""
+    block_m = min(max(16, next_power_of_2(num_rows)), 64)
+    if target == INTERPRETER:
+        config = Config(block_m, 64, 4, 1)
+    elif dtype == torch.float32:
+        config = Config(16, 32, 8, 1)
+    elif target.has_large_memory:
+        config = Config(block_m, 64, 4, 1)
+    else:
+        config = Config(block_m, 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 1)
+    return _for_warps(config, target)
+
+
+def chunk(dtype: torch.dtype, head_dim: int) -> int:
+    """Dimensions multiplied at a time where float32 leaves no registers for all."""
+    return min(padded(head_dim), 32 if dtype == torch.float32 else 256)

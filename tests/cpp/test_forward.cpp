@@ -19,6 +19,7 @@
 #include "../../csrc/cpu/backward.h"
 #include "../../csrc/cpu/forward.h"
 #include "../../csrc/cpu/hip.h"
+#include "../../csrc/cpu/infinite_hip.h"
 
 namespace {
 
@@ -456,8 +457,8 @@ std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, co
   for (int64_t n = params.sink / params.block_k; n * params.block_k < end; ++n) {
     blocks.push_back(static_cast<int32_t>(n));
   }
-  const int64_t size = static_cast<int64_t>(blocks.size());
-  if (size <= params.slots) return blocks;
+  const auto num_blocks = std::ssize(blocks);
+  if (num_blocks <= params.slots) return blocks;
   const auto score = [&](int32_t block) {
     double best = -INFINITY;
     for (int64_t i = begin; i <= last_row; ++i) {
@@ -474,23 +475,33 @@ std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, co
     }
     return best;
   };
+  int64_t size = 1;
+  while ((num_blocks + size - 1) / size > 2 * params.slots) size *= 2;
   using Node = std::vector<int32_t>;
   std::vector<Node> nodes;
-  for (int64_t j = 0; j < params.slots; ++j) {
-    nodes.emplace_back(blocks.begin() + size * j / params.slots,
-                       blocks.begin() + size * (j + 1) / params.slots);
-  }
-  while (std::any_of(nodes.begin(), nodes.end(), [](const Node& n) { return n.size() > 1; })) {
-    std::vector<std::pair<double, Node>> halves;
+  const auto add = [&](int64_t first, int64_t stop) {
+    if (first < stop) nodes.emplace_back(blocks.begin() + first, blocks.begin() + stop);
+  };
+  for (int64_t n = 0; n < num_blocks; n += size) add(n, std::min(n + size, num_blocks));
+  while (true) {
+    std::vector<std::pair<double, Node>> judged;
     for (const Node& node : nodes) {
-      const auto middle = node.begin() + node.size() / 2;
-      for (const Node& half : {Node(node.begin(), middle), Node(middle, node.end())}) {
-        if (!half.empty()) halves.emplace_back(-score(half[half.size() / 2]), half);
-      }
+      double best = score(node[std::min<size_t>(size / 2, node.size() - 1)]);
+      if (params.representatives > 1) best = std::max(best, score(node[0]));
+      judged.emplace_back(-best, node);
     }
-    std::stable_sort(halves.begin(), halves.end());
-    for (size_t i = 0; i < nodes.size(); ++i) nodes[i] = halves[i].second;
-    std::sort(nodes.begin(), nodes.end());
+    std::stable_sort(judged.begin(), judged.end());
+    judged.resize(params.slots);
+    std::sort(judged.begin(), judged.end(),
+              [](const auto& x, const auto& y) { return x.second < y.second; });
+    nodes.clear();
+    for (const auto& [_, node] : judged) {
+      const int64_t first = node[0] - blocks[0], end = first + std::ssize(node);
+      add(first, std::min(first + std::max<int64_t>(size / 2, 1), end));
+      add(first + std::max<int64_t>(size / 2, 1), end);
+    }
+    if (size == 1) break;
+    size /= 2;
   }
   for (size_t i = 0; i < nodes.size(); ++i) blocks[i] = nodes[i][0];
   blocks.resize(nodes.size());
@@ -510,6 +521,7 @@ void check_hip(Isa isa) {
   params.block_k = choose<int64_t>({1, 3, 16, 32});
   params.stride_q = random_int(1, params.block_q);
   params.stride_k = choose<int64_t>({1, params.block_k});
+  params.representatives = random_int(1, 2);
   params.slots = random_int(1, 40);
   params.sink = random_int(0, 20);
   params.window = random_int(0, 60);
@@ -538,6 +550,127 @@ void check_hip(Isa isa) {
     if (counts[i] != static_cast<int32_t>(expected.size()) ||
         !std::equal(expected.begin(), expected.end(), begin)) {
       std::printf("%s: HiP chose other blocks\n", isa_name(isa));
+      std::exit(1);
+    }
+  }
+}
+
+// What a stage of InfiniteHiP keeps of some chunks, for one query block.
+std::vector<int32_t> keep_chunks(const sparse_attn::cpu::InfiniteHipParams& params, const Tensor& q,
+                                 const Tensor& k, int64_t b, int64_t group, int64_t row,
+                                 const std::vector<int64_t>& candidates) {
+  const int64_t begin = row * params.block_q;
+  const int64_t stop = std::min(begin + params.block_q, params.seqlen_q);
+  const int64_t end = params.seqlen_kv - params.behind;
+  const int64_t limit =
+      params.is_causal
+          ? std::max<int64_t>(0, begin + params.seqlen_kv - params.seqlen_q - params.behind)
+          : end;
+  std::vector<std::pair<double, int32_t>> scored;
+  for (const int64_t chunk : candidates) {
+    double best = -INFINITY;
+    bool searched = false;
+    for (int64_t h = group; h < (params.shared ? params.num_heads : group + 1); ++h) {
+      const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
+      const auto product = [&](int64_t j) {
+        double most = -INFINITY;
+        for (int64_t i = begin; i < stop; i += params.stride_q) {
+          const int64_t rows = std::min(params.stride_q, stop - i);
+          double s = 0;
+          for (int64_t d = 0; d < params.head_dim; ++d) {
+            double sum = 0;
+            for (int64_t r = i; r < i + rows; ++r) sum += q.at(b, h, r, d);
+            s += sum / rows * k.at(b, kv_head, j, d);
+          }
+          most = std::max(most, s);
+        }
+        return most;
+      };
+      int64_t left = params.sink + chunk * params.chunk;
+      int64_t right = std::min(left + params.chunk, end);
+      for (double size = params.chunk; size >= 1; size /= 2) {
+        if (left >= right || left > limit) break;
+        searched = true;
+        const int64_t centre = (left + right) / 2;
+        const double lower = product((left + centre) / 2), upper = product((centre + right) / 2);
+        best = std::max({best, lower, upper});
+        (lower > upper ? right : left) = centre;
+      }
+    }
+    if (searched) scored.emplace_back(-best, static_cast<int32_t>(chunk));
+  }
+  std::stable_sort(scored.begin(), scored.end(),
+                   [](const auto& x, const auto& y) { return x.first < y.first; });
+  scored.resize(std::min<size_t>(scored.size(), params.width));
+  std::vector<int32_t> kept;
+  for (const auto& [score, chunk] : scored) kept.push_back(chunk);
+  std::sort(kept.begin(), kept.end());
+  return kept;
+}
+
+void check_infinite_hip(Isa isa) {
+  sparse_attn::cpu::InfiniteHipParams params;
+  params.dtype = choose({DType::kFloat32, DType::kBFloat16, DType::kFloat16});
+  params.batch = random_int(1, 2);
+  params.num_kv_heads = random_int(1, 2);
+  params.num_heads = params.num_kv_heads * random_int(1, 3);
+  params.seqlen_q = choose<int64_t>({1, 40, 130});
+  params.seqlen_kv = choose<int64_t>({1, 100, 333});
+  params.head_dim = choose<int64_t>({1, 40, 64, 256});
+  params.block_q = choose<int64_t>({1, 32, 64});
+  params.stride_q = choose<int64_t>({1, 2, 4});
+  params.chunk = choose<int64_t>({1, 3, 8, 64});
+  params.parent = params.chunk * random_int(1, 4);
+  params.slots = random_int(1, 20);
+  params.sink = random_int(0, 20);
+  params.window = random_int(0, 60);
+  params.behind = random_int(0, 40);
+  params.shared = random_int(0, 1) == 0;
+  params.is_causal = random_int(0, 3) > 0;
+  Tensor q(params.dtype, params.batch, params.num_heads, params.seqlen_q, params.head_dim);
+  Tensor k(params.dtype, params.batch, params.num_kv_heads, params.seqlen_kv, params.head_dim);
+  q.fill_normal();
+  k.fill_normal();
+  if (params.dtype != DType::kFloat32) params.stride_q = 1;  // means are rounded
+  params.q = q.bytes.data();
+  params.k = k.bytes.data();
+  params.q_stride = q.strides;
+  params.k_stride = k.strides;
+  params.width = std::min(params.slots, (params.seqlen_kv + params.chunk - 1) / params.chunk);
+  const int64_t rows = params.num_rows(), lists = params.batch * params.groups() * rows;
+  const bool listed = random_int(0, 2) > 0;
+  params.listed_width = 6;
+  std::vector<int32_t> listed_counts(lists), listed_indices(lists * params.listed_width);
+  const int64_t num_parents = (params.seqlen_kv + params.parent - 1) / params.parent;
+  for (int32_t& n : listed_counts) n = static_cast<int32_t>(random_int(-1, 9));
+  for (int32_t& i : listed_indices) i = static_cast<int32_t>(random_int(-2, num_parents + 1));
+  if (listed) {
+    params.listed_counts = listed_counts.data();
+    params.listed_indices = listed_indices.data();
+  }
+  std::vector<int32_t> counts(lists, -1), indices(lists * params.width, -1);
+  params.counts = counts.data();
+  params.indices = indices.data();
+  sparse_attn::cpu::infinite_hip_stage(params, isa, Problem::two_threads());
+  for (int64_t i = 0; i < lists; ++i) {
+    std::vector<int64_t> candidates;
+    if (listed) {
+      const int64_t parts = params.parent / params.chunk;
+      for (int32_t j = 0; j < std::min<int32_t>(listed_counts[i], 6); ++j) {
+        const int64_t parent = listed_indices[i * params.listed_width + j];
+        if (parent < 0 || parent >= num_parents) continue;
+        for (int64_t part = 0; part < parts; ++part) candidates.push_back(parent * parts + part);
+      }
+    } else {
+      const int64_t last = params.seqlen_kv - params.window;
+      for (int64_t j = 0; params.sink + j * params.chunk < last; ++j) candidates.push_back(j);
+    }
+    const int64_t group = i / rows;
+    const std::vector<int32_t> expected = keep_chunks(
+        params, q, k, group / params.groups(), group % params.groups(), i % rows, candidates);
+    if (counts[i] != static_cast<int32_t>(expected.size()) ||
+        !std::equal(expected.begin(), expected.end(), indices.begin() + i * params.width)) {
+      std::printf("%s: InfiniteHiP chose other chunks\n", isa_name(isa));
       std::exit(1);
     }
   }
@@ -596,6 +729,7 @@ int main(int argc, char** argv) {
       const std::string name = std::string(isa_name(isa)) + ", problem " + std::to_string(i);
       problem.check(name);
       if (i % 4 == 0) check_hip(isa);
+      if (i % 4 == 1) check_infinite_hip(isa);
       if (i % 2 == 0) continue;
       Gradients gradients(problem);
       gradients.run(isa);
