@@ -30,10 +30,11 @@ from .timing import paired_ratio, paired_times
 KEPT = Path(__file__).parent / "results" / "hip.json"
 PAGE = Path(__file__).parents[1] / "docs" / "hip.md"
 TOKENS = 8192
-DEPTHS = (0.25, 0.5, 0.9)
+DEPTHS = (0.25, 0.5, 0.7, 0.9)
 LAYERS = (1, 10, 20)
 
 HIP = HiP(k=512)
+PAPER_JUDGES = HiP(k=512, representatives=1)
 FEWER_KEYS = HiP(k=512, stride_q=1, stride_k=4)
 FEWEST_KEYS = HiP(k=512, stride_q=4, stride_k=16)
 SPEED = (HIP, FEWER_KEYS, FEWEST_KEYS)
@@ -217,7 +218,10 @@ def _subjects() -> dict[str, object]:
 
 
 def _quality_rows() -> dict[str, Row]:
-    rows = {name: functools.partial(quality, s) for name, s in _subjects().items()}
+    subjects = _subjects()
+    for hip in (PAPER_JUDGES, HiP(k=1024, stride_q=8)):
+        subjects[named(hip)] = hip
+    rows = {name: functools.partial(quality, s) for name, s in subjects.items()}
     for hip in (HiP(k=512), HiP(k=1024)):
         rows[f"{named(hip)}, 3 layers dense"] = functools.partial(quality, hip, 3)
     return rows

@@ -190,6 +190,14 @@ def test_triton_with_not_a_number():
         assert (layout.kv_num_blocks == 8).all()
 
 
+def test_keys_that_exceed_the_cache(isa):
+    """Query blocks search together, one part of the keys after the other."""
+    hip = HiP(k=100, block_q=8, block_k=1, sink=3, window=4)
+    q, k = integer_qk((160, 3000), dim=256)
+    layout, expected = hip(q, k), reference(q, k, hip)
+    assert layout.to_topk().equal(expected.to_topk())
+
+
 @pytest.mark.parametrize("dim", [1, 33, 128, 256])
 def test_head_dims_and_strides(isa, dim):
     hip = SETTINGS["paper"]

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <deque>
 #include <functional>
-#include <numeric>
+#include <ranges>
+#include <span>
 #include <vector>
 
 #include "aligned_buffer.h"
@@ -40,13 +42,22 @@ uint32_t rank_of(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The search of one query block after the other, in memory that is kept.
+// What the searches of one thread use one after the other.
+struct Scratch {
+  std::vector<const void*> pointers;
+  std::vector<float> scores;
+  std::vector<uint32_t> ranks;
+  std::vector<Node> halves;
+};
+
+// The search of one query block: for each size of its nodes from first_size() on, rank() all of
+// them, part by part, then descend(); at last write().
 class TreeSearch {
  public:
-  explicit TreeSearch(const HipParams& params, const HipKernel& kernel)
-      : params_(params), kernel_(kernel) {}
+  TreeSearch(const HipParams& params, const HipKernel& kernel, Scratch& scratch)
+      : params_(params), kernel_(kernel), scratch_(scratch) {}
 
-  void run(int64_t b, int64_t head, int64_t row) {
+  void begin(int64_t b, int64_t head, int64_t row) {
     const int64_t first_row = row * params_.block_q;
     end_ = params_.seqlen_kv;
     if (params_.is_causal) {
@@ -54,48 +65,62 @@ class TreeSearch {
       end_ = std::min(first_row + params_.block_q + off, end_) - params_.window;
     }
     first_block_ = params_.sink / params_.block_k;
-    const int64_t num_blocks =
-        std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, end_), params_.block_k) - first_block_);
-    const int64_t count = std::min(params_.slots, num_blocks);
-    const int64_t list = (b * params_.num_heads + head) * params_.num_rows() + row;
-    params_.counts[list] = static_cast<int32_t>(count);
-    int32_t* indices = params_.indices + list * params_.width;
-    std::fill(indices + count, indices + params_.width, 0);
-    if (count < num_blocks) {
-      search(b, head, first_row, num_blocks);
-      for (int64_t j = 0; j < count; ++j) {
-        indices[j] = static_cast<int32_t>(first_block_ + nodes_[j].first);
-      }
-    } else {
-      std::iota(indices, indices + count, static_cast<int32_t>(first_block_));
-    }
-  }
-
- private:
-  void search(int64_t b, int64_t head, int64_t first_row, int64_t num_blocks) {
+    num_blocks_ = static_cast<int32_t>(
+        std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, end_), params_.block_k) - first_block_));
+    list_ = (b * params_.num_heads + head) * params_.num_rows() + row;
+    nodes_.clear();
+    next_ = first_size_ = 0;
+    if (num_blocks_ <= params_.slots) return;
     prepare_queries(b, head, first_row);
     const int64_t kv_head = head / (params_.num_heads / params_.num_kv_heads);
     keys_ = byte_offset(params_.k, b * params_.k_stride.batch + kv_head * params_.k_stride.head);
-    const bool firsts = params_.representatives > 1;
-    const int32_t end = static_cast<int32_t>(num_blocks);
-    int32_t size = 1;  // of a node
-    while (ceil_div(end, size) > 2 * params_.slots) size *= 2;
-    nodes_.clear();
-    for (int32_t first = 0; first < end; first += size) nodes_.push_back({first, 0, 0});
-    if (firsts) {
-      rank_blocks([](const Node& node) { return node.first; }, &Node::first_rank);
-    }
-    while (true) {
-      if (size > 1 || !firsts) {
-        rank_blocks([&](const Node& node) { return std::min(node.first + size / 2, end - 1); },
-                    &Node::centre_rank);
-      }
-      keep_best();
-      if (size == 1) break;
-      size /= 2;
-      split(size, end);
+    first_size_ = 1;
+    while (ceil_div(num_blocks_, first_size_) > kMostNodes * params_.slots) first_size_ *= 2;
+    for (int32_t first = 0; first < num_blocks_; first += first_size_) {
+      nodes_.push_back({first, 0, 0});
     }
   }
+
+  int32_t num_blocks() const { return num_blocks_; }
+  int32_t first_size() const { return first_size_; }  // 0 if all blocks are kept
+
+  // Ranks the nodes that begin before block `stop`, and that were not ranked before.
+  void rank(int32_t size, int64_t stop) {
+    const size_t begin = next_;
+    while (next_ < nodes_.size() && nodes_[next_].first < stop) ++next_;
+    const std::span<Node> nodes = std::span(nodes_).subspan(begin, next_ - begin);
+    if (nodes.empty()) return;
+    if (size == first_size_ && has_firsts()) {
+      rank_blocks(nodes, [](const Node& node) { return node.first; }, &Node::first_rank);
+    }
+    if (size > 1 || !has_firsts()) {
+      rank_blocks(
+          nodes, [&](const Node& node) { return std::min(node.first + size / 2, num_blocks_ - 1); },
+          &Node::centre_rank);
+    }
+  }
+
+  // Keeps the best nodes and splits them.
+  void descend(int32_t size) {
+    keep_best();
+    if (size > 1) split(size / 2);
+    next_ = 0;
+  }
+
+  void write() const {
+    const int64_t count = std::min<int64_t>(params_.slots, num_blocks_);
+    int32_t* indices = params_.indices + list_ * params_.width;
+    params_.counts[list_] = static_cast<int32_t>(count);
+    for (int64_t j = 0; j < count; ++j) {
+      indices[j] = static_cast<int32_t>(first_block_ + (nodes_.empty() ? j : nodes_[j].first));
+    }
+    std::fill(indices + count, indices + params_.width, 0);
+  }
+
+ private:
+  static constexpr int64_t kMostNodes = 2;  // at the start, for each that is kept
+
+  bool has_firsts() const { return params_.representatives > 1; }
 
   const std::byte* byte_offset(const void* base, int64_t elements) const {
     return static_cast<const std::byte*>(base) + elements * element_size(params_.dtype);
@@ -103,9 +128,10 @@ class TreeSearch {
 
   void prepare_queries(int64_t b, int64_t head, int64_t first_row) {
     const int64_t end = std::min(first_row + params_.block_q, params_.seqlen_q);
-    pointers_.clear();
+    std::vector<const void*>& rows = scratch_.pointers;
+    rows.clear();
     const auto sample = [&](int64_t row) {
-      pointers_.push_back(byte_offset(
+      rows.push_back(byte_offset(
           params_.q,
           b * params_.q_stride.batch + head * params_.q_stride.head + row * params_.q_stride.row));
     };
@@ -116,39 +142,29 @@ class TreeSearch {
       for (; row < end - 1; row += params_.stride_q) sample(row);
       sample(end - 1);
     }
-    num_rows_ = static_cast<int64_t>(pointers_.size());
+    num_rows_ = static_cast<int64_t>(rows.size());
     queries_.reserve(kernel_.query_bytes(num_rows_, params_.head_dim));
-    kernel_.prepare_queries(pointers_.data(), num_rows_, params_.head_dim, queries_.data());
-  }
-
-  // A node of 2 size blocks has its second half from its centre on.
-  void split(int32_t size, int32_t end) {
-    halves_.clear();
-    for (const Node node : nodes_) {
-      halves_.push_back({node.first, node.first_rank, 0});
-      if (node.first + size < end) halves_.push_back({node.first + size, node.centre_rank, 0});
-    }
-    nodes_.swap(halves_);
+    kernel_.prepare_queries(rows.data(), num_rows_, params_.head_dim, queries_.data());
   }
 
   // Ranks one block of each node: its largest product of a sampled row and a sampled key.
-  void rank_blocks(auto block_of, uint32_t Node::* rank) {
+  void rank_blocks(std::span<Node> nodes, auto block_of, uint32_t Node::* rank) {
     const int64_t row_bytes = params_.k_stride.row * element_size(params_.dtype);
-    pointers_.clear();
-    for (const Node& node : nodes_) {
+    std::vector<const void*>& keys = scratch_.pointers;
+    keys.clear();
+    for (const Node& node : nodes) {
       const int64_t begin = (first_block_ + block_of(node)) * params_.block_k;
       for (int64_t i = params_.stride_k / 2; i < params_.block_k; i += params_.stride_k) {
-        pointers_.push_back(keys_ + std::min(begin + i, end_ - 1) * row_bytes);
+        keys.push_back(keys_ + std::min(begin + i, end_ - 1) * row_bytes);
       }
     }
-    const int64_t count = static_cast<int64_t>(pointers_.size());
-    const int64_t per_node = count / static_cast<int64_t>(nodes_.size());
-    pointers_.resize(ceil_div(count, kHipKeys) * kHipKeys, pointers_.back());
-    scores_.resize(pointers_.size());
-    kernel_.score(queries_.data(), num_rows_, params_.head_dim, pointers_.data(), count,
-                  scores_.data());
-    const float* score = scores_.data();
-    for (Node& node : nodes_) {
+    const int64_t count = std::ssize(keys), per_node = count / std::ssize(nodes);
+    keys.resize(ceil_div(count, kHipKeys) * kHipKeys, keys.back());
+    scratch_.scores.resize(keys.size());
+    const float* score = scratch_.scores.data();
+    kernel_.score(queries_.data(), num_rows_, params_.head_dim, keys.data(), count,
+                  scratch_.scores.data());
+    for (Node& node : nodes) {
       node.*rank = rank_of(*std::max_element(score, score + per_node));
       score += per_node;
     }
@@ -156,32 +172,92 @@ class TreeSearch {
 
   // Leaves the nodes of highest rank; of equal ones the first.
   void keep_best() {
-    ranks_.clear();
-    for (const Node& node : nodes_) ranks_.push_back(rank(node));
-    const auto last = ranks_.begin() + params_.slots - 1;
-    std::nth_element(ranks_.begin(), last, ranks_.end(), std::greater<>());
+    std::vector<uint32_t>& ranks = scratch_.ranks;
+    ranks.clear();
+    for (const Node& node : nodes_) ranks.push_back(rank_of_node(node));
+    const auto last = ranks.begin() + params_.slots - 1;
+    std::nth_element(ranks.begin(), last, ranks.end(), std::greater<>());
     const uint32_t lowest = *last;
-    int64_t ties = std::count(ranks_.begin(), last + 1, lowest);
+    int64_t ties = std::count(ranks.begin(), last + 1, lowest);
     std::erase_if(nodes_, [&](const Node& node) {
-      return rank(node) < lowest || (rank(node) == lowest && ties-- <= 0);
+      const uint32_t rank = rank_of_node(node);
+      return rank < lowest || (rank == lowest && ties-- <= 0);
     });
   }
 
-  uint32_t rank(const Node& node) const {
-    return params_.representatives > 1 ? std::max(node.first_rank, node.centre_rank)
-                                       : node.centre_rank;
+  uint32_t rank_of_node(const Node& node) const {
+    return has_firsts() ? std::max(node.first_rank, node.centre_rank) : node.centre_rank;
+  }
+
+  // The second half of a node begins at its centre.
+  void split(int32_t half) {
+    std::vector<Node>& halves = scratch_.halves;
+    halves.clear();
+    for (const Node& node : nodes_) {
+      halves.push_back({node.first, node.first_rank, 0});
+      if (node.first + half < num_blocks_) {
+        halves.push_back({node.first + half, node.centre_rank, 0});
+      }
+    }
+    nodes_.assign(halves.begin(), halves.end());
   }
 
   const HipParams& params_;
   const HipKernel& kernel_;
-  int64_t end_ = 0, first_block_ = 0;  // the searched keys
+  Scratch& scratch_;
+  int64_t end_ = 0, first_block_ = 0;  // of the searched keys
   int64_t num_rows_ = 0;               // sampled ones
+  int64_t list_ = 0;                   // the one to write
+  int32_t num_blocks_ = 0, first_size_ = 0;
+  size_t next_ = 0;  // the first node that has no rank
   const std::byte* keys_ = nullptr;
   AlignedBuffer queries_;
-  std::vector<Node> nodes_, halves_;
-  std::vector<const void*> pointers_;
-  std::vector<float> scores_;
-  std::vector<uint32_t> ranks_;
+  std::vector<Node> nodes_;
+};
+
+// Searches of one KV head that descend together: at each size of the nodes, all of them look at one
+// part of the keys, which stays in the cache meanwhile, before they look at the next.
+class SearchGroup {
+ public:
+  SearchGroup(const HipParams& params, const HipKernel& kernel, int64_t most) : params_(params) {
+    for (int64_t i = 0; i < most; ++i) searches_.emplace_back(params, kernel, scratch_);
+    const int64_t key_bytes = params.head_dim * element_size(params.dtype);
+    const int64_t sampled = ceil_div(params.block_k - params.stride_k / 2, params.stride_k);
+    blocks_in_cache_ = std::max<int64_t>(1, kCachedKeys / (key_bytes * sampled));
+  }
+
+  // Task i of a KV head is head i % (its query heads) of one query block after the other.
+  void run(int64_t b, int64_t kv_head, int64_t first_task, int64_t stop_task) {
+    const int64_t heads = params_.num_heads / params_.num_kv_heads;
+    auto searches = searches_ | std::views::take(stop_task - first_task);
+    int32_t size = 0, num_blocks = 0;
+    for (int64_t i = first_task; TreeSearch& search : searches) {
+      search.begin(b, kv_head * heads + i % heads, i / heads);
+      size = std::max(size, search.first_size());
+      num_blocks = std::max(num_blocks, search.num_blocks());
+      ++i;
+    }
+    for (; size > 0; size /= 2) {
+      const int64_t step = size * blocks_in_cache_;
+      for (int64_t stop = step; stop < num_blocks + step; stop += step) {
+        for (TreeSearch& search : searches) {
+          if (size <= search.first_size()) search.rank(size, stop);
+        }
+      }
+      for (TreeSearch& search : searches) {
+        if (size <= search.first_size()) search.descend(size);
+      }
+    }
+    for (const TreeSearch& search : searches) search.write();
+  }
+
+ private:
+  static constexpr int64_t kCachedKeys = 1 << 19;  // bytes
+
+  const HipParams& params_;
+  Scratch scratch_;
+  std::deque<TreeSearch> searches_;
+  int64_t blocks_in_cache_ = 1;
 };
 
 }  // namespace
@@ -193,20 +269,24 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   const int64_t block_rows = std::min(params.block_q, params.seqlen_q);
   const int64_t sampled = params.strict ? 1 : ceil_div(block_rows, params.stride_q);
   const HipKernel& kernel = hip_kernel(isa, params.dtype, sampled);
-  const int64_t group = params.num_heads / params.num_kv_heads;
-  std::atomic<int64_t> next_task{0};
+  const int64_t num_heads = params.batch * params.num_kv_heads;
+  const int64_t tasks = params.num_heads / params.num_kv_heads * rows;  // of a KV head
+  constexpr int64_t kMostTogether = 64, kGroupsPerThread = 4;
+  const int64_t together = std::clamp<int64_t>(
+      num_heads * tasks / (kGroupsPerThread * parallel.num_threads), 1, kMostTogether);
+  const int64_t groups = ceil_div(tasks, together);  // of a KV head
+  std::atomic<int64_t> next_group{0};
   const auto work = [&](int64_t) {
-    TreeSearch search(params, kernel);
+    SearchGroup group(params, kernel, std::min(together, tasks));
     const uint32_t saved = kernel.enter();
-    for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
-      // The heads that share a KV head follow each other, as they read many of the same keys.
-      const int64_t kv_head = i / group / rows, row = i / group % rows;
-      const int64_t b = kv_head / params.num_kv_heads;
-      search.run(b, kv_head % params.num_kv_heads * group + i % group, row);
+    for (int64_t i = next_group++; i < num_heads * groups; i = next_group++) {
+      const int64_t first = i % groups * together, head = i / groups;
+      group.run(head / params.num_kv_heads, head % params.num_kv_heads, first,
+                std::min(first + together, tasks));
     }
     kernel.leave(saved);
   };
-  parallel.run(std::min(num_tasks, parallel.num_threads), work);
+  parallel.run(std::min(num_heads * groups, parallel.num_threads), work);
 }
 
 }  // namespace sparse_attn::cpu

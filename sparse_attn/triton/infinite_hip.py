@@ -135,7 +135,7 @@ def launches(
         "INPUT_PRECISION": "ieee",
     }
     grid = (tiles * row_blocks * batch * heads,)
-    registers = configs.max_registers(q.dtype, config.num_warps, target)
+    registers = configs.max_registers(queries.dtype, config.num_warps, target)
     step = Launch(
         _infinite_hip_kernel, grid, arguments, config.num_warps, config.num_stages, registers
     )
