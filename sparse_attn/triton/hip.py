@@ -200,7 +200,7 @@ def launches(
         "window": min(window, seqlen_kv),
         "block_q": block_q,
         "first_row": 0 if strict else stride_q - 1,
-        "stride_q": stride_q,
+        "stride_q": 0 if strict else stride_q,
         "block_k": block_k,
         "stride_k": stride_k,
         "num_keys": num_keys,
