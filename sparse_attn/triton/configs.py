@@ -206,7 +206,7 @@ def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Con
     if target == INTERPRETER:
         config = Config(block_m, 128, 4, 1)
     elif dtype == torch.float32:
-        config = Config(16, 16 if target.has_large_memory else 32, 4, 1)
+        config = Config(16, 16 if target.has_large_memory else 32, 8 if head_dim > 128 else 4, 1)
     elif head_dim <= 128:
         config = Config(block_m, 128, 4, 3)
     else:
@@ -221,6 +221,8 @@ def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Targe
         config = Config(block_m, 64, 4, 1)
     elif dtype == torch.float32:
         config = Config(16, 32, 8, 1)
+        if 64 < head_dim <= 128 and target.capability[0] < 10:  # others spill there
+            config = Config(16, 32, 4, 1) if target.has_large_memory else Config(64, 16, 8, 1)
     elif target.has_large_memory:
         config = Config(block_m, 64, 4, 1)
     else:
