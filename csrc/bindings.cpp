@@ -463,26 +463,7 @@ std::tuple<Tensor, Tensor> attention_varlen(
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t slots,
-                                      int64_t block_q, int64_t block_k, int64_t stride_q,
-                                      int64_t stride_k, int64_t representatives, int64_t sink,
-                                      int64_t window, bool strict, bool is_causal) {
-  AttentionParams qk;  // k stands for v, which is not read
-  describe_qkv(q, k, k, qk);
-  for (const auto& [value, name, low] :
-       {std::tuple(slots, "slots", 1), std::tuple(block_q, "block_q", 1),
-        std::tuple(block_k, "block_k", 1), std::tuple(stride_q, "stride_q", 1),
-        std::tuple(stride_k, "stride_k", 1), std::tuple(sink, "sink", 0),
-        std::tuple(window, "window", 0)}) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
-            value);
-  }
-  require(representatives == 1 || representatives == 2, "representatives must be 1 or 2, but is ",
-          representatives);
-  require(stride_q <= block_q, "stride_q must not be more than block_q");
-  require(stride_k <= block_k, "stride_k must not be more than block_k");
-  cpu::HipParams params;
+void describe_search(const AttentionParams& qk, cpu::SearchParams& params) {
   params.q = qk.q;
   params.k = qk.k;
   params.q_stride = qk.q_stride;
@@ -494,6 +475,33 @@ std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t 
   params.seqlen_q = qk.seqlen_q;
   params.seqlen_kv = qk.seqlen_kv;
   params.head_dim = qk.head_dim;
+}
+
+void require_size(int64_t value, const char* name, int64_t low) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
+          value);
+}
+
+std::tuple<Tensor, Tensor> hip_select(const Tensor& q, const Tensor& k, int64_t slots,
+                                      int64_t block_q, int64_t block_k, int64_t stride_q,
+                                      int64_t stride_k, int64_t representatives, int64_t sink,
+                                      int64_t window, bool strict, bool is_causal) {
+  AttentionParams qk;  // k stands for v, which is not read
+  describe_qkv(q, k, k, qk);
+  for (const auto& [value, name, low] :
+       {std::tuple(slots, "slots", 1), std::tuple(block_q, "block_q", 1),
+        std::tuple(block_k, "block_k", 1), std::tuple(stride_q, "stride_q", 1),
+        std::tuple(stride_k, "stride_k", 1), std::tuple(sink, "sink", 0),
+        std::tuple(window, "window", 0)}) {
+    require_size(value, name, low);
+  }
+  require(representatives == 1 || representatives == 2, "representatives must be 1 or 2, but is ",
+          representatives);
+  require(stride_q <= block_q, "stride_q must not be more than block_q");
+  require(stride_k <= block_k, "stride_k must not be more than block_k");
+  cpu::HipParams params;
+  describe_search(qk, params);
   params.slots = slots;
   params.block_q = block_q;
   params.block_k = block_k;
@@ -530,23 +538,11 @@ std::tuple<Tensor, Tensor> infinite_hip_stage(const Tensor& q, const Tensor& k,
         std::tuple(slots, "slots", 1), std::tuple(stride_q, "stride_q", 1),
         std::tuple(block_q, "block_q", 1), std::tuple(sink, "sink", 0),
         std::tuple(window, "window", 0), std::tuple(behind, "behind", 0)}) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    require(value >= low && value <= kMost, name, " must be ", low, " to ", kMost, ", but is ",
-            value);
+    require_size(value, name, low);
   }
   require(parent % chunk == 0, "parent: ", parent, " is no multiple of chunk = ", chunk);
   cpu::InfiniteHipParams params;
-  params.q = qk.q;
-  params.k = qk.k;
-  params.q_stride = qk.q_stride;
-  params.k_stride = qk.k_stride;
-  params.dtype = qk.dtype;
-  params.batch = qk.batch;
-  params.num_heads = qk.num_heads;
-  params.num_kv_heads = qk.num_kv_heads;
-  params.seqlen_q = qk.seqlen_q;
-  params.seqlen_kv = qk.seqlen_kv;
-  params.head_dim = qk.head_dim;
+  describe_search(qk, params);
   params.parent = parent;
   params.chunk = chunk;
   params.slots = slots;

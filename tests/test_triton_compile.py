@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,10 +180,7 @@ def test_the_table_is_whole_and_current_and_every_kernel_is_as_it_should_be():
 
 
 def test_the_table_is_of_one_compiler():
-    compilers = {x.triton for x in triton_table.recorded()}
-    assert len(compilers) == 1
-    if compilers != {installed := version("triton")}:
-        pytest.skip(f"the table is of Triton {compilers}, not {installed}: bench.triton_table")
+    assert len({x.triton for x in triton_table.recorded()}) == 1
 
 
 def test_what_is_missing_is_named(monkeypatch):

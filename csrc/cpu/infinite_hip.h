@@ -1,18 +1,11 @@
 // One stage of InfiniteHiP: which chunks of keys each query block keeps.
 #pragma once
 
-#include "forward.h"
+#include "hip.h"
 
 namespace sparse_attn::cpu {
 
-struct InfiniteHipParams {
-  const void* q = nullptr;
-  const void* k = nullptr;
-  Strides q_stride, k_stride;
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0, num_heads = 0, num_kv_heads = 0;
-  int64_t seqlen_q = 0, seqlen_kv = 0, head_dim = 0;
-
+struct InfiniteHipParams : SearchParams {
   // Candidates are the parts of `chunk` keys of the listed chunks of `parent` keys, or without
   // lists all that begin before the last `window` keys. Chunks are counted from key `sink` on. The
   // rows of the lists are query blocks, and an index out of range is no candidate.
