@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sparse_attn import BlockLayout, ops
-from sparse_attn.triton import DTYPES, autotune, backward, configs, forward, lists
+from sparse_attn.triton import DTYPES, autotune, backward, configs, forward, prepare
 from sparse_attn.triton.compile_cases import HEAD_DIMS, KINDS, _steps
 from sparse_attn.triton.configs import Config, Target
 from sparse_attn.triton.launch import Call
+from sparse_attn.varlen import Packing
 
 from .oracle import GPU, random_layout
 from .test_attention import check, make_qkv
@@ -255,26 +256,43 @@ def test_keys_that_all_rows_see_are_shared_out(layout, kv_heads):
     assert makespan(costs, 16) <= 1.2 * sum(costs) / 16
 
 
-def test_long_rows_come_first():
-    """Every eighth row block sees everything, the others little."""
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_long_rows_come_first(is_causal):
+    """Every eighth row block sees everything, the others little: the order of a causal call is that
+    of its rows.
+    """
     counts = torch.where(torch.arange(64) % 8 == 7, 64, 3).int().view(1, 1, 64)
     indices = torch.arange(64, dtype=torch.int32).expand(1, 1, 64, 64)
     none = torch.zeros(1, dtype=torch.int32)
     layout = BlockLayout((4096, 4096), none, none, (64, 64), counts, indices)
-    layout = lists.without_future(layout, 4096, 4096)
+    layout = ends_of_lists(layout) if is_causal else layout
     q = torch.empty(1, 8, 4096, 16)
-    call = Call(layout, 8, 8, 1, None, 0.1, 0.0, True)
+    call = Call(layout, 8, 8, 1, None, 0.1, 0.0, is_causal)
     (choice,), _ = forward.steps(call, q, q, q, None, False, Target((9, 0), 100))
     launch = choice.build(choice.candidates[0])[0]
     order = launch.arguments["order_ptr"]
+    assert (order is None) == is_causal
+    order = torch.arange(512) if is_causal else order
     cost = layout.kv_num_blocks[0, 0].flip(0).repeat_interleave(8)[order.long()].tolist()
     assert sorted(order.tolist()) == list(range(512))
     assert launch.grid == (512 * launch.arguments["parts"], 1)
-    assert cost == sorted(cost, reverse=True)
+    assert is_causal or cost == sorted(cost, reverse=True)
     assert makespan(cost, 100) <= 1.2 * max(sum(cost) / 100, max(cost))
 
 
 # --- lists behind the diagonal
+
+
+def ends_of_lists(layout, packing=None, totals=(0, 0)):
+    """The layout with lists that end at the diagonal."""
+    device = "cuda" if GPU else "cpu"
+    packing = packing and Packing(
+        *(x if x is None else x.to(device) for x in vars(packing).values())
+    )
+    launches, found = prepare.launches(layout.to(device), packing, totals, True)
+    for launch in launches:
+        launch()
+    return found.to("cpu")
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -282,7 +300,7 @@ def test_lists_end_at_the_diagonal(batch):
     layout = random_layout(
         (70, 100), batch=batch, heads=2, block_size=(16, 8), columns=60, column_group=2
     )
-    cut = lists.without_future(layout, 70, 100)
+    cut = ends_of_lists(layout)
     for b in range(batch):
         for h in range(2):
             for m in range(layout.num_q_blocks):
@@ -301,13 +319,27 @@ def test_lists_end_at_the_diagonal(batch):
 
 def test_lists_of_packed_sequences_end_at_their_own_diagonals():
     layout = random_layout((32, 64), batch=2, block_size=(16, 8), keep=1.0)
-    seqlens = torch.tensor([20, 5]), torch.tensor([30, 64])
-    cut = lists.without_future(layout, *seqlens)
-    assert cut.kv_num_blocks[:, 0].tolist() == [[4, 6], [8, 8]]
+    ends_q, ends_kv, lengths = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 20, 25], [0, 30, 94], [30, 64])
+    )
     shared = replace(
         layout, kv_num_blocks=layout.kv_num_blocks[:1], kv_indices=layout.kv_indices[:1]
     )
-    assert lists.without_future(shared, *seqlens).kv_num_blocks[:, 0].tolist() == [[8, 8]]
+    table = torch.zeros(2, 8, dtype=torch.int32)
+    for packing in (Packing(ends_q, ends_kv), Packing(ends_q, None, lengths, table)):
+        cut = ends_of_lists(layout, packing, (25, 94))
+        assert cut.kv_num_blocks[:, 0].tolist() == [[4, 6], [8, 8]]
+        assert ends_of_lists(shared, packing, (25, 94)).kv_num_blocks[:, 0].tolist() == [[8, 8]]
+
+
+def test_long_lists_end_at_the_diagonal():
+    """Lists longer than what is read at a time, and rows before the first key."""
+    layout = random_layout((300, 260), block_size=(1, 1), keep=0.9)
+    cut = ends_of_lists(layout)
+    for m in range(300):
+        count = layout.kv_num_blocks[0, 0, m]
+        expected = int((layout.kv_indices[0, 0, m, :count] <= m - 40).sum())
+        assert cut.kv_num_blocks[0, 0, m] == expected
 
 
 # --- addresses

@@ -286,7 +286,6 @@ def _backward_keys_kernel(
     index = tl.program_id(0)
     split = tl.full([], 0, tl.int32)
     splits = 1
-    is_split = False
     if partial_dk_ptr is not None:
         is_split = index < num_split_tiles * num_splits
         split = tl.where(is_split, index % num_splits, 0)
@@ -368,16 +367,17 @@ def _backward_keys_kernel(
 
     offsets = (b * num_kv_heads + h) * seqlen_kv + row
     dk *= scale
-    if is_split:
-        part = (index.to(tl.int64) * num_splits + split) * BLOCK_N + slots
-        store_rows(partial_dk_ptr, dk, part * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
-        store_rows(partial_dv_ptr, dv, part * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
-    else:
-        if active_ptr is not None:
-            dk += load_rows(dk_ptr, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
-            dv += load_rows(dv_ptr, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
-        store_rows(dk_ptr, dk, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
-        store_rows(dv_ptr, dv, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+    if partial_dk_ptr is not None:  # noqa: SIM102
+        if is_split:
+            part = (index.to(tl.int64) * num_splits + split) * BLOCK_N + slots
+            store_rows(partial_dk_ptr, dk, part * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+            store_rows(partial_dv_ptr, dv, part * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+            return
+    if active_ptr is not None:
+        dk += load_rows(dk_ptr, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+        dv += load_rows(dv_ptr, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+    store_rows(dk_ptr, dk, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, dv, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -468,7 +468,7 @@ def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choi
         num_row_blocks = -(-call.layout.seqlen_q // rows_per_block)
         programs = num_row_blocks * parts * call.num_packs
         order = None
-        if call.listed_rows and programs > target.num_cores:
+        if programs > target.num_cores and call.is_skewed():
             order = lists.order_of_rows(call, rows_per_block, call.layout.seqlens)
         arguments = shared | {
             "order_ptr": order,
@@ -516,7 +516,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
             transposed = lists.transposed_blocks(call, blocks_per_tile)
         tiles = list_tiles * tiles_per_block
         order = None
-        if tiles * owners > target.num_cores:
+        if tiles * owners > target.num_cores and call.is_skewed():
             part = torch.arange(tiles_per_block, device=q.device) * block_n
             starts = torch.arange(list_tiles, device=q.device) * blocks_per_tile * block_kv
             starts = (starts[:, None] + part).flatten()

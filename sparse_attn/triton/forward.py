@@ -299,7 +299,7 @@ def steps(
         key_tiles = -(-call.layout.seqlen_kv // config.block_n)
         num_splits = configs.num_splits(programs, key_tiles, target)
         order = None
-        if programs > target.num_cores and (call.listed_rows or packing is not None):
+        if programs > target.num_cores and call.is_skewed(packing is not None):
             order = lists.order_of_rows(call, rows_per_block, lists.lengths(call.layout, packing))
         acc = m_i = l_i = None
         if num_splits > 1:

@@ -18,7 +18,7 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel."""
+    """One launch of a kernel; `checks` says whether its assertions are compiled."""
 
     kernel: Callable
     grid: tuple[int, ...]
@@ -26,16 +26,19 @@ class Launch:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    checks: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """How to compile the kernel."""
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        more = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        if self.checks:
+            more |= {"debug": True, "sanitize_overflow": False}
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
-            **limit,
+            **more,
         }
 
     def __call__(self) -> None:
@@ -99,6 +102,14 @@ class Call:
         has_columns = self.layout.num_columns is not None
         has_blocks = self.layout.kv_num_blocks is not None
         return has_columns or (has_blocks and self.block_kv % 64 != 0)
+
+    def is_skewed(self, is_packed: bool = False) -> bool:
+        """Whether the last rows need not be those with the most keys, nor the first keys those with
+        the most rows: then the programs are put in order.
+        """
+        seqlen_q, seqlen_kv = self.layout.seqlens
+        has_lists = self.listed_rows is not None or is_packed
+        return has_lists and not (self.is_causal and 2 * seqlen_q >= seqlen_kv)
 
     @property
     def slots(self) -> int:

@@ -4,7 +4,7 @@ device: in which order to run tiles, and for each key who lists it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,32 +34,6 @@ def lengths(layout: BlockLayout, packing: Packing | None) -> tuple:
     if packing.block_table is None:
         return packing.cu_seqlens_q.diff(), packing.cu_seqlens_kv.diff()
     return packing.cu_seqlens_q.diff(), packing.seqlens_kv
-
-
-def without_future(
-    layout: BlockLayout, seqlen_q: int | Tensor, seqlen_kv: int | Tensor
-) -> BlockLayout:
-    """The layout of a causal call without the ends of lists that lie behind the last of their rows.
-
-    Args:
-        seqlen_q, seqlen_kv: numbers of queries and keys, ints or tensors ``[batch]``.
-    """
-    shift = torch.as_tensor(seqlen_kv - seqlen_q, device=layout.device).view(-1, 1, 1)
-
-    def cut(counts: Tensor, indices: Tensor, rows: int, keys: int) -> Tensor:
-        end = torch.arange(1, counts.shape[2] + 1, device=layout.device) * rows
-        last = end.clamp(max=layout.seqlen_q) - 1 + (shift if len(counts) > 1 else shift.amax())
-        kept = listed(counts, indices) & (indices <= last.unsqueeze(-1) // keys)
-        return kept.sum(-1, dtype=torch.int32)
-
-    rows, keys = (min(n, max(m, 1)) for n, m in zip(layout.block_size, layout.seqlens, strict=True))
-    if layout.kv_num_blocks is not None:
-        counts = cut(layout.kv_num_blocks, layout.kv_indices, rows, keys)
-        layout = replace(layout, kv_num_blocks=counts)
-    if layout.num_columns is not None:
-        counts = cut(layout.num_columns, layout.column_indices, rows * layout.column_group, 1)
-        layout = replace(layout, num_columns=counts)
-    return layout
 
 
 def _heaviest_first(cost: Tensor) -> Tensor:

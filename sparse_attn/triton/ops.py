@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import validation, varlen
 from ..layout import BlockLayout
-from ..layout_algebra import violations
-from . import backward, forward, lists, reasons
+from . import backward, forward, prepare, reasons
 from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
@@ -27,17 +26,14 @@ def _refuse(q: Tensor, v: Tensor) -> None:
 def _layout(seqlens: tuple[int, int], args: tuple) -> BlockLayout:
     """The layout from the schema's arguments from `sink` on, its values checked.
 
-    On a GPU the check does not wait for the device: it fails asynchronously, and the kernels read
-    within their tensors whatever the values are.
+    On a GPU `prepare` checks them without waiting for the device: that fails asynchronously, and
+    the kernels read within their tensors whatever the values are.
     """
     if max(seqlens) > _MAX_LENGTH:
         raise ValueError(f"seqlens must be at most {_MAX_LENGTH}, got {seqlens}")
     sink, window, *lists = args[:6]
     layout = BlockLayout(seqlens, sink, window, args[7:9], *lists, args[9])
-    if layout.device.type != "cuda":
-        return layout.validate()
-    _assert_none(violations(layout))
-    return layout
+    return layout if layout.device.type == "cuda" else layout.validate()
 
 
 def _check_packing(q: Tensor, k: Tensor, packing: varlen.Packing, seqlens: tuple) -> None:
@@ -53,16 +49,19 @@ def _assert_none(violations: Iterable[tuple[str, Tensor, str]]) -> None:
 
 
 def _call(
-    q: Tensor, kv_heads: int, batch: int, layout: BlockLayout, args: tuple,
+    q: Tensor, k: Tensor, batch: int, layout: BlockLayout, args: tuple,
     packing: varlen.Packing | None = None,
-) -> Call:  # fmt: skip
+) -> tuple[list[Launch], Call]:  # fmt: skip
+    """What to run first, and the call."""
     sinks, (scale, softcap, is_causal) = args[6], args[10:13]
-    if is_causal and layout.seqlen_q > 1 and batch > 0:
-        layout = lists.without_future(layout, *lists.lengths(layout, packing))
     validation.check_sinks(sinks, q)
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    return Call(layout, q.shape[1], kv_heads, batch, sinks, scale, softcap, is_causal)
+    launches = []
+    if batch > 0:
+        launches, layout = prepare.launches(layout, packing, (q.shape[0], k.shape[0]), is_causal)
+    heads = (q.shape[1], k.shape[-2 if packing else 1])
+    return launches, Call(layout, *heads, batch, sinks, scale, softcap, is_causal)
 
 
 def _run(steps: list[Choice | Launch], q: Tensor) -> None:
@@ -91,11 +90,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
     layout = _layout((q.shape[2], k.shape[2]), args)
     validation.check_layout(layout, q, k)
     split_float32, for_gradients = (*args[13:], False, False)[:2]
-    call = _call(q, k.shape[1], q.shape[0], layout, args)
+    first, call = _call(q, k, q.shape[0], layout, args)
     may_split = split_float32 and not for_gradients
     tensors = [_rows(x) for x in (q, k, v)]
     steps, (out, lse) = forward.steps(call, *tensors, None, may_split, Target.of(q))
-    _run(steps, q)
+    _run(first + steps, q)
     return out.to(q.dtype), lse
 
 
@@ -111,10 +110,10 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Te
     packing = varlen.Packing(
         *(None if x is None else x.contiguous() for x in vars(packing).values())
     )
-    call = _call(q, k.shape[-2], batch, layout, args, packing)
+    first, call = _call(q, k, batch, layout, args, packing)
     tensors = [_rows(x) for x in (q, k, v)]
     steps, (out, lse) = forward.steps(call, *tensors, packing, False, Target.of(q))
-    _run(steps, q)
+    _run(first + steps, q)
     return out.to(q.dtype), lse
 
 
@@ -140,11 +139,11 @@ def attention_backward(
         _check_rows(x, name, shape, q.dtype)
     for x, name in ((dlse, "dlse"), (lse, "lse")):
         _check_rows(x, name, shape[:3], torch.float32)
-    call = _call(q, k.shape[1], q.shape[0], layout, args)
+    first, call = _call(q, k, q.shape[0], layout, args)
     dlse, lse = dlse.contiguous(), lse.contiguous()
     dout, out, *tensors = (_rows(x) for x in (dout, out, q, k, v))
     steps, (dq, dk, dv, delta) = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
-    _run(steps, q)
+    _run(first + steps, q)
     return *(x.to(q.dtype) for x in (dq, dk, dv)), _sink_gradients(call.sinks, lse, delta, args[6])
 
 

@@ -52,7 +52,8 @@ def key_offsets(j, live, stride, pages_ptr, stride_page, num_pages, PAGE_SIZE: t
     else:
         page = tl.load(pages_ptr + j // PAGE_SIZE, mask=live, other=-1)
         live = live & (page >= 0) & (page < num_pages)
-        offsets = tl.where(live, page, 0).to(tl.int64) * stride_page
+        page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+        offsets = page.to(tl.int64) * stride_page
         offsets += (j % PAGE_SIZE).to(tl.int64) * stride
     return offsets, live
 
