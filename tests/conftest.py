@@ -51,6 +51,13 @@ def quick_interpreter():
     interpreter.InterpretedFunction.__call__ = call
 
 
+def pytest_collection_modifyitems(items):
+    """`pytest -m gpu` selects all tests of Triton's kernels where there is a GPU."""
+    for item in items:
+        if torch.cuda.is_available() and "triton" in item.name:
+            item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -177,6 +177,7 @@ def test_triton_leaves_many_slots_to_the_reference():
     hip = HiP(k=2049, block_k=1, block_q=16, window=8)
     q, k = integer_qk((16, 2100), heads=1)
     assert same(on_triton(q, k, hip), reference(q, k, hip))
+    q, k = (x.cuda() if GPU else x for x in (q, k))
     with pytest.raises(ValueError, match="representatives must be 1 or 2, but is 3"):
         torch.ops.sparse_attn.hip_select_triton(q, k, 8, 16, 4, 2, 1, 3, 4, 16, False, True)
 

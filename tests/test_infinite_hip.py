@@ -206,9 +206,10 @@ def test_what_is_out_of_range_is_no_candidate(name):
 @pytest.mark.parametrize("name", OPS)
 def test_bad_arguments_are_named(name):
     op = getattr(torch.ops.sparse_attn, name)
-    q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 1, 20, 8)
-    counts = torch.zeros(1, 1, 2, dtype=torch.int32)
-    indices = torch.zeros(1, 1, 2, 3, dtype=torch.int32)
+    device = DEVICE if name.endswith("triton") else "cpu"
+    q, k = (torch.randn(1, heads, 20, 8, device=device) for heads in (2, 1))
+    counts = torch.zeros(1, 1, 2, dtype=torch.int32, device=device)
+    indices = torch.zeros(1, 1, 2, 3, dtype=torch.int32, device=device)
     sizes = dict(parent=16, chunk=4, slots=2, stride_q=2, block_q=10, sink=0, window=4, behind=0)
 
     def call(counts=counts, indices=indices, **changed):

@@ -286,6 +286,24 @@ def test_kernels_read_within_their_tensors_whatever_lists_say():
         assert all(torch.isfinite(x).all() for x in (out, *gradients))
 
 
+@pytest.mark.skipif(not GPU, reason="a test of a GPU")
+@pytest.mark.parametrize("name", sorted({message.split("[")[0] for _, message in bad_values()}))
+def test_a_gpu_asserts_what_validate_refuses(name):
+    """In processes of their own, as none can use the GPU after a failed assertion."""
+    code = f"""
+import torch
+from sparse_attn import sparse_attention
+from tests.test_layout import bad_values
+layout = next(x for x, message in bad_values() if message.startswith("{name}["))
+q = torch.randn(1, 2, layout.seqlen_q, 16, device="cuda")
+k = torch.randn(1, 2, layout.seqlen_kv, 16, device="cuda")
+sparse_attention(q, k, k, layout.to("cuda"))
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and f"{name}: " in done.stderr + done.stdout
+
+
 def test_where_it_cannot_run():
     q = torch.randn(1, 1, 4, 8)
     assert explain(q, q, q).backend in ("cpu", "reference")

@@ -13,7 +13,9 @@ from . import configs, lists
 from .autotune import Choice
 from .launch import Call, Launch, input_precision, strides
 from .primitives import (
+    LOG2E,
     SIZES,
+    all_visible,
     band_of_rows,
     even_part,
     in_list,
@@ -27,8 +29,9 @@ from .primitives import (
     score_gradients,
     scores,
     store_rows,
+    tile_of_band,
+    tile_of_blocks,
     tile_of_columns,
-    tile_of_keys,
     visible,
 )
 
@@ -41,7 +44,8 @@ def _preprocess_kernel(
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dout * out) - dlse`` of `BLOCK_M` rows, counted over ``[batch, heads,
-    rows]``; and lse, inf where a row saw no key, so that nothing of such rows is ever used.
+    rows]``; and lse in base 2, inf where a row saw no key, so that nothing of such rows is ever
+    used.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < num_states
@@ -59,26 +63,26 @@ def _preprocess_kernel(
     dout = load_rows(dout_ptr, offsets, exists & (idle == 0), HEAD_DIM_V, BLOCK_DV)
     delta = tl.sum(out * dout.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=exists, other=0.0)
     tl.store(delta_ptr + row, delta, mask=exists)
-    tl.store(seen_lse_ptr + row, tl.where(idle, float("inf"), lse), mask=exists)
+    tl.store(seen_lse_ptr + row, tl.where(idle, float("inf"), lse * LOG2E), mask=exists)
 
 
 @triton.jit
 def _rows_step(
-    dq, q, dout, lse, delta, p, keys, full, cache, sink, window, inner_scale, softcap,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    dq, q, dout, lse, delta, p, keys, cache, sink, window, inner_scale, softcap,
+    IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, without the scale, after one more tile of keys."""
-    j, live, is_band = keys
-    k, v = load_keys(j, live, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, 1)
+    j, live, loaded, full = keys
+    k, v = load_keys(j, loaded, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, 1)
     s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     s = scores(s, inner_scale, softcap, SOFTCAP)
     dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
     ds = probabilities(s, lse[:, None]) * (dp - delta[:, None])
     ds = score_gradients(ds, s, softcap, SOFTCAP)
     if not full:
-        seen = visible(p[:, None], j[None, :], live[None, :], sink, window, is_band, IS_CAUSAL)
+        seen = visible(p[:, None], j[None, :], live[None, :], sink, window, IS_BAND, IS_CAUSAL)
         ds = tl.where(seen, ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
 
@@ -105,8 +109,10 @@ def _backward_rows_kernel(
     pack, row_block = locate(tl.program_id(0) // parts, order_ptr, programs, num_row_blocks)
     batch = pack // num_packs
     head = pack % num_packs * PACK
+    begin = row_block * rows_per_block
+    end = tl.minimum(begin + rows_per_block, seqlen_q)
     i, member, exists, first, last = rows_of_tile(
-        row_block, tl.program_id(0) % parts, rows_per_block, seqlen_q, BLOCK_M, PACK
+        begin, end, tl.program_id(0) % parts, BLOCK_M, PACK
     )
     if first > last:
         return
@@ -134,7 +140,6 @@ def _backward_rows_kernel(
     window = load_window(window_ptr, head // window_run)
     band = band_of_rows(p_low, p_high, seqlen_kv, sink, window, BLOCK_N, IS_CAUSAL)
     key_end = band[5]
-    listed_end = band[4]
     blocks_ptr = None
     num_blocks = 0
     if block_counts_ptr is not None:
@@ -142,19 +147,25 @@ def _backward_rows_kernel(
         blocks_ptr, num_blocks = list_of_row(
             block_counts_ptr, block_indices_ptr, list_row, block_width
         )
-        listed_end += tl.cdiv(num_blocks * BLOCK_KV, BLOCK_N)
+        num_blocks = tl.where(key_end > 0, num_blocks, 0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile in range(listed_end):
-        j, live, is_band, full = tile_of_keys(
-            tile, band, p_low, p_high, sink, window, blocks_ptr, num_blocks, num_kv_blocks,
-            BLOCK_N, BLOCK_KV, IS_CAUSAL,
-        )  # fmt: skip
-        keys = (j, live, is_band)
+    for tile in range(band[4]):
+        keys = tile_of_band(tile, band, p_low, p_high, sink, window, BLOCK_N, IS_CAUSAL)
         dq = _rows_step(
-            dq, q, dout, lse, delta, p, keys, full, cache, sink, window, inner_scale, softcap,
+            dq, q, dout, lse, delta, p, keys, cache, sink, window, inner_scale, softcap, True,
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
+    if block_counts_ptr is not None:
+        for tile in range(tl.cdiv(num_blocks * BLOCK_KV, BLOCK_N)):
+            keys = tile_of_blocks(
+                tile, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks, num_kv_blocks,
+                BLOCK_N, BLOCK_KV, IS_CAUSAL,
+            )  # fmt: skip
+            dq = _rows_step(
+                dq, q, dout, lse, delta, p, keys, cache, sink, window, inner_scale, softcap, False,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+            )  # fmt: skip
     if column_counts_ptr is not None:
         list_row = batch * column_batch + head // column_run
         list_row = list_row * column_rows + row_block // blocks_per_group
@@ -166,9 +177,9 @@ def _backward_rows_kernel(
                 tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
                 BLOCK_N, BLOCK_KV, SEARCH_STEPS,
             )  # fmt: skip
-            keys = (j, live, False)
+            keys = (j, live, live, False)
             dq = _rows_step(
-                dq, q, dout, lse, delta, p, keys, False, cache, sink, window, inner_scale, softcap,
+                dq, q, dout, lse, delta, p, keys, cache, sink, window, inner_scale, softcap, False,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
     offsets = state * HEAD_DIM
@@ -177,10 +188,10 @@ def _backward_rows_kernel(
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, j, live, i, member, exists, head, is_band, rows, sink, window,
-    shift, seqlen_q, inner_scale, softcap,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    dk, dv, k, v, j, live, i, member, exists, full, head, rows, sink, window, shift, seqlen_q,
+    inner_scale, softcap,
+    IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, without the scale, and dv after one more tile of rows."""
@@ -190,20 +201,22 @@ def _keys_step(
     state = heads * seqlen_q + row
     lse = tl.load(lse_ptr + state, mask=exists, other=float("inf"))
     delta = tl.load(delta_ptr + state, mask=exists, other=0.0)
-    useful = lse < float("inf")
+    useful = exists if IS_BAND else lse < float("inf")  # rows of the band see some of the keys
     q = load_rows(q_ptr, heads * stride_qh + row * stride_qm, useful, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr, heads * stride_gh + row * stride_gm, useful, HEAD_DIM_V, BLOCK_DV)
     s = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
     s = scores(s, inner_scale, softcap, SOFTCAP)
-    seen = visible(
-        (i + shift)[None, :], j[:, None], live[:, None] & useful[None, :], sink, window, is_band,
-        IS_CAUSAL,
-    )  # fmt: skip
-    p = tl.where(seen, probabilities(s, lse[None, :]), 0.0)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
+    p = probabilities(s, lse[None, :])
     dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
     ds = score_gradients(p * (dp - delta[None, :]), s, softcap, SOFTCAP)
-    ds = tl.where(seen, ds, 0.0)
+    if not full:
+        seen = visible(
+            (i + shift)[None, :], j[:, None], live[:, None] & useful[None, :], sink, window,
+            IS_BAND, IS_CAUSAL,
+        )  # fmt: skip
+        p = tl.where(seen, p, 0.0)
+        ds = tl.where(seen, ds, 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
     return dk, dv
 
@@ -225,8 +238,9 @@ def _band_of_keys(j_low, j_high, shift, seqlen_q, sink, window, IS_CAUSAL: tl.co
 @triton.jit
 def _keys_of_tile(
     index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
-    num_owners, seqlen_kv, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
+    num_owners, num_tiles, num_split_tiles, seqlen_kv,
+    BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keys number `slots` of a tile, and which of them exist; the range that they are from, unless
     they are columns; batch and KV head; and which transposed list is theirs.
@@ -235,6 +249,12 @@ def _keys_of_tile(
         index = tl.load(order_ptr + index)
     tile = index // num_owners
     owner = index % num_owners
+    if order_ptr is None:  # tiles that are not split: owner after owner, to share rows in the cache
+        heavy = num_split_tiles // num_owners
+        rest = index - num_split_tiles
+        others = tl.maximum(num_tiles - heavy, 1)
+        tile = tl.where(rest < 0, tile, heavy + rest % others)
+        owner = tl.where(rest < 0, owner, rest // others)
     batch = owner // num_kv_heads
     kv_head = owner % num_kv_heads
     j_low = 0
@@ -266,7 +286,7 @@ def _backward_keys_kernel(
     active_ptr, offsets_ptr, sources_ptr, bits_ptr, order_ptr,
     sink_run, window_run, block_run, block_batch, block_rows, block_width,
     active_run, active_batch, active_width, list_run, list_batch, list_tiles, blocks_per_entry,
-    num_heads, num_kv_heads, num_owners, seqlen_q, seqlen_kv, rows_per_block, parts,
+    num_heads, num_kv_heads, num_owners, num_tiles, seqlen_q, seqlen_kv, rows_per_block, parts,
     num_split_tiles, num_splits, scale, inner_scale, softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
@@ -294,7 +314,8 @@ def _backward_keys_kernel(
     slots = tl.arange(0, BLOCK_N)
     j, live, j_low, j_end, batch, kv_head, list_tile = _keys_of_tile(
         index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
-        num_owners, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE, TILES_PER_BLOCK,
+        num_owners, num_tiles, num_split_tiles, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE,
+        TILES_PER_BLOCK,
     )  # fmt: skip
     if tl.max(live.to(tl.int32), 0) == 0:
         return
@@ -312,6 +333,7 @@ def _backward_keys_kernel(
     dout_ptr += b * stride_gb
     rows = (q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qh, stride_qm, stride_gh, stride_gm)
     shift = seqlen_kv - seqlen_q
+    all_keys = j_end - j_low == BLOCK_N
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -326,12 +348,17 @@ def _backward_keys_kernel(
             tiles = tl.cdiv(tl.maximum(i_end - i_begin, 0) * PACK, BLOCK_M)
             tile_begin, tile_end = even_part(tiles, split, splits)
             for tile_of_rows in range(tile_begin, tile_end):
-                slot = tile_of_rows * BLOCK_M + tl.arange(0, BLOCK_M)
-                i = i_begin + slot // PACK
+                i, member, exists, first, last = rows_of_tile(
+                    i_begin, i_end, tile_of_rows, BLOCK_M, PACK
+                )
+                full = all_keys & all_visible(
+                    first + shift, last + shift, j_low, j_low + BLOCK_N - 1, sink, window, True,
+                    IS_CAUSAL,
+                )  # fmt: skip
                 dk, dv = _keys_step(
-                    dk, dv, k, v, j, live, i, slot % PACK, i < i_end, head, True, rows, sink,
-                    window, shift, seqlen_q, inner_scale, softcap, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-                    BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+                    dk, dv, k, v, j, live, i, member, exists, full, head, rows, sink, window, shift,
+                    seqlen_q, inner_scale, softcap, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
                 )  # fmt: skip
         if offsets_ptr is not None:
             at = (batch * list_batch + head // list_run).to(tl.int64) * list_tiles + list_tile
@@ -343,13 +370,21 @@ def _backward_keys_kernel(
                 entry = begin + step // per_entry
                 source = tl.load(sources_ptr + entry)
                 row_block = source * blocks_per_entry + step % per_entry // parts
-                i, member, exists, _, _ = rows_of_tile(
-                    row_block, step % parts, rows_per_block, seqlen_q, BLOCK_M, PACK
+                i_begin = row_block * rows_per_block
+                i_end = tl.minimum(i_begin + rows_per_block, seqlen_q)
+                i, member, exists, first, last = rows_of_tile(
+                    i_begin, i_end, step % parts, BLOCK_M, PACK
                 )
                 listed = live
+                full = all_keys & all_visible(
+                    first + shift, last + shift, j_low, j_low + BLOCK_N - 1, sink, window, False,
+                    IS_CAUSAL,
+                )  # fmt: skip
                 if bits_ptr is not None:
                     number = slots if active_ptr is not None else slots // BLOCK_KV
                     bits = tl.load(bits_ptr + entry)
+                    all_bits: tl.constexpr = -1 if BLOCKS_PER_TILE == 64 else 2**BLOCKS_PER_TILE - 1
+                    full = full & (bits == all_bits)
                     listed = live & ((bits >> number.to(tl.int64)) & 1 == 1)
                 if active_ptr is not None and block_counts_ptr is not None:
                     list_row = batch * block_batch + head // block_run
@@ -360,9 +395,9 @@ def _backward_keys_kernel(
                     in_blocks = in_list(blocks_ptr, num_blocks, j // BLOCK_KV, SEARCH_STEPS)
                     listed = listed & (in_blocks == 0)
                 dk, dv = _keys_step(
-                    dk, dv, k, v, j, listed, i, member, exists, head, False, rows, sink, window,
-                    shift, seqlen_q, inner_scale, softcap, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-                    IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+                    dk, dv, k, v, j, listed, i, member, exists, full, head, rows, sink, window,
+                    shift, seqlen_q, inner_scale, softcap, False, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                    BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
                 )  # fmt: skip
 
     offsets = (b * num_kv_heads + h) * seqlen_kv + row
@@ -383,7 +418,8 @@ def _backward_keys_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _sum_kernel(
     partial_dk_ptr, partial_dv_ptr, dk_ptr, dv_ptr, active_ptr, order_ptr,
-    active_run, active_batch, active_width, num_kv_heads, num_owners, seqlen_kv, num_splits,
+    active_run, active_batch, active_width, num_kv_heads, num_owners, num_tiles, num_split_tiles,
+    seqlen_kv, num_splits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
@@ -395,7 +431,8 @@ def _sum_kernel(
     slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j, live, _, _, batch, kv_head, _ = _keys_of_tile(
         index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
-        num_owners, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE, TILES_PER_BLOCK,
+        num_owners, num_tiles, num_split_tiles, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE,
+        TILES_PER_BLOCK,
     )  # fmt: skip
     if tl.max(live.to(tl.int32), 0) == 0:
         return
@@ -426,7 +463,7 @@ def _sizes(call: Call, q: Tensor, v: Tensor) -> dict:
         "PACK": call.pack,
         "GROUP_SIZE": call.group_size,
         "INPUT_PRECISION": input_precision(q.dtype),
-        **call.scores(1.0),
+        **call.scores(),
         "scale": call.scale,
     }
 
@@ -573,6 +610,7 @@ def _keys_launches(
     arguments = arguments | {
         "partial_dk_ptr": partial_dk,
         "partial_dv_ptr": partial_dv,
+        "num_tiles": tiles,
         "num_split_tiles": split_tiles,
         "num_splits": num_splits,
         "offsets_ptr": transposed and transposed.offsets,

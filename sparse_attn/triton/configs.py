@@ -122,7 +122,8 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     if head_dim <= 128:
         stages = 3 if target.has_large_memory else 2
         low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
-        high = [Config(128, block_n, 8, stages), low]
+        num_warps = 4 if irregular and target.capability == (9, 0) else 8
+        high = [Config(128, block_n, num_warps, stages), low]
         return [*high, Config(16, block_n, 4, stages)]
     return [Config(64, 32, 8, 2), Config(16, 32, 4 if irregular else 8, 2)]
 
@@ -146,6 +147,8 @@ def backward_rows(
         if irregular:
             return [Config(64, 32, num_warps, 2)]
         found = [Config(64, 64, num_warps, 2), Config(64, 32, 4, 2)]
+        if target.capability == (9, 0) and head_dim > 64:
+            found = [Config(128, 64, 8, 3), Config(64, 64, 4, 2)]
         return found[1:] if has_softcap and on_blackwell and head_dim > 64 else found
     return [Config(32, 32, 8, 2)]
 
@@ -171,14 +174,14 @@ def backward_keys(
     if head_dim <= 128:
         found = [Config(64, 64, 8, 2), Config(32, 64, 8, 2)]
         if target.capability == (9, 0):
-            found = [Config(32, 64, 8, 2), Config(64, 32, 8, 2)]
+            return [Config(32, 64, 4, 3), Config(64, 64, 4, 2)]
         return (
             found if not short_of_registers and target.warp_size == 32 else [Config(32, 64, 8, 2)]
         )
     return [Config(32, 32, 8, 2)]
 
 
-ROWS_MERGED, WARPS_MERGING = 16, 8
+MAX_SPLITS, WARPS_MERGING = 64, 8
 ROWS_PREPROCESSED = 32
 ROWS_SUMMED = 16
 HEAVY_KEYS = 128  # of each KV head, which every row may see: those of sinks
@@ -190,7 +193,12 @@ def num_splits(programs: int, tiles: int, target: Target) -> int:
     """
     if programs >= target.num_cores:
         return 1
-    return max(1, min(-(-2 * target.num_cores // max(programs, 1)), tiles // 2, 64))
+    return max(1, min(-(-2 * target.num_cores // max(programs, 1)), tiles // 2, MAX_SPLITS))
+
+
+def rows_merged(target: Target) -> int:
+    """The rows whose splits a program merges."""
+    return 16 if target == INTERPRETER else 1
 
 
 def _for_warps(config: Config, target: Target) -> Config:

@@ -11,7 +11,7 @@ from ..reference import empty_out
 from ..varlen import Packing
 from . import configs, lists
 from .autotune import Choice
-from .launch import LOG2E, Call, Launch, input_precision, strides
+from .launch import Call, Launch, input_precision, strides
 from .primitives import (
     SIZES,
     band_of_rows,
@@ -22,32 +22,32 @@ from .primitives import (
     load_rows,
     load_window,
     locate,
-    merge,
     online_softmax,
     rows_of_tile,
     scores,
     sequence,
     store_rows,
+    tile_of_band,
+    tile_of_blocks,
     tile_of_columns,
-    tile_of_keys,
     visible,
 )
 
 
 @triton.jit
 def _step(
-    acc, m_i, l_i, q, p, keys, full, cache, sink, window, inner_scale, softcap,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap,
+    IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state after one more tile of keys."""
-    j, live, is_band = keys
-    k, v = load_keys(j, live, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE)
+    j, live, loaded, full = keys
+    k, v = load_keys(j, loaded, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE)
     s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     s = scores(s, inner_scale, softcap, SOFTCAP)
     if not full:
-        seen = visible(p[:, None], j[None, :], live[None, :], sink, window, is_band, IS_CAUSAL)
+        seen = visible(p[:, None], j[None, :], live[None, :], sink, window, IS_BAND, IS_CAUSAL)
         s = tl.where(seen, s, float("-inf"))
     return online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION)
 
@@ -96,9 +96,9 @@ def _forward_kernel(
         seqlen_kv = tl.minimum(length, seqlen_kv)
         batch_offset = tl.full([], 0, tl.int64)
 
-    i, member, exists, first, last = rows_of_tile(
-        row_block, part, rows_per_block, seqlen_q, BLOCK_M, PACK
-    )
+    begin = row_block * rows_per_block
+    end = tl.minimum(begin + rows_per_block, seqlen_q)
+    i, member, exists, first, last = rows_of_tile(begin, end, part, BLOCK_M, PACK)
     if first > last:
         return
     shift = seqlen_kv - seqlen_q
@@ -131,6 +131,7 @@ def _forward_kernel(
         blocks_ptr, num_blocks = list_of_row(
             block_counts_ptr, block_indices_ptr, list_row, block_width
         )
+        num_blocks = tl.where(key_end > 0, num_blocks, 0)
         listed_end = band_tiles + tl.cdiv(num_blocks * BLOCK_KV, BLOCK_N)
         tiles = listed_end
     if column_counts_ptr is not None:
@@ -146,25 +147,32 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(tile_begin, tl.minimum(tile_end, listed_end)):
-        j, live, is_band, full = tile_of_keys(
-            tile, band, p_low, p_high, sink, window, blocks_ptr, num_blocks, num_kv_blocks,
-            BLOCK_N, BLOCK_KV, IS_CAUSAL,
-        )  # fmt: skip
-        keys = (j, live, is_band)
+    for tile in range(tile_begin, tl.minimum(tile_end, band_tiles)):
+        keys = tile_of_band(tile, band, p_low, p_high, sink, window, BLOCK_N, IS_CAUSAL)
         acc, m_i, l_i = _step(
-            acc, m_i, l_i, q, p, keys, full, cache, sink, window, inner_scale, softcap,
+            acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, True,
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
+    if block_counts_ptr is not None:
+        for tile in range(tl.maximum(tile_begin, band_tiles), tl.minimum(tile_end, listed_end)):
+            keys = tile_of_blocks(
+                tile - band_tiles, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks,
+                num_kv_blocks, BLOCK_N, BLOCK_KV, IS_CAUSAL,
+            )  # fmt: skip
+            acc, m_i, l_i = _step(
+                acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, False,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP,
+                INPUT_PRECISION,
+            )  # fmt: skip
     if column_counts_ptr is not None:
         for tile in tl.range(tl.maximum(tile_begin, listed_end), tile_end, num_stages=1):
             j, live = tile_of_columns(
                 tile - listed_end, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr,
                 num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS,
             )  # fmt: skip
-            keys = (j, live, False)
+            keys = (j, live, live, False)
             acc, m_i, l_i = _step(
-                acc, m_i, l_i, q, p, keys, False, cache, sink, window, inner_scale, softcap,
+                acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, False,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP,
                 INPUT_PRECISION,
             )  # fmt: skip
@@ -190,21 +198,26 @@ def _merge_kernel(
     partial_acc_ptr, partial_m_ptr, partial_l_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_ob, stride_oh, stride_om, num_heads, num_rows, num_splits, num_states,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out and lse of `BLOCK_M` rows, counted over ``[batch, heads, rows]``, from the states of all
-    splits.
+    splits, at most `SPLITS`.
     """
     state = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = state < num_states
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(num_splits):
-        offsets = tl.full([], num_states, tl.int64) * split + state
-        other_m = tl.load(partial_m_ptr + offsets, mask=exists, other=float("-inf"))
-        other_l = tl.load(partial_l_ptr + offsets, mask=exists, other=0.0)
-        other = load_rows(partial_acc_ptr, offsets * HEAD_DIM_V, exists, HEAD_DIM_V, BLOCK_DV)
-        acc, m_i, l_i = merge(acc, m_i, l_i, other, other_m, other_l)
+    split = tl.arange(0, SPLITS)
+    live = exists[:, None] & (split < num_splits)[None, :]
+    offsets = split[None, :] * tl.full([], num_states, tl.int64) + state[:, None]
+    m = tl.load(partial_m_ptr + offsets, mask=live, other=float("-inf"))
+    l = tl.load(partial_l_ptr + offsets, mask=live, other=0.0)
+    m_i = tl.max(m, 1)
+    weights = tl.exp2(m - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
+    l_i = tl.sum(weights * l, 1)
+    columns = tl.arange(0, BLOCK_DV)
+    mask = live[:, :, None] & (columns < HEAD_DIM_V)[None, None, :]
+    offsets = offsets[:, :, None] * HEAD_DIM_V + columns[None, None, :]
+    acc = tl.load(partial_acc_ptr + offsets, mask=mask, other=0.0)
+    acc = tl.sum(acc * weights[:, :, None], 1)
     head = state // num_rows % num_heads
     sink_logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if sinks_ptr is not None:
@@ -282,7 +295,7 @@ def steps(
         "total_q": q.shape[0],
         "total_kv": k.shape[0],
         "num_states": lse.numel(),
-        **call.scores(LOG2E),
+        **call.scores(),
         "HEAD_DIM": q.shape[-1],
         "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": dims[0],
@@ -322,7 +335,7 @@ def steps(
         found = [Launch(_forward_kernel, grid, arguments, *options)]
         if num_splits > 1:
             limit = configs.max_registers(q.dtype, configs.WARPS_MERGING, target)
-            found.append(_merge(arguments, rows, limit))
+            found.append(_merge(arguments, rows, limit, target))
         return found
 
     is_paged = packing is not None and packing.block_table is not None
@@ -333,12 +346,13 @@ def steps(
     return [Choice(kind, candidates, build)], (out, lse)
 
 
-def _merge(forward: dict, rows: int, max_registers: int | None) -> Launch:
+def _merge(forward: dict, rows: int, max_registers: int | None, target: configs.Target) -> Launch:
     """The launch that merges the states of `forward`, given its arguments."""
     names = ("partial_acc_ptr", "partial_m_ptr", "partial_l_ptr", "out_ptr", "lse_ptr")
     names += ("sinks_ptr", "stride_ob", "stride_oh", "stride_om", "num_heads", "num_splits")
     names += ("num_states", "HEAD_DIM_V", "BLOCK_DV")
     arguments = {name: forward[name] for name in names}
-    arguments |= {"num_rows": rows, "BLOCK_M": configs.ROWS_MERGED}
-    grid = (-(-forward["num_states"] // configs.ROWS_MERGED),)
+    block_m = configs.rows_merged(target)
+    arguments |= {"num_rows": rows, "BLOCK_M": block_m, "SPLITS": configs.MAX_SPLITS}
+    grid = (-(-forward["num_states"] // block_m),)
     return Launch(_merge_kernel, grid, arguments, configs.WARPS_MERGING, 1, max_registers)

@@ -141,12 +141,12 @@ class Call:
         """What products are multiplied by, before the softcap if there is one."""
         return self.scale / self.softcap if self.softcap > 0 else self.scale
 
-    def scores(self, base: float) -> dict[str, Any]:
-        """The arguments of `scores`, which then gives them times `base`."""
-        inner = self.inner_scale if self.softcap > 0 else self.inner_scale * base
+    def scores(self) -> dict[str, Any]:
+        """The arguments of `scores`, which then gives them in base 2."""
+        inner = self.inner_scale if self.softcap > 0 else self.inner_scale * LOG2E
         return {
             "inner_scale": inner,
-            "softcap": self.softcap * base,
+            "softcap": self.softcap * LOG2E,
             "SOFTCAP": self.softcap > 0,
             "IS_CAUSAL": self.is_causal,
         }

@@ -18,8 +18,8 @@ NO_LIMIT = tl.constexpr(2**30)
 SIZES = (
     "num_kv_blocks", "block_rows", "block_width", "column_rows", "column_width", "active_width",
     "list_tiles", "num_rows", "num_pages", "pages_per_sequence", "seqlen_q", "seqlen_kv", "total_q",
-    "total_kv", "num_row_blocks", "rows_per_block", "parts", "num_owners", "num_splits",
-    "num_states", "num_split_tiles",
+    "total_kv", "num_row_blocks", "rows_per_block", "parts", "num_owners", "num_tiles",
+    "num_splits", "num_states", "num_split_tiles",
 )  # fmt: skip
 
 
@@ -81,27 +81,26 @@ def sequence(ends_ptr, batch, total):
 
 @triton.jit
 def locate(index, order_ptr, num_packs, num_row_blocks):
-    """The pack of heads, counted over the batch, and the row block of a program; the last rows come
-    first, unless an order of indices is given.
+    """The pack of heads, counted over the batch, and the row block of a program: pack after pack,
+    so that programs at work share keys in the cache, and the last rows first; or in the order of a
+    tensor, which counts packs first.
     """
-    if order_ptr is not None:
+    if order_ptr is None:
+        return index // num_row_blocks, num_row_blocks - 1 - index % num_row_blocks
+    else:
         index = tl.load(order_ptr + index)
-    return index % num_packs, num_row_blocks - 1 - index // num_packs
+        return index % num_packs, num_row_blocks - 1 - index // num_packs
 
 
 @triton.jit
-def rows_of_tile(
-    row_block, part, rows_per_block, seqlen_q, BLOCK_M: tl.constexpr, PACK: tl.constexpr
-):
-    """The rows of a tile, the head of each within its pack, which of them exist, and the first and
-    the last one (less than the first if there is none).
+def rows_of_tile(begin, end, part, BLOCK_M: tl.constexpr, PACK: tl.constexpr):
+    """Of the rows `begin` to `end` those of a tile, the head of each within its pack, which of them
+    exist, and the first and the last one (less than the first if there is none).
     """
     slots = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin = row_block * rows_per_block
-    end = tl.minimum(begin + rows_per_block, seqlen_q)
     rows = begin + slots // PACK
-    last = begin + (part * BLOCK_M + BLOCK_M - 1) // PACK
     first = begin + part * BLOCK_M // PACK
+    last = begin + (part * BLOCK_M + BLOCK_M - 1) // PACK
     return rows, slots % PACK, rows < end, first, tl.minimum(last, end - 1)
 
 
@@ -164,11 +163,15 @@ def in_band(p, j, sink, window, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def visible(p, j, live, sink, window, is_band, IS_CAUSAL: tl.constexpr):
+def visible(p, j, live, sink, window, IS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr):
     """The pairs that a tile accounts for: those of the band in a tile of the band, all others in a
     tile of a list, so that no pair counts twice.
     """
-    seen = live & (in_band(p, j, sink, window, IS_CAUSAL) == is_band)
+    seen = in_band(p, j, sink, window, IS_CAUSAL)
+    if IS_BAND:
+        seen = live & seen
+    else:
+        seen = live & (seen == 0)
     if IS_CAUSAL:
         seen = seen & (j <= p)
     return seen
@@ -200,63 +203,61 @@ def band_of_rows(
 
 
 @triton.jit
-def all_visible(p_low, p_high, j_low, j_high, sink, window, is_band, IS_CAUSAL: tl.constexpr):
+def all_visible(
+    p_low, p_high, j_low, j_high, sink, window, IS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr
+):
     """Whether `visible` holds for every row and key of two ranges, so that no mask is needed."""
-    if IS_CAUSAL:
-        near = p_high - j_low < window
-        far = p_low - j_high >= window
+    if IS_BAND:
+        farthest = p_high - j_low if IS_CAUSAL else tl.maximum(p_high - j_low, j_high - p_low)
+        everything = (j_high < sink) | (farthest < window)
     else:
-        near = tl.maximum(p_high - j_low, j_high - p_low) < window
-        far = tl.maximum(p_low - j_high, j_low - p_high) >= window
-    everything = tl.where(is_band, (j_high < sink) | near, (j_low >= sink) & far)
+        nearest = p_low - j_high if IS_CAUSAL else tl.maximum(p_low - j_high, j_low - p_high)
+        everything = (j_low >= sink) & (nearest >= window)
     if IS_CAUSAL:
         everything = everything & (j_high <= p_low)
     return everything
 
 
 @triton.jit
-def tile_of_keys(
-    tile, band, p_low, p_high, sink, window, blocks_ptr, num_blocks, num_kv_blocks,
+def tile_of_band(
+    tile, band, p_low, p_high, sink, window, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr
+):
+    """The keys of a tile of the walk over sink and window; which of them count, and which are to be
+    loaded: all, since those behind the last one repeat it; and whether every row sees every key.
+    """
+    sink_end, window_begin, window_end, sink_tiles, _, _ = band
+    in_sink = tile < sink_tiles
+    first = tl.where(in_sink, tile * BLOCK_N, window_begin + (tile - sink_tiles) * BLOCK_N)
+    end = tl.where(in_sink, sink_end, window_end)
+    j = first + tl.arange(0, BLOCK_N)
+    last = first + BLOCK_N - 1
+    full = (last < end) & all_visible(p_low, p_high, first, last, sink, window, True, IS_CAUSAL)
+    return tl.minimum(j, end - 1), j < end, tl.full([BLOCK_N], True, tl.int1), full
+
+
+@triton.jit
+def tile_of_blocks(
+    tile, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks, num_kv_blocks,
     BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a tile of the walk over sink, window and listed blocks.
-
-    Returns the keys, which of them exist, whether the tile belongs to the band, and whether every
-    row sees every key.
-    """
-    sink_end, window_begin, window_end, sink_tiles, band_tiles, key_end = band
+    """The same of a tile of the walk over listed blocks, where `key_end` is positive."""
     slots = tl.arange(0, BLOCK_N)
-    is_band = tile < band_tiles
-    first = tl.where(
-        tile < sink_tiles, tile * BLOCK_N, window_begin + (tile - sink_tiles) * BLOCK_N
-    )
-    end = tl.where(tile < sink_tiles, sink_end, window_end)
-    if blocks_ptr is None:
+    if BLOCK_KV % BLOCK_N == 0:
+        first, exists = listed_keys(blocks_ptr, num_blocks, tile * BLOCK_N, num_kv_blocks, BLOCK_KV)
+        exists = exists & (first < key_end)
         j = first + slots
-        live = j < end
-        full = first + BLOCK_N <= end
-    elif BLOCK_KV % BLOCK_N == 0:
-        slot = tl.maximum(tile - band_tiles, 0) * BLOCK_N
-        listed, exists = listed_keys(
-            blocks_ptr, tl.where(is_band, 0, num_blocks), slot, num_kv_blocks, BLOCK_KV
-        )
-        first = tl.where(is_band, first, listed)
-        end = tl.where(is_band, end, tl.where(exists, key_end, 0))
-        j = first + slots
-        live = j < end
-        full = first + BLOCK_N <= end
+        live = exists & (j < key_end)
+        last = first + BLOCK_N - 1
+        full = exists & (last < key_end)
+        full = full & all_visible(p_low, p_high, first, last, sink, window, False, IS_CAUSAL)
+        j = tl.minimum(j, key_end - 1)
+        return j, live, tl.full([BLOCK_N], False, tl.int1) | exists, full
     else:
-        listed, exists = listed_keys(
-            blocks_ptr, tl.where(is_band, 0, num_blocks),
-            tl.maximum(tile - band_tiles, 0) * BLOCK_N + slots, num_kv_blocks, BLOCK_KV,
-        )  # fmt: skip
-        j = tl.where(is_band, first + slots, listed)
-        live = tl.where(is_band, j < end, exists & (j < key_end))
-        full = is_band & (first + BLOCK_N <= end)
-    full = full & all_visible(
-        p_low, p_high, first, first + BLOCK_N - 1, sink, window, is_band, IS_CAUSAL
-    )
-    return j, live, is_band, full
+        j, exists = listed_keys(
+            blocks_ptr, num_blocks, tile * BLOCK_N + slots, num_kv_blocks, BLOCK_KV
+        )
+        live = exists & (j < key_end)
+        return j, live, live, False
 
 
 @triton.jit
@@ -264,7 +265,7 @@ def tile_of_columns(
     tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
     BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a tile of the list of columns, and which of them exist in no listed block."""
+    """The keys of a tile of the list of columns, and which of them lie in no listed block."""
     slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     j, live = listed_keys(columns_ptr, num_columns, slots, seqlen_kv, 1)
     live = live & (j < key_end)
@@ -286,7 +287,7 @@ def tanh(x):
 
 @triton.jit
 def scores(qk, inner_scale, softcap, SOFTCAP: tl.constexpr):
-    """``inner_scale * qk``, or ``softcap * tanh(inner_scale * qk)``."""
+    """``inner_scale * qk``, or ``softcap * tanh(inner_scale * qk)``, in base 2."""
     s = inner_scale * qk
     if SOFTCAP:
         s = softcap * tanh(s)
@@ -308,16 +309,6 @@ def online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def merge(acc, m_i, l_i, other_acc, other_m, other_l):
-    """The state of two disjoint sets of keys."""
-    m_new = tl.maximum(m_i, other_m)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m_i - m_safe)
-    beta = tl.exp2(other_m - m_safe)
-    return acc * alpha[:, None] + other_acc * beta[:, None], m_new, l_i * alpha + other_l * beta
-
-
-@triton.jit
 def finish(acc, m_i, l_i, sink_logit):
     """``(out, lse)`` of a state, with the sink logit (or -inf) in the softmax denominator."""
     m_new = tl.maximum(m_i, sink_logit * LOG2E)
@@ -331,8 +322,8 @@ def finish(acc, m_i, l_i, sink_logit):
 
 @triton.jit
 def probabilities(s, lse):
-    """``exp(s - lse)`` of natural scores; rows without keys have lse inf."""
-    return tl.exp2((s - lse) * LOG2E)
+    """``2**(s - lse)``, both in base 2; rows without keys have lse inf."""
+    return tl.exp2(s - lse)
 
 
 @triton.jit
