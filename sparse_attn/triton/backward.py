@@ -30,8 +30,8 @@ from .primitives import (
     scores,
     store_rows,
     tile_of_band,
-    tile_of_blocks,
     tile_of_columns,
+    tile_of_list,
     visible,
 )
 
@@ -158,7 +158,7 @@ def _backward_rows_kernel(
         )  # fmt: skip
     if block_counts_ptr is not None:
         for tile in range(tl.cdiv(num_blocks * BLOCK_KV, BLOCK_N)):
-            keys = tile_of_blocks(
+            keys = tile_of_list(
                 tile, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks, num_kv_blocks,
                 BLOCK_N, BLOCK_KV, IS_CAUSAL,
             )  # fmt: skip
@@ -173,11 +173,10 @@ def _backward_rows_kernel(
             column_counts_ptr, column_indices_ptr, list_row, column_width
         )
         for tile in tl.range(tl.cdiv(num_columns, BLOCK_N), num_stages=1):
-            j, live = tile_of_columns(
-                tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
-                BLOCK_N, BLOCK_KV, SEARCH_STEPS,
+            keys = tile_of_columns(
+                tile, p_low, p_high, sink, window, key_end, columns_ptr, num_columns, seqlen_kv,
+                blocks_ptr, num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL,
             )  # fmt: skip
-            keys = (j, live, live, False)
             dq = _rows_step(
                 dq, q, dout, lse, delta, p, keys, cache, sink, window, inner_scale, softcap, False,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
@@ -238,9 +237,8 @@ def _band_of_keys(j_low, j_high, shift, seqlen_q, sink, window, IS_CAUSAL: tl.co
 @triton.jit
 def _keys_of_tile(
     index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
-    num_owners, num_tiles, num_split_tiles, seqlen_kv,
-    BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
-    TILES_PER_BLOCK: tl.constexpr,
+    num_owners, seqlen_kv, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keys number `slots` of a tile, and which of them exist; the range that they are from, unless
     they are columns; batch and KV head; and which transposed list is theirs.
@@ -249,12 +247,6 @@ def _keys_of_tile(
         index = tl.load(order_ptr + index)
     tile = index // num_owners
     owner = index % num_owners
-    if order_ptr is None:  # tiles that are not split: owner after owner, to share rows in the cache
-        heavy = num_split_tiles // num_owners
-        rest = index - num_split_tiles
-        others = tl.maximum(num_tiles - heavy, 1)
-        tile = tl.where(rest < 0, tile, heavy + rest % others)
-        owner = tl.where(rest < 0, owner, rest // others)
     batch = owner // num_kv_heads
     kv_head = owner % num_kv_heads
     j_low = 0
@@ -286,7 +278,7 @@ def _backward_keys_kernel(
     active_ptr, offsets_ptr, sources_ptr, bits_ptr, order_ptr,
     sink_run, window_run, block_run, block_batch, block_rows, block_width,
     active_run, active_batch, active_width, list_run, list_batch, list_tiles, blocks_per_entry,
-    num_heads, num_kv_heads, num_owners, num_tiles, seqlen_q, seqlen_kv, rows_per_block, parts,
+    num_heads, num_kv_heads, num_owners, seqlen_q, seqlen_kv, rows_per_block, parts,
     num_split_tiles, num_splits, scale, inner_scale, softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
@@ -314,8 +306,7 @@ def _backward_keys_kernel(
     slots = tl.arange(0, BLOCK_N)
     j, live, j_low, j_end, batch, kv_head, list_tile = _keys_of_tile(
         index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
-        num_owners, num_tiles, num_split_tiles, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE,
-        TILES_PER_BLOCK,
+        num_owners, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE, TILES_PER_BLOCK,
     )  # fmt: skip
     if tl.max(live.to(tl.int32), 0) == 0:
         return
@@ -418,8 +409,7 @@ def _backward_keys_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _sum_kernel(
     partial_dk_ptr, partial_dv_ptr, dk_ptr, dv_ptr, active_ptr, order_ptr,
-    active_run, active_batch, active_width, num_kv_heads, num_owners, num_tiles, num_split_tiles,
-    seqlen_kv, num_splits,
+    active_run, active_batch, active_width, num_kv_heads, num_owners, seqlen_kv, num_splits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
@@ -431,8 +421,7 @@ def _sum_kernel(
     slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j, live, _, _, batch, kv_head, _ = _keys_of_tile(
         index, slots, order_ptr, active_ptr, active_run, active_batch, active_width, num_kv_heads,
-        num_owners, num_tiles, num_split_tiles, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE,
-        TILES_PER_BLOCK,
+        num_owners, seqlen_kv, BLOCK_N, BLOCK_KV, BLOCKS_PER_TILE, TILES_PER_BLOCK,
     )  # fmt: skip
     if tl.max(live.to(tl.int32), 0) == 0:
         return
@@ -610,7 +599,6 @@ def _keys_launches(
     arguments = arguments | {
         "partial_dk_ptr": partial_dk,
         "partial_dv_ptr": partial_dv,
-        "num_tiles": tiles,
         "num_split_tiles": split_tiles,
         "num_splits": num_splits,
         "offsets_ptr": transposed and transposed.offsets,

@@ -12,7 +12,7 @@ import torch
 
 from ..layout import BlockLayout
 from ..varlen import Packing
-from . import DTYPES, backward, forward, hip, infinite_hip
+from . import DTYPES, backward, forward, hip, infinite_hip, lists, prepare
 from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
@@ -78,7 +78,7 @@ def _described(name: str, launch: Launch) -> CompileCase:
 
 
 def _layout(kind: str, rows: int, keys: int) -> BlockLayout:
-    def lists(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def counts_and_indices(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (1, 8, rows)
         return (
             torch.empty(shape, dtype=torch.int32, device="meta"),
@@ -92,8 +92,8 @@ def _layout(kind: str, rows: int, keys: int) -> BlockLayout:
     if not block:
         return BlockLayout((rows, keys), per_head, per_head)
     num_rows = -(-rows // block[0])
-    columns = (None, None) if kind == "blocks" else lists(num_rows, 64)
-    blocks = lists(num_rows, 32)
+    columns = (None, None) if kind == "blocks" else counts_and_indices(num_rows, 64)
+    blocks = counts_and_indices(num_rows, 32)
     return BlockLayout((rows, keys), per_head, per_head, block, *blocks, *columns)
 
 
@@ -153,7 +153,22 @@ def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[
                 if key not in seen:
                     seen.add(key)
                     yield case
+    yield from _preparations()
     yield from _selectors(target)
+
+
+def _preparations() -> Iterator[CompileCase]:
+    """What runs before the kernels, on what both kinds of lists need."""
+    layout = _layout("small blocks and columns", 4096, 4096)
+    ends = torch.empty(3, dtype=torch.int32, device="meta")
+    for name, packing in (("lists", None), ("lists of packed sequences", Packing(ends, ends))):
+        (launch,), _ = prepare.launches(layout, packing, (8192, 8192), True)
+        yield _described(name, launch)
+    for per_tile in (1, 4):
+        counts, indices = layout.kv_num_blocks, layout.kv_indices
+        yield _described(
+            f"{per_tile} a tile", lists.pairs(counts, indices, layout.num_kv_blocks, per_tile)
+        )
 
 
 HIP = {

@@ -124,6 +124,8 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
         low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
         num_warps = 4 if irregular and target.capability == (9, 0) else 8
         high = [Config(128, block_n, num_warps, stages), low]
+        if target.capability == (9, 0) and not irregular:
+            high.insert(1, Config(128, block_n, 8, 2))
         return [*high, Config(16, block_n, 4, stages)]
     return [Config(64, 32, 8, 2), Config(16, 32, 4 if irregular else 8, 2)]
 
@@ -147,8 +149,10 @@ def backward_rows(
         if irregular:
             return [Config(64, 32, num_warps, 2)]
         found = [Config(64, 64, num_warps, 2), Config(64, 32, 4, 2)]
-        if target.capability == (9, 0) and head_dim > 64:
-            found = [Config(128, 64, 8, 3), Config(64, 64, 4, 2)]
+        if target.capability == (9, 0):
+            found = [Config(64, 64, 4, 3), Config(128, 64, 4, 3)]
+            if head_dim > 64:
+                found = [Config(128, 64, 8, 3), Config(64, 64, 4, 2)]
         return found[1:] if has_softcap and on_blackwell and head_dim > 64 else found
     return [Config(32, 32, 8, 2)]
 

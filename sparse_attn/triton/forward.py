@@ -28,8 +28,8 @@ from .primitives import (
     sequence,
     store_rows,
     tile_of_band,
-    tile_of_blocks,
     tile_of_columns,
+    tile_of_list,
     visible,
 )
 
@@ -155,7 +155,7 @@ def _forward_kernel(
         )  # fmt: skip
     if block_counts_ptr is not None:
         for tile in range(tl.maximum(tile_begin, band_tiles), tl.minimum(tile_end, listed_end)):
-            keys = tile_of_blocks(
+            keys = tile_of_list(
                 tile - band_tiles, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks,
                 num_kv_blocks, BLOCK_N, BLOCK_KV, IS_CAUSAL,
             )  # fmt: skip
@@ -166,11 +166,10 @@ def _forward_kernel(
             )  # fmt: skip
     if column_counts_ptr is not None:
         for tile in tl.range(tl.maximum(tile_begin, listed_end), tile_end, num_stages=1):
-            j, live = tile_of_columns(
-                tile - listed_end, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr,
-                num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS,
+            keys = tile_of_columns(
+                tile - listed_end, p_low, p_high, sink, window, key_end, columns_ptr, num_columns,
+                seqlen_kv, blocks_ptr, num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL,
             )  # fmt: skip
-            keys = (j, live, live, False)
             acc, m_i, l_i = _step(
                 acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, False,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP,

@@ -1,5 +1,5 @@
-"""What the kernels need to know about a layout's lists, in plain torch and without waiting for the
-device: in which order to run tiles, and for each key who lists it.
+"""What the kernels need to know about a layout's lists, without waiting for the device: in which
+order to run tiles, and for each key who lists it.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..layout import BlockLayout
 from ..layout_algebra import listed, spread_heads
 from ..varlen import Packing
-from .launch import Call
+from .launch import Call, Launch
 
 _NO_LIMIT = 2**30
 
@@ -89,38 +91,74 @@ class Transposed:
     shape: tuple[int, int, int]
 
 
-def transpose(targets: Tensor, valid: Tensor, num_targets: int, per_tile: int) -> Transposed:
-    """Who lists what, from lists ``targets [batch, heads, rows, width]``; no more than 64 targets
-    a tile.
+@triton.jit(do_not_specialize=("num_lists", "list_rows", "width", "num_targets", "num_tiles"))
+def _pairs_kernel(
+    counts_ptr, targets_ptr, pairs_ptr, num_lists, list_rows, width, num_targets, num_tiles,
+    PER_TILE: tl.constexpr, LISTS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """For each entry of some lists a number by which sorting brings together, for each tile of
+    targets, the lists that name any; for what is no entry a number that no other reaches.
     """
+    number = tl.program_id(0) * LISTS + tl.arange(0, LISTS)[:, None]
+    entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)[None, :]
+    exists = (number < num_lists) & (entry < width)
+    count = tl.load(counts_ptr + number, mask=number < num_lists, other=0)
+    at = number.to(tl.int64) * width + entry
+    target = tl.load(targets_ptr + at, mask=exists, other=0)
+    valid = (entry < count) & (target >= 0) & (target < num_targets)
+    tile = (number // list_rows).to(tl.int64) * num_tiles + target // PER_TILE
+    pair = (tile * list_rows + number % list_rows) * PER_TILE + target % PER_TILE
+    nothing = tl.full([], num_lists, tl.int64) * num_tiles * PER_TILE
+    tl.store(pairs_ptr + at, tl.where(valid, pair, nothing), mask=exists)
+
+
+def pairs(counts: Tensor, targets: Tensor, num_targets: int, per_tile: int) -> Launch:
+    """The launch that numbers the entries of lists ``[batch, heads, rows]`` and ``targets [batch,
+    heads, rows, width]``, in its argument `pairs_ptr`.
+    """
+    arguments = {
+        "counts_ptr": counts.contiguous(),
+        "targets_ptr": targets.contiguous(),
+        "pairs_ptr": torch.empty(targets.shape, dtype=torch.int64, device=targets.device),
+        "num_lists": counts.numel(),
+        "list_rows": targets.shape[2],
+        "width": targets.shape[3],
+        "num_targets": num_targets,
+        "num_tiles": -(-num_targets // per_tile),
+        "PER_TILE": per_tile,
+        "LISTS": 16,
+        "ENTRIES": 128,
+    }
+    grid = (-(-counts.numel() // 16), -(-targets.shape[3] // 128))
+    return Launch(_pairs_kernel, grid, arguments, 4, 1)
+
+
+def transpose(counts: Tensor, targets: Tensor, num_targets: int, per_tile: int) -> Transposed:
+    """Who lists what, no more than 64 targets a tile; targets that do not exist are left out."""
     batch, heads, rows, _ = targets.shape
     tiles = -(-num_targets // per_tile)
-    device = targets.device
-    lists = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    source = torch.arange(rows, device=device)[:, None]
-    targets = targets.long()
-    keys = ((lists * tiles + targets // per_tile) * rows + source) * per_tile + targets % per_tile
-    nothing = batch * heads * tiles * rows * per_tile
-    keys = torch.where(valid, keys, nothing).flatten().sort().values
-    pairs, bits = keys // per_tile, None
+    launch = pairs(counts, targets, num_targets, per_tile)
+    if targets.device.type != "meta":  # without a device kernels are described, not run
+        launch()
+    keys = launch.arguments["pairs_ptr"]
+    keys = keys.flatten().sort().values
+    found, bits = keys, None
     if per_tile > 1:
-        first = torch.ones_like(pairs, dtype=torch.bool)
-        first[1:] = pairs[1:] != pairs[:-1]
+        found = keys // per_tile
+        first = torch.ones_like(found, dtype=torch.bool)
+        first[1:] = found[1:] != found[:-1]
         slots = first.cumsum(0) - 1
-        bits = torch.zeros_like(pairs).scatter_add_(0, slots, 1 << keys % per_tile)
-        pairs = torch.full_like(pairs, nothing // per_tile).scatter_(0, slots, pairs)
-    begins = torch.arange(batch * heads * tiles + 1, device=device) * rows
-    offsets = torch.searchsorted(pairs, begins)
-    return Transposed(offsets, (pairs % max(rows, 1)).int(), bits, (batch, heads, tiles))
+        bits = torch.zeros_like(found).scatter_add_(0, slots, 1 << keys % per_tile)
+        found = torch.full_like(found, counts.numel() * tiles).scatter_(0, slots, found)
+    begins = torch.arange(batch * heads * tiles + 1, device=targets.device) * rows
+    offsets = torch.searchsorted(found, begins)
+    return Transposed(offsets, (found % max(rows, 1)).int(), bits, (batch, heads, tiles))
 
 
 def transposed_blocks(call: Call, blocks_per_tile: int) -> Transposed:
     """For each tile of `blocks_per_tile` key blocks the query blocks that list any of them."""
     layout = call.layout
-    indices = layout.kv_indices
-    valid = listed(layout.kv_num_blocks, indices)
-    valid = valid & (indices >= 0) & (indices < layout.num_kv_blocks)
-    return transpose(indices, valid, layout.num_kv_blocks, blocks_per_tile)
+    return transpose(layout.kv_num_blocks, layout.kv_indices, layout.num_kv_blocks, blocks_per_tile)
 
 
 def transposed_columns(call: Call, keys_per_tile: int) -> tuple[Tensor, Transposed]:
@@ -151,8 +189,8 @@ def transposed_columns(call: Call, keys_per_tile: int) -> tuple[Tensor, Transpos
     keys = torch.full((*active.shape[:2], width + 1), -1, dtype=torch.int32, device=layout.device)
     every = torch.arange(seqlen_kv + 1, dtype=torch.int32, device=layout.device)
     keys.scatter_(-1, torch.where(active, rank, width), every.expand(active.shape))
-    targets = rank.gather(-1, by_owner).view_as(columns)
-    return keys[..., :width].contiguous(), transpose(targets, valid, width, keys_per_tile)
+    targets = torch.where(valid, rank.gather(-1, by_owner).view_as(columns), -1).int()
+    return keys[..., :width].contiguous(), transpose(counts, targets, width, keys_per_tile)
 
 
 def order_of_keys(

@@ -15,6 +15,10 @@ from .launch import Launch
 from .primitives import SIZES, sequence
 
 LISTS, ENTRIES = 16, 128
+COUNTS = (
+    "num_sinks", "num_windows", "num_block_lists", "block_batch", "block_kv", "num_column_lists",
+    "column_batch", "rows_per_group", "num_sequences",
+)  # fmt: skip
 
 
 @triton.jit
@@ -100,7 +104,7 @@ def _check_limits(ptr, size, low, NAME: tl.constexpr):
             tl.device_assert(x >= low, "window: less than -1")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, *COUNTS))
 def _prepare_kernel(
     sink_ptr, window_ptr, num_sinks, num_windows,
     block_counts_ptr, block_indices_ptr, block_ends_ptr, num_block_lists, block_batch, block_rows,

@@ -18,8 +18,8 @@ NO_LIMIT = tl.constexpr(2**30)
 SIZES = (
     "num_kv_blocks", "block_rows", "block_width", "column_rows", "column_width", "active_width",
     "list_tiles", "num_rows", "num_pages", "pages_per_sequence", "seqlen_q", "seqlen_kv", "total_q",
-    "total_kv", "num_row_blocks", "rows_per_block", "parts", "num_owners", "num_tiles",
-    "num_splits", "num_states", "num_split_tiles",
+    "total_kv", "num_row_blocks", "rows_per_block", "parts", "num_owners", "num_splits",
+    "num_states", "num_split_tiles",
 )  # fmt: skip
 
 
@@ -236,42 +236,51 @@ def tile_of_band(
 
 
 @triton.jit
-def tile_of_blocks(
-    tile, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks, num_kv_blocks,
-    BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, IS_CAUSAL: tl.constexpr,
+def tile_of_list(
+    tile, p_low, p_high, sink, window, key_end, indices_ptr, count, limit,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The same of a tile of the walk over listed blocks, where `key_end` is positive."""
+    """The same of a tile of the walk over a list of blocks or, with a block size of 1, of keys;
+    `key_end` is positive.
+    """
+    slot = tile * BLOCK_N
     slots = tl.arange(0, BLOCK_N)
-    if BLOCK_KV % BLOCK_N == 0:
-        first, exists = listed_keys(blocks_ptr, num_blocks, tile * BLOCK_N, num_kv_blocks, BLOCK_KV)
+    first, exists = listed_keys(indices_ptr, count, slot, limit, BLOCK_SIZE)
+    if BLOCK_SIZE % BLOCK_N == 0:
         exists = exists & (first < key_end)
+        last = first + BLOCK_N - 1
         j = first + slots
         live = exists & (j < key_end)
-        last = first + BLOCK_N - 1
-        full = exists & (last < key_end)
-        full = full & all_visible(p_low, p_high, first, last, sink, window, False, IS_CAUSAL)
+        loaded = tl.full([BLOCK_N], False, tl.int1) | exists
         j = tl.minimum(j, key_end - 1)
-        return j, live, tl.full([BLOCK_N], False, tl.int1) | exists, full
     else:
-        j, exists = listed_keys(
-            blocks_ptr, num_blocks, tile * BLOCK_N + slots, num_kv_blocks, BLOCK_KV
-        )
-        live = exists & (j < key_end)
-        return j, live, live, False
+        last, last_exists = listed_keys(indices_ptr, count, slot + BLOCK_N - 1, limit, BLOCK_SIZE)
+        exists = exists & last_exists
+        j, live = listed_keys(indices_ptr, count, slot + slots, limit, BLOCK_SIZE)
+        live = live & (j < key_end)
+        loaded = live
+    full = exists & (last < key_end)
+    full = full & all_visible(p_low, p_high, first, last, sink, window, False, IS_CAUSAL)
+    return j, live, loaded, full
 
 
 @triton.jit
 def tile_of_columns(
-    tile, columns_ptr, num_columns, seqlen_kv, key_end, blocks_ptr, num_blocks,
+    tile, p_low, p_high, sink, window, key_end, columns_ptr, num_columns, seqlen_kv, blocks_ptr,
+    num_blocks,
     BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a tile of the list of columns, and which of them lie in no listed block."""
-    slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    j, live = listed_keys(columns_ptr, num_columns, slots, seqlen_kv, 1)
-    live = live & (j < key_end)
+    """The same of a tile of the walk over columns; those that lie in listed blocks do not count."""
+    j, live, loaded, full = tile_of_list(
+        tile, p_low, p_high, sink, window, key_end, columns_ptr, num_columns, seqlen_kv, BLOCK_N, 1,
+        IS_CAUSAL,
+    )  # fmt: skip
     if blocks_ptr is not None:
         live = live & (in_list(blocks_ptr, num_blocks, j // BLOCK_KV, SEARCH_STEPS) == 0)
-    return j, live
+        full = full & (tl.min(live.to(tl.int32), 0) == 1)
+        loaded = live
+    return j, live, loaded, full
 
 
 @triton.jit
