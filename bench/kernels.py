@@ -72,8 +72,8 @@ class Problem:
     def calls(self, with_flex: bool) -> dict[str, Callable[[], object]]:
         """What is timed, by library; those that cannot run the case are left out."""
         found = {"ours": self.ours(), "SDPA": self.sdpa()}
-        if with_flex and self.case.flex:
-            found["Flex"] = self.flex()
+        if with_flex and self.case.flex and (call := self.flex()):
+            found["Flex"] = call
         if "flash-attn" in self.device.others and (call := self.flash()):
             found["flash-attn"] = call
         return found
@@ -91,10 +91,21 @@ class Problem:
 
         return self._part(attend)
 
-    def flex(self) -> Callable[[], object]:
+    def flex(self) -> Callable[[], object] | None:
+        """FlexAttention; None, with a word about it, if torch does not compile it for the case."""
         mask = self.layout.to_block_mask(num_heads=self.case.num_heads)
         attend, options = compiled_flex(), {"block_mask": mask, "enable_gqa": self.grouped}
-        return self._part(lambda: attend(self.q, self.k, self.v, **options))
+        if self.device.name != "cpu" and min(mask.BLOCK_SIZE) < 128:  # its tiles must fit
+            rows, keys = (min(x, 64) for x in mask.BLOCK_SIZE)
+            tiles = {"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_M1": rows, "BLOCK_N1": keys}
+            options["kernel_options"] = tiles | {"BLOCK_M2": rows, "BLOCK_N2": keys}
+        try:
+            call = self._part(lambda: attend(self.q, self.k, self.v, **options))
+            call()
+        except RuntimeError as error:
+            print(f"{self.case.name}: no FlexAttention: {error}", file=sys.stderr)
+            return None
+        return call
 
     def flash(self) -> Callable[[], object] | None:
         """flash-attn, dense; None if it is not installed or does not take the dtype."""

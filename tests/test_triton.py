@@ -24,6 +24,7 @@ from .test_attention import check, make_qkv
 from .test_layout import bad_values
 
 pytestmark = [pytest.mark.gpu] if GPU else []
+DEVICE = "cuda" if GPU else "cpu"
 interpreted = pytest.mark.skipif(GPU, reason="a test of the interpreter")
 
 LAYOUTS = {
@@ -105,7 +106,7 @@ def _call(layout, *, heads=4, kv_heads=2, batch=2, is_causal=True):
 @pytest.mark.parametrize("per_tile", [1, 3, 64])
 def test_transposed_lists_name_every_pair_once(heads, per_tile):
     layout = random_layout((90, 70), batch=2, heads=heads, block_size=(7, 5))
-    transposed = lists.transposed_blocks(_call(layout), per_tile)
+    transposed = lists.transposed_blocks(_call(layout.to(DEVICE)), per_tile)
     found = []
     for row in range(len(transposed.offsets) - 1):
         begin, end = transposed.offsets[row : row + 2]
@@ -130,7 +131,7 @@ def test_transposed_lists_name_every_pair_once(heads, per_tile):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_active_columns_are_those_of_any_row(heads):
     layout = random_layout((60, 200), batch=2, heads=heads, columns=7, column_group=2)
-    keys, transposed = lists.transposed_columns(_call(layout), 64)
+    keys, transposed = lists.transposed_columns(_call(layout.to(DEVICE)), 64)
     assert keys.shape[:2] == (2, 1 if heads == 1 else 2)
     assert transposed.shape[1] == heads
     for b in range(2):

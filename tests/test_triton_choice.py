@@ -5,6 +5,7 @@ work in even parts.
 from __future__ import annotations
 
 import heapq
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from sparse_attn import BlockLayout, ops
 from sparse_attn.triton import DTYPES, autotune, backward, configs, forward, prepare
-from sparse_attn.triton.compile_cases import HEAD_DIMS, KINDS, _steps
+from sparse_attn.triton.compile_cases import HEAD_DIMS, compiled_calls, steps_of
 from sparse_attn.triton.configs import Config, Target
 from sparse_attn.triton.launch import Call
 from sparse_attn.varlen import Packing
@@ -30,7 +31,9 @@ TARGETS = {
     "gfx942": Target((9, 4), 132, 64),
 }
 KERNELS = {
-    "forward": configs.forward,
+    "forward": lambda dtype, dim, irregular, target, **sizes: configs.forward(
+        dtype, dim, irregular, False, target, **sizes
+    ),
     "backward_rows": lambda dtype, dim, irregular, target, **sizes: configs.backward_rows(
         dtype, dim, irregular, False, target, **sizes
     ),
@@ -62,33 +65,39 @@ def test_lists_are_short_and_fit_the_call(kernel, target):
 
 
 def test_registers_are_limited_where_the_assembler_would_spill_some():
+    choose = KERNELS["forward"]
     for arch, expected in {"sm_90": 255, "gfx942": None}.items():
-        found = configs.forward(torch.float32, 64, True, TARGETS[arch], **MANY)
+        found = choose(torch.float32, 64, True, TARGETS[arch], **MANY)
         assert [x.max_registers for x in found] == [expected]
-    (config,) = configs.forward(torch.float32, 256, True, TARGETS["sm_90"], **MANY)
+    (config,) = choose(torch.float32, 256, True, TARGETS["sm_90"], **MANY)
     assert (config.num_warps, config.max_registers) == (16, 128)
-    assert (
-        configs.forward(torch.bfloat16, 64, True, TARGETS["sm_90"], **MANY)[0].max_registers is None
-    )
+    assert choose(torch.bfloat16, 64, True, TARGETS["sm_90"], **MANY)[0].max_registers is None
 
 
 def compiled(target: Target) -> set:
     """What `compile_cases` has compiled: the candidates of its steps."""
     found = set()
-    for dtype in DTYPES:
-        for dim in HEAD_DIMS:
-            for kind in KINDS:
-                for step in _steps(dtype, dim, kind, target, softcap=0.0, is_causal=True):
-                    if isinstance(step, autotune.Choice):
-                        found |= {(step.kind[0], dtype, dim, x) for x in step.candidates}
+    for what in compiled_calls():
+        for step in steps_of(what, target):
+            if isinstance(step, autotune.Choice):
+                found |= {(step.kind[0], what.dtype, what.head_dim, x) for x in step.candidates}
     return found
+
+
+def test_float16_takes_the_configurations_of_bfloat16():
+    for target in TARGETS.values():
+        for choose in KERNELS.values():
+            for dim, irregular in itertools.product(HEAD_DIMS, (True, False)):
+                half = choose(torch.float16, dim, irregular, target, **MANY)
+                assert half == choose(torch.bfloat16, dim, irregular, target, **MANY)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_that_can_be_chosen_is_compiled(arch):
     known = compiled(TARGETS[arch])
-    for kernel, choose in KERNELS.items():
-        for dtype in DTYPES:
+    wide = lambda *args, **sizes: configs.forward(*args[:2], False, True, args[3], **sizes)  # noqa: E731
+    for kernel, choose in [*KERNELS.items(), ("forward", wide)]:
+        for dtype in (torch.float32, torch.bfloat16):
             for dim in (16, 32, 64, 128, 256):
                 chosen = {
                     config

@@ -26,9 +26,46 @@ _TYPES = {
 }
 HEAD_DIMS = (64, 128, 256)
 # Kinds of calls: of layouts, of a row for each sequence ("decoding"), of packed sequences. Without
-# lists the kernels are what is left of those with them, for all dtypes the same.
+# lists the kernels are what is left of those with them.
 KINDS = ("blocks", "small blocks and columns", "pages", "decoding")
 FORWARD_ONLY = ("packed", "pages", "decoding")
+
+
+@dataclass(frozen=True)
+class CompiledCall:
+    """A call whose kernels are compiled: what they are made for."""
+
+    dtype: torch.dtype
+    head_dim: int
+    kind: str
+    is_causal: bool = True
+    softcap: float = 0.0
+    has_sinks: bool = False
+    batch: int = 2  # of many, nothing is split
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), str(self.head_dim), self.kind]
+        parts += ["not causal"] * (not self.is_causal) + ["softcap"] * (self.softcap > 0)
+        parts += ["sinks"] * self.has_sinks + ["unsplit"] * (self.batch > 2)
+        return " ".join(parts)
+
+
+def compiled_calls() -> list[CompiledCall]:
+    """Float32 and bfloat16 with every padded head dim and kind of call; what may be added to a call
+    for some of them. Float16 takes bfloat16's configurations and instructions of the same shapes:
+    one head dim of it is compiled.
+    """
+    half, full, many = torch.bfloat16, torch.float32, 64
+    found = [CompiledCall(half, dim, "static") for dim in HEAD_DIMS]
+    for dim in HEAD_DIMS:
+        found += [CompiledCall(x, dim, kind) for x in (full, half) for kind in KINDS]
+    found += [CompiledCall(torch.float16, 128, kind) for kind in ("blocks", "decoding")]
+    found += [CompiledCall(half, 128, "packed")]
+    found += [CompiledCall(x, 128, "blocks", softcap=20.0) for x in (full, half)]
+    found += [CompiledCall(half, 128, "blocks", is_causal=False, has_sinks=True)]
+    found += [CompiledCall(half, 128, kind, batch=many) for kind in ("blocks", "decoding")]
+    found += [CompiledCall(half, 128, "wide blocks")]
+    return found
 
 
 @dataclass(frozen=True)
@@ -86,36 +123,38 @@ def _layout(kind: str, rows: int, keys: int) -> BlockLayout:
         )
 
     per_head = torch.empty(8, dtype=torch.int32, device="meta")
-    block = {"blocks": (64, 64), "small blocks and columns": (16, 16), "decoding": (1, 16)}.get(
-        kind
-    )
+    sizes = {"blocks": (64, 64), "small blocks and columns": (16, 16), "decoding": (1, 16)}
+    block = (sizes | {"wide blocks": (128, 128)}).get(kind)
     if not block:
         return BlockLayout((rows, keys), per_head, per_head)
     num_rows = -(-rows // block[0])
-    columns = (None, None) if kind == "blocks" else counts_and_indices(num_rows, 64)
+    columns = (None, None) if block[0] >= 64 else counts_and_indices(num_rows, 64)
     blocks = counts_and_indices(num_rows, 32)
     return BlockLayout((rows, keys), per_head, per_head, block, *blocks, *columns)
 
 
-def _steps(
-    dtype: torch.dtype, dim: int, kind: str, target: Target, *, softcap: float, is_causal: bool
-) -> list[Choice | Launch]:
-    """A batch of 2 with 64 query and 8 KV heads: 4096 rows, or one row of each sequence."""
-    rows = 1 if kind in ("pages", "decoding") else 4096
-    q = torch.empty(2, 64, rows, dim, dtype=dtype, device="meta")
-    k = torch.empty(2, 8, 4096, dim, dtype=dtype, device="meta")
-    call = Call(_layout(kind, rows, 4096), 64, 8, 2, None, 0.125, softcap, is_causal)
+def steps_of(what: CompiledCall, target: Target) -> list[Choice | Launch]:
+    """What is run for a call with 64 query and 8 KV heads: 4096 rows, or one row of each
+    sequence.
+    """
+    rows = 1 if what.kind in ("pages", "decoding") else 4096
+    batch, dim, dtype = what.batch, what.head_dim, what.dtype
+    q = torch.empty(batch, 64, rows, dim, dtype=dtype, device="meta")
+    k = torch.empty(batch, 8, 4096, dim, dtype=dtype, device="meta")
+    sinks = torch.empty(64, device="meta") if what.has_sinks else None
+    layout = _layout(what.kind, rows, 4096)
+    call = Call(layout, 64, 8, batch, sinks, 0.125, what.softcap, what.is_causal)
     packing = None
-    if kind in ("pages", "packed"):
-        ends = torch.empty(3, dtype=torch.int32, device="meta")
+    if what.kind in ("pages", "packed"):
+        ends = torch.empty(batch + 1, dtype=torch.int32, device="meta")
         q, k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
         packing = Packing(ends, ends)
-    if kind == "pages":
-        table = torch.empty(2, 256, dtype=torch.int32, device="meta")
+    if what.kind == "pages":
+        table = torch.empty(batch, 256, dtype=torch.int32, device="meta")
         packing = Packing(ends, None, ends[1:], table)
         k = k.unflatten(0, (-1, 16))
     steps, (out, lse) = forward.steps(call, q, k, k, packing, False, target)
-    if kind in FORWARD_ONLY:
+    if what.kind in FORWARD_ONLY:
         return steps
     return steps + backward.steps(call, out, lse, q, k, k, out, lse, target)[0]
 
@@ -128,22 +167,14 @@ def _launches(step: Choice | Launch) -> list[Launch]:
 
 
 def compile_cases(capability: tuple[int, int], warp_size: int = 32) -> Iterator[CompileCase]:
-    """Each kernel in each configuration that the launchers may choose on a GPU of this capability:
-    all dtypes, padded head dims and kinds of calls, causal, without softcap; for bfloat16 also
-    without lists, and of head_dim 128 packed sequences, and with a softcap, not causal.
+    """Each kernel in each configuration that the launchers may choose on a GPU of this capability
+    for the calls of `compiled_calls`.
     """
     target = Target(capability, 132, warp_size)
-    plain = {"softcap": 0.0, "is_causal": True}
-    bfloat16 = torch.bfloat16
-    cases = [(bfloat16, dim, "static", plain) for dim in HEAD_DIMS]
-    cases += [(dtype, dim, kind, plain) for dtype in DTYPES for dim in HEAD_DIMS for kind in KINDS]
-    cases.append((bfloat16, 128, "packed", plain))
-    cases.append((bfloat16, 128, "blocks", {"softcap": 20.0, "is_causal": False}))
     seen = set()
-    for dtype, dim, kind, options in cases:
-        name = f"{str(dtype).removeprefix('torch.')} {dim} {kind}"
-        name += "" if options is plain else " softcap"
-        for step in _steps(dtype, dim, kind, target, **options):
+    for what in compiled_calls():
+        name = str(what)
+        for step in steps_of(what, target):
             for launch in _launches(step):
                 case = _described(name, launch)
                 key = (

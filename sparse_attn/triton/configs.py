@@ -98,13 +98,16 @@ def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Conf
 
 
 @_candidates
-def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) -> list[Config]:
+def forward(
+    dtype: torch.dtype, head_dim: int, irregular: bool, wide: bool, target: Target
+) -> list[Config]:
     """The forward kernel's configurations; the first one is taken where none may be timed.
 
     Args:
         head_dim: the larger of both padded head dimensions.
         irregular: whether keys are gathered one by one: from columns, or from blocks of other sizes
             than multiples of 64.
+        wide: whether all listed blocks are multiples of 128.
     """
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
@@ -122,10 +125,12 @@ def forward(dtype: torch.dtype, head_dim: int, irregular: bool, target: Target) 
     if head_dim <= 128:
         stages = 3 if target.has_large_memory else 2
         low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
-        num_warps = 4 if irregular and target.capability == (9, 0) else 8
-        high = [Config(128, block_n, num_warps, stages), low]
-        if target.capability == (9, 0) and not irregular:
-            high.insert(1, Config(128, block_n, 8, 2))
+        high = [Config(128, block_n, 8, stages), low]
+        if target.capability == (9, 0):  # as measured on an H100
+            if irregular:
+                high.reverse()
+            else:
+                high.insert(1, Config(128, 128, 8, 2) if wide else Config(128, 64, 8, 2))
         return [*high, Config(16, block_n, 4, stages)]
     return [Config(64, 32, 8, 2), Config(16, 32, 4 if irregular else 8, 2)]
 
@@ -149,7 +154,7 @@ def backward_rows(
         if irregular:
             return [Config(64, 32, num_warps, 2)]
         found = [Config(64, 64, num_warps, 2), Config(64, 32, 4, 2)]
-        if target.capability == (9, 0):
+        if target.capability == (9, 0):  # as measured on an H100
             found = [Config(64, 64, 4, 3), Config(128, 64, 4, 3)]
             if head_dim > 64:
                 found = [Config(128, 64, 8, 3), Config(64, 64, 4, 2)]
@@ -177,7 +182,7 @@ def backward_keys(
         return found[1:] if short_of_registers else found
     if head_dim <= 128:
         found = [Config(64, 64, 8, 2), Config(32, 64, 8, 2)]
-        if target.capability == (9, 0):
+        if target.capability == (9, 0):  # as measured on an H100
             return [Config(32, 64, 4, 3), Config(64, 64, 4, 2)]
         return (
             found if not short_of_registers and target.warp_size == 32 else [Config(32, 64, 8, 2)]

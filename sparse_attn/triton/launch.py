@@ -103,6 +103,12 @@ class Call:
         has_blocks = self.layout.kv_num_blocks is not None
         return has_columns or (has_blocks and self.block_kv % 64 != 0)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether all listed keys lie in blocks of multiples of 128."""
+        has_blocks = self.layout.kv_num_blocks is not None
+        return has_blocks and not self.is_irregular and self.block_kv % 128 == 0
+
     def is_skewed(self, is_packed: bool = False) -> bool:
         """Whether the last rows need not be those with the most keys, nor the first keys those with
         the most rows: then the programs are put in order.
