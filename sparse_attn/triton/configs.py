@@ -175,11 +175,10 @@ def backward_keys(
         if head_dim <= 64:
             few = short_of_registers and target.capability[0] == 8
             return [Config(16, 32, 4 if few else 8, 2)]
-        return [Config(16, 16, 4, 2)]
+        return [Config(16, 16, 4, 1 if head_dim > 128 and target.capability[0] == 8 else 2)]
     if head_dim <= 64:
-        num_warps = 8 if target.capability[0] == 8 else 4
-        found = [Config(64, 64, num_warps, 2), Config(32, 64, 4, 2)]
-        return found[1:] if short_of_registers else found
+        found = [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
+        return found[1:] if short_of_registers or target.capability[0] == 8 else found
     if head_dim <= 128:
         found = [Config(64, 64, 8, 2), Config(32, 64, 8, 2)]
         if target.capability == (9, 0):  # as measured on an H100
