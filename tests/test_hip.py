@@ -33,10 +33,14 @@ def literal_hip(q, k, hip, is_causal=True):
         if len(blocks) <= slots:
             chosen.append(blocks)
             continue
-        best = (q[rows] @ k.T).amax(0).tolist()
+        products = q[rows] @ k.T
+        near = [*range(min(hip.sink, end)), *range(end, last_position + 1)]
+        if end <= last_position and is_causal:
+            products -= products[:, near].amax(1, keepdim=True)
+        best = products.amax(0).tolist()
 
         size = 1
-        while -(-len(blocks) // size) > 2 * slots:
+        while -(-len(blocks) // size) > 8 * slots:
             size *= 2
         nodes = [blocks[i : i + size] for i in range(0, len(blocks), size)]
         while True:

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "hip.h"
 
@@ -21,8 +22,14 @@ namespace amx_hip {
 // Groups of 16 rows: an even number, or one.
 int64_t num_groups(int64_t num_rows) { return num_rows <= 16 ? 1 : (num_rows + 31) / 32 * 2; }
 
+// The rows, then the negative of each one's origin.
 int64_t query_bytes(int64_t num_rows, int64_t head_dim) {
-  return num_groups(num_rows) * 16 * padded_dim(head_dim) * 2;
+  return num_groups(num_rows) * 16 * (padded_dim(head_dim) * 2 + 4);
+}
+
+// Where the sums of a group's products begin.
+const float* beginnings(const uint16_t* queries, int64_t groups, int64_t steps, int64_t group) {
+  return reinterpret_cast<const float*>(queries + groups * steps * kTile) + 16 * group;
 }
 
 // The last row is repeated, which no maximum notices.
@@ -36,12 +43,16 @@ void prepare_queries(const void* const* rows, int64_t num_rows, int64_t head_dim
       pack_right_transposed(group, d, head_dim, tile);
     }
   }
+  std::memset(tile, 0, num_groups(num_rows) * 64);
 }
 
 // 16 keys as left factors: where the first tile lies, and how far apart its rows and the tiles are.
 struct Keys {
   const std::byte* first;
   int64_t row_bytes, tile_bytes;
+
+  Keys(const std::byte* first, int64_t row_bytes)
+      : first(first), row_bytes(row_bytes), tile_bytes(64) {}
 
   Keys(const void* const* rows, int64_t head_dim, uint16_t* copy)
       : first(static_cast<const std::byte*>(rows[0])),
@@ -59,13 +70,14 @@ struct Keys {
 
 // scores[group][32 keys][16 rows], for one or two groups.
 template <int kGroups>
-void multiply(const Keys& a, const Keys& b, const uint16_t* queries, int64_t steps, float* scores) {
+void multiply(const Keys& a, const Keys& b, const uint16_t* queries, const float* begin,
+              int64_t steps, float* scores) {
   fence_compiler();
-  _tile_zero(0);
-  _tile_zero(1);
+  _tile_loadd(0, begin, 0);
+  _tile_loadd(1, begin, 0);
   if constexpr (kGroups == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
+    _tile_loadd(2, begin + 16, 0);
+    _tile_loadd(3, begin + 16, 0);
   }
   for (int64_t i = 0; i < steps; ++i) {
     _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
@@ -121,10 +133,11 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
     for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
     for (int64_t g = 0; g < groups; g += 2) {
       const uint16_t* group = queries + g * steps * kTile;
+      const float* begin = beginnings(queries, groups, steps, g);
       if (groups == 1) {
-        multiply<1>(a, b, group, steps, scores);
+        multiply<1>(a, b, group, begin, steps, scores);
       } else {
-        multiply<2>(a, b, group, steps, scores);
+        multiply<2>(a, b, group, begin, steps, scores);
       }
       for (int64_t i = 0; i < 32; ++i) {
         top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * i), top[i]);
@@ -136,12 +149,83 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
   }
 }
 
+// Elementwise maximum of `count` tiles, which lie `stride` floats apart, as one vector.
+__m512 max_of_tiles(const float* tiles, int64_t count, int64_t stride) {
+  __m512 top[4];
+  for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
+  for (int64_t t = 0; t < count; ++t, tiles += stride) {
+    for (int64_t i = 0; i < 16; i += 4) {
+      for (int64_t j = 0; j < 4; ++j) {
+        top[j] = _mm512_max_ps(_mm512_load_ps(tiles + 16 * (i + j)), top[j]);
+      }
+    }
+  }
+  return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+}
+
+void set_origins(std::byte* prepared, int64_t num_rows, int64_t head_dim, const void* const* keys,
+                 int64_t count) {
+  constexpr int64_t kMostSteps = 256 / 32;
+  alignas(64) uint16_t copies[2][kMostSteps * kTile];
+  alignas(64) float scores[2 * kFloatTile];
+  const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
+  const int64_t steps = padded_dim(head_dim) / 32, groups = num_groups(num_rows);
+  float* begin = const_cast<float*>(beginnings(queries, groups, steps, 0));
+  for (int64_t g = 0; g < groups; ++g, begin += 16) {
+    __m512 top = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t j = 0; j < count; j += 32) {
+      const Keys a(keys + j, head_dim, copies[0]), b(keys + j + 16, head_dim, copies[1]);
+      multiply<1>(a, b, queries + g * steps * kTile, begin, steps, scores);
+      top = _mm512_max_ps(max_of_tiles(scores, 2, kFloatTile), top);
+    }
+    const __mmask16 finite =
+        _mm512_cmp_ps_mask(_mm512_abs_ps(top), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    _mm512_store_ps(begin, _mm512_maskz_sub_ps(finite, _mm512_setzero_ps(), top));
+  }
+}
+
+void prefetch_run(const std::byte* run, int64_t row_bytes, int64_t steps) {
+  for (int64_t i = 0; i < kHipRun; ++i) {
+    for (int64_t d = 0; d < steps; ++d) __builtin_prefetch(run + i * row_bytes + 64 * d);
+  }
+}
+
+void score_runs(const std::byte* prepared, int64_t num_rows, int64_t head_dim,
+                const std::byte* const* runs, int64_t count, int64_t row_bytes, float* best) {
+  alignas(64) float scores[4 * kFloatTile];
+  const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
+  const int64_t steps = head_dim / 32, groups = num_groups(num_rows);
+  for (int64_t j = 0; j < count; j += 2) {
+    const int64_t other = std::min(j + 1, count - 1);
+    const Keys a(runs[j], row_bytes), b(runs[other], row_bytes);
+    for (int64_t next = j + 2; next < std::min(j + 4, count); ++next) {
+      prefetch_run(runs[next], row_bytes, steps);
+    }
+    __m512 top_a = _mm512_set1_ps(-__builtin_inff()), top_b = top_a;
+    for (int64_t g = 0; g < groups; g += 2) {
+      const uint16_t* group = queries + g * steps * kTile;
+      const float* begin = beginnings(queries, groups, steps, g);
+      if (groups == 1) {
+        multiply<1>(a, b, group, begin, steps, scores);
+      } else {
+        multiply<2>(a, b, group, begin, steps, scores);
+      }
+      const int64_t tiles = groups == 1 ? 1 : 2;
+      top_a = _mm512_max_ps(max_of_tiles(scores, tiles, 2 * kFloatTile), top_a);
+      top_b = _mm512_max_ps(max_of_tiles(scores + kFloatTile, tiles, 2 * kFloatTile), top_b);
+    }
+    best[j] = _mm512_reduce_max_ps(top_a);
+    best[other] = other == j ? best[j] : _mm512_reduce_max_ps(top_b);
+  }
+}
+
 }  // namespace amx_hip
 
 const HipKernel& amx_hip_kernel() {
   static const HipKernel kKernel = {
       amx_hip::query_bytes,     avx512_hip_kernel(DType::kBFloat16).mean,
-      amx_hip::prepare_queries, amx_hip::score,
+      amx_hip::prepare_queries, amx_hip::set_origins,
+      amx_hip::score,           amx_hip::score_runs,
       amx_hip::enter_kernel,    amx_hip::leave_kernel};
   return kKernel;
 }

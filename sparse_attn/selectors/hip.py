@@ -13,6 +13,7 @@ from ..reference import compute_dtype
 from .base import Selector, seqlens
 from .static import _at_least
 
+FIRST_NODES = 8  # of the search, for each block that is kept
 
 @dataclass(frozen=True)
 class HiP(Selector):
@@ -155,9 +156,10 @@ def hip_select(
     for m, start in enumerate(range(0, seqlen_q, block_q)):
         stop = min(start + block_q, seqlen_q)
         rows = [start] if strict else [*range(start + stride_q - 1, stop, stride_q), stop - 1]
-        end = seqlen_kv  # of the searched keys
+        end = last_end = seqlen_kv  # of the searched keys, and of those that the last row sees
         if is_causal:
-            end = min(start + block_q + seqlen_kv - seqlen_q, seqlen_kv) - window
+            last_end = min(start + block_q + seqlen_kv - seqlen_q, seqlen_kv)
+            end = last_end - window
         num_blocks = max(0, -(-end // block_k) - first_block)
         count = min(slots, num_blocks)
         counts[m] = count
@@ -167,8 +169,14 @@ def hip_select(
             indices[:, :, m, :count] = torch.arange(first_block, first_block + count)
             continue
         queries = q[:, :, rows].to(dtype)
+        origin = 0
+        if end < last_end and len(rows) > 1:
+            near = torch.cat([k[:, :, : min(sink, end)], k[:, :, end:last_end]], 2).to(dtype)
+            near = near.repeat_interleave(heads // num_kv_heads, 1)
+            origin = (queries @ near.mT).amax(-1, keepdim=True)
+            origin = origin.where(origin.isfinite(), 0)
         size = 1
-        while -(-num_blocks // size) > 2 * slots:
+        while -(-num_blocks // size) > FIRST_NODES * slots:
             size *= 2
         first = torch.arange(0, num_blocks, size, device=q.device).expand(batch, heads, -1)
         while True:
@@ -176,7 +184,7 @@ def hip_select(
             block = first_block + torch.stack(judges, -1)
             at = (block[..., None] * block_k + keys_of_block).clamp(max=end - 1)
             keys = k[b, kv_head, at.flatten(-3)].to(dtype)
-            scores = (queries @ keys.mT).amax(2).unflatten(-1, at.shape[-3:])
+            scores = (queries @ keys.mT - origin).amax(2).unflatten(-1, at.shape[-3:])
             scores = scores.amax(-1).nan_to_num(-torch.inf).amax(-1)
             scores = scores.clamp(min=torch.finfo(dtype).min)
             scores = scores.masked_fill(first >= num_blocks, -torch.inf)
