@@ -43,11 +43,19 @@ uint32_t rank_of(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// Whether blocks are runs of keys that the kernel scores as a whole.
+bool has_runs(const HipParams& params, const HipKernel& kernel) {
+  const int64_t sampled = ceil_div(params.block_k - params.stride_k / 2, params.stride_k);
+  return kernel.score_runs != nullptr && sampled == kHipRun && params.head_dim % 32 == 0;
+}
+
 // What the searches of one thread use one after the other.
 struct Scratch {
   std::vector<const void*> pointers;
   std::vector<const std::byte*> runs;
   std::vector<float> scores;
+  std::vector<float*> score_lists;
+  std::vector<const std::byte*> queries;
   std::vector<uint32_t> ranks;
   std::vector<Node> halves;
 };
@@ -101,6 +109,28 @@ class TreeSearch {
           nodes, [&](const Node& node) { return std::min(node.first + size / 2, num_blocks_ - 1); },
           &Node::centre_rank);
     }
+  }
+
+  // What searches share that look at the same first nodes.
+  bool begins_as(const TreeSearch& other) const {
+    return first_size_ == other.first_size_ && num_rows_ == other.num_rows_;
+  }
+  int64_t num_rows() const { return num_rows_; }
+  const std::byte* queries() const { return queries_.data(); }
+
+  // Ranks the first nodes by the scores of the blocks `offset` behind their beginnings.
+  void rank_first(int32_t offset, const float* scores) {
+    const auto rank = offset > 0 || !has_firsts() ? &Node::centre_rank : &Node::first_rank;
+    for (Node& node : nodes_) {
+      const int32_t block = node.first + offset;
+      if (block < num_blocks_ && keys_->whole(block, end_)) {
+        node.*rank = rank_of(*scores++);
+      } else {  // of the last node
+        const auto last = [&](const Node&) { return std::min(block, num_blocks_ - 1); };
+        rank_blocks({&node, 1}, last, rank);
+      }
+    }
+    next_ = nodes_.size();
   }
 
   // Keeps the best nodes and splits them.
@@ -164,9 +194,7 @@ class TreeSearch {
 
   // Ranks one block of each node: its largest product of a sampled row and a sampled key.
   void rank_blocks(std::span<Node> nodes, auto block_of, uint32_t Node::* rank) {
-    if (kernel_.score_runs == nullptr || keys_->per_block() != kHipRun || params_.head_dim % 32) {
-      return rank_by_keys(nodes, block_of, rank);
-    }
+    if (!has_runs(params_, kernel_)) return rank_by_keys(nodes, block_of, rank);
     std::vector<const std::byte*>& runs = scratch_.runs;
     runs.clear();
     for (const Node& node : nodes) {
@@ -176,8 +204,10 @@ class TreeSearch {
     }
     const size_t count = runs.size();
     scratch_.scores.resize(count);
-    kernel_.score_runs(queries_.data(), num_rows_, params_.head_dim, runs.data(),
-                       static_cast<int64_t>(count), keys_->row_bytes(), scratch_.scores.data());
+    const std::byte* queries = queries_.data();
+    float* scores = scratch_.scores.data();
+    kernel_.score_runs(&queries, 1, num_rows_, params_.head_dim, runs.data(),
+                       static_cast<int64_t>(count), keys_->row_bytes(), &scores);
     for (size_t i = 0; i < count; ++i) nodes[i].*rank = rank_of(scratch_.scores[i]);
     if (count < nodes.size()) rank_by_keys(nodes.subspan(count), block_of, rank);
   }
@@ -256,7 +286,8 @@ class TreeSearch {
 // part of the keys, which stays in the cache meanwhile, before they look at the next.
 class SearchGroup {
  public:
-  SearchGroup(const HipParams& params, const HipKernel& kernel, int64_t most) : params_(params) {
+  SearchGroup(const HipParams& params, const HipKernel& kernel, int64_t most)
+      : params_(params), kernel_(kernel) {
     for (int64_t i = 0; i < most; ++i) searches_.emplace_back(params, kernel, scratch_);
     const int64_t key_bytes = params.head_dim * element_size(params.dtype);
     const int64_t sampled = ceil_div(params.block_k - params.stride_k / 2, params.stride_k);
@@ -276,6 +307,7 @@ class SearchGroup {
       ++i;
     }
     for (; size > 0; size /= 2) {
+      if (has_runs(params_, kernel_)) rank_first_nodes(searches, size, keys);
       const int64_t step = size * blocks_in_cache_;
       for (int64_t stop = step; stop < num_blocks + step; stop += step) {
         for (TreeSearch& search : searches) {
@@ -292,7 +324,57 @@ class SearchGroup {
  private:
   static constexpr int64_t kCachedKeys = 1 << 19;  // bytes
 
+  // The searches that begin with nodes of this size look at the same blocks.
+  void rank_first_nodes(auto searches, int32_t size, const SampledKeys& keys) {
+    std::vector<TreeSearch*> alike;
+    for (TreeSearch& search : searches) {
+      if (search.first_size() != size) continue;
+      if (!alike.empty() && !search.begins_as(*alike[0])) {
+        rank_alike(alike, size, keys);
+        alike.clear();
+      }
+      alike.push_back(&search);
+    }
+    if (!alike.empty()) rank_alike(alike, size, keys);
+  }
+
+  void rank_alike(std::span<TreeSearch*> searches, int32_t size, const SampledKeys& keys) {
+    if (params_.representatives > 1) rank_alike(searches, size, 0, keys);
+    if (params_.representatives == 1 || size > 1) rank_alike(searches, size, size / 2, keys);
+  }
+
+  void rank_alike(std::span<TreeSearch*> searches, int32_t size, int32_t offset,
+                  const SampledKeys& keys) {
+    int64_t num_blocks = 0;
+    for (const TreeSearch* search : searches) {
+      num_blocks = std::max<int64_t>(num_blocks, search->num_blocks());
+    }
+    std::vector<const std::byte*>& runs = scratch_.runs;
+    runs.clear();
+    for (int64_t n = offset; n < num_blocks && keys.whole(n, params_.seqlen_kv); n += size) {
+      runs.push_back(keys.block(n));
+    }
+    const int64_t count = std::ssize(runs);
+    first_scores_.resize(count * searches.size());
+    std::vector<const std::byte*>& queries = scratch_.queries;
+    queries.clear();
+    for (const TreeSearch* search : searches) queries.push_back(search->queries());
+    std::vector<float*>& lists = scratch_.score_lists;
+    lists.resize(searches.size());
+    for (int64_t begin = 0; begin < count; begin += blocks_in_cache_) {
+      for (size_t i = 0; i < lists.size(); ++i) lists[i] = first_scores_.data() + i * count + begin;
+      kernel_.score_runs(queries.data(), std::ssize(queries), searches[0]->num_rows(),
+                         params_.head_dim, runs.data() + begin,
+                         std::min(blocks_in_cache_, count - begin), keys.row_bytes(), lists.data());
+    }
+    for (size_t i = 0; i < lists.size(); ++i) {
+      searches[i]->rank_first(offset, first_scores_.data() + i * count);
+    }
+  }
+
   const HipParams& params_;
+  const HipKernel& kernel_;
+  std::vector<float> first_scores_;
   Scratch scratch_;
   std::deque<TreeSearch> searches_;
   int64_t blocks_in_cache_ = 1;
@@ -328,7 +410,7 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   }
   AlignedBuffer copies;
   constexpr int64_t kFewTasks = 16;
-  if (tasks > kFewTasks) copy_keys(keys, parallel, copies);
+  if (tasks > kFewTasks && has_runs(params, kernel)) copy_keys(keys, parallel, copies);
   constexpr int64_t kMostTogether = 64, kGroupsPerThread = 4;
   const int64_t together = std::clamp<int64_t>(
       num_heads * tasks / (kGroupsPerThread * parallel.num_threads), 1, kMostTogether);

@@ -51,10 +51,11 @@ struct HipKernel {
                       const void* const* keys, int64_t count);
   void (*score)(const std::byte* queries, int64_t num_rows, int64_t head_dim,
                 const void* const* keys, int64_t count, float* best);
-  // The greatest score of each run of kHipRun keys, which lie row_bytes apart. Null if a kernel
-  // gains nothing from that; only for head_dim % 32 == 0.
-  void (*score_runs)(const std::byte* queries, int64_t num_rows, int64_t head_dim,
-                     const std::byte* const* runs, int64_t count, int64_t row_bytes, float* best);
+  // For each search, the greatest score of each run of kHipRun keys, which lie row_bytes apart.
+  // Null if a kernel gains nothing from that; only for head_dim % 32 == 0.
+  void (*score_runs)(const std::byte* const* queries, int64_t num_searches, int64_t num_rows,
+                     int64_t head_dim, const std::byte* const* runs, int64_t count,
+                     int64_t row_bytes, float* const* best);
   uint32_t (*enter)();
   void (*leave)(uint32_t saved);
 };

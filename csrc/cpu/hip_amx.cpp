@@ -27,11 +27,6 @@ int64_t query_bytes(int64_t num_rows, int64_t head_dim) {
   return num_groups(num_rows) * 16 * (padded_dim(head_dim) * 2 + 4);
 }
 
-// Where the sums of a group's products begin.
-const float* beginnings(const uint16_t* queries, int64_t groups, int64_t steps, int64_t group) {
-  return reinterpret_cast<const float*>(queries + groups * steps * kTile) + 16 * group;
-}
-
 // The last row is repeated, which no maximum notices.
 void prepare_queries(const void* const* rows, int64_t num_rows, int64_t head_dim,
                      std::byte* queries) {
@@ -68,35 +63,56 @@ struct Keys {
   }
 };
 
-// scores[group][32 keys][16 rows], for one or two groups.
-template <int kGroups>
-void multiply(const Keys& a, const Keys& b, const uint16_t* queries, const float* begin,
-              int64_t steps, float* scores) {
+// 16 sampled rows as right factors, and where the sums of their products begin.
+struct Rows {
+  const uint16_t* tiles;
+  const float* begin;
+
+  // Group g of the rows that a search has prepared.
+  Rows(const std::byte* prepared, int64_t groups, int64_t steps, int64_t g)
+      : tiles(reinterpret_cast<const uint16_t*>(prepared) + g * steps * kTile),
+        begin(reinterpret_cast<const float*>(prepared + groups * steps * kTile * 2) + 16 * g) {}
+};
+
+// scores[32 keys][16 rows].
+void multiply(const Keys& a, const Keys& b, const Rows& rows, int64_t steps, float* scores) {
   fence_compiler();
-  _tile_loadd(0, begin, 0);
-  _tile_loadd(1, begin, 0);
-  if constexpr (kGroups == 2) {
-    _tile_loadd(2, begin + 16, 0);
-    _tile_loadd(3, begin + 16, 0);
-  }
+  _tile_loadd(0, rows.begin, 0);
+  _tile_loadd(1, rows.begin, 0);
   for (int64_t i = 0; i < steps; ++i) {
     _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
     _tile_loadd(5, b.first + i * b.tile_bytes, b.row_bytes);
-    _tile_loadd(6, queries + i * kTile, 64);
+    _tile_loadd(6, rows.tiles + i * kTile, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
-    if constexpr (kGroups == 2) {
-      _tile_loadd(7, queries + (steps + i) * kTile, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
   }
   _tile_stored(0, scores, 64);
   _tile_stored(1, scores + kFloatTile, 64);
-  if constexpr (kGroups == 2) {
-    _tile_stored(2, scores + 2 * kFloatTile, 64);
-    _tile_stored(3, scores + 3 * kFloatTile, 64);
+  fence_compiler();
+}
+
+// scores[2][32 keys][16 rows].
+void multiply(const Keys& a, const Keys& b, const Rows& rows, const Rows& more, int64_t steps,
+              float* scores) {
+  fence_compiler();
+  _tile_loadd(0, rows.begin, 0);
+  _tile_loadd(1, rows.begin, 0);
+  _tile_loadd(2, more.begin, 0);
+  _tile_loadd(3, more.begin, 0);
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
+    _tile_loadd(5, b.first + i * b.tile_bytes, b.row_bytes);
+    _tile_loadd(6, rows.tiles + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, more.tiles + i * kTile, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
   }
+  _tile_stored(0, scores, 64);
+  _tile_stored(1, scores + kFloatTile, 64);
+  _tile_stored(2, scores + 2 * kFloatTile, 64);
+  _tile_stored(3, scores + 3 * kFloatTile, 64);
   fence_compiler();
 }
 
@@ -123,7 +139,6 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
   constexpr int64_t kMostSteps = 256 / 32;
   alignas(64) uint16_t copies[2][kMostSteps * kTile];
   alignas(64) float scores[4 * kFloatTile];
-  const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
   const int64_t steps = padded_dim(head_dim) / 32, groups = num_groups(num_rows);
   prefetch(keys, head_dim);
   for (int64_t j = 0; j < count; j += 32) {
@@ -132,12 +147,11 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
     __m512 top[32];
     for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
     for (int64_t g = 0; g < groups; g += 2) {
-      const uint16_t* group = queries + g * steps * kTile;
-      const float* begin = beginnings(queries, groups, steps, g);
+      const Rows rows(prepared, groups, steps, g);
       if (groups == 1) {
-        multiply<1>(a, b, group, begin, steps, scores);
+        multiply(a, b, rows, steps, scores);
       } else {
-        multiply<2>(a, b, group, begin, steps, scores);
+        multiply(a, b, rows, Rows(prepared, groups, steps, g + 1), steps, scores);
       }
       for (int64_t i = 0; i < 32; ++i) {
         top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * i), top[i]);
@@ -149,17 +163,12 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
   }
 }
 
-// Elementwise maximum of `count` tiles, which lie `stride` floats apart, as one vector.
-__m512 max_of_tiles(const float* tiles, int64_t count, int64_t stride) {
+// The greatest lanes of a tile.
+__m512 max_of_tile(const float* tile) {
   __m512 top[4];
   for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
-  for (int64_t t = 0; t < count; ++t, tiles += stride) {
-    for (int64_t i = 0; i < 16; i += 4) {
-      for (int64_t j = 0; j < 4; ++j) {
-        top[j] = _mm512_max_ps(_mm512_load_ps(tiles + 16 * (i + j)), top[j]);
-      }
-    }
-  }
+  for (int64_t i = 0; i < 16; ++i)
+    top[i % 4] = _mm512_max_ps(_mm512_load_ps(tile + 16 * i), top[i % 4]);
   return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
 }
 
@@ -168,19 +177,20 @@ void set_origins(std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
   constexpr int64_t kMostSteps = 256 / 32;
   alignas(64) uint16_t copies[2][kMostSteps * kTile];
   alignas(64) float scores[2 * kFloatTile];
-  const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
   const int64_t steps = padded_dim(head_dim) / 32, groups = num_groups(num_rows);
-  float* begin = const_cast<float*>(beginnings(queries, groups, steps, 0));
-  for (int64_t g = 0; g < groups; ++g, begin += 16) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const Rows rows(prepared, groups, steps, g);
     __m512 top = _mm512_set1_ps(-__builtin_inff());
     for (int64_t j = 0; j < count; j += 32) {
       const Keys a(keys + j, head_dim, copies[0]), b(keys + j + 16, head_dim, copies[1]);
-      multiply<1>(a, b, queries + g * steps * kTile, begin, steps, scores);
-      top = _mm512_max_ps(max_of_tiles(scores, 2, kFloatTile), top);
+      multiply(a, b, rows, steps, scores);
+      top = _mm512_max_ps(max_of_tile(scores), top);
+      top = _mm512_max_ps(max_of_tile(scores + kFloatTile), top);
     }
     const __mmask16 finite =
         _mm512_cmp_ps_mask(_mm512_abs_ps(top), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
-    _mm512_store_ps(begin, _mm512_maskz_sub_ps(finite, _mm512_setzero_ps(), top));
+    _mm512_store_ps(const_cast<float*>(rows.begin),
+                    _mm512_maskz_sub_ps(finite, _mm512_setzero_ps(), top));
   }
 }
 
@@ -190,32 +200,50 @@ void prefetch_run(const std::byte* run, int64_t row_bytes, int64_t steps) {
   }
 }
 
-void score_runs(const std::byte* prepared, int64_t num_rows, int64_t head_dim,
-                const std::byte* const* runs, int64_t count, int64_t row_bytes, float* best) {
+// Two runs times the rows of two searches at once, or 32 rows of one.
+void score_runs(const std::byte* const* queries, int64_t num_searches, int64_t num_rows,
+                int64_t head_dim, const std::byte* const* runs, int64_t count, int64_t row_bytes,
+                float* const* best) {
+  constexpr int64_t kCachedRows = 24 << 10;  // bytes
   alignas(64) float scores[4 * kFloatTile];
-  const uint16_t* queries = reinterpret_cast<const uint16_t*>(prepared);
   const int64_t steps = head_dim / 32, groups = num_groups(num_rows);
-  for (int64_t j = 0; j < count; j += 2) {
-    const int64_t other = std::min(j + 1, count - 1);
-    const Keys a(runs[j], row_bytes), b(runs[other], row_bytes);
-    for (int64_t next = j + 2; next < std::min(j + 4, count); ++next) {
-      prefetch_run(runs[next], row_bytes, steps);
-    }
-    __m512 top_a = _mm512_set1_ps(-__builtin_inff()), top_b = top_a;
-    for (int64_t g = 0; g < groups; g += 2) {
-      const uint16_t* group = queries + g * steps * kTile;
-      const float* begin = beginnings(queries, groups, steps, g);
-      if (groups == 1) {
-        multiply<1>(a, b, group, begin, steps, scores);
-      } else {
-        multiply<2>(a, b, group, begin, steps, scores);
+  const int64_t together = std::max<int64_t>(2, kCachedRows / (groups * steps * kTile * 2)) & ~1;
+  for (int64_t first = 0; first < num_searches; first += together) {
+    const int64_t last = std::min(first + together, num_searches);
+    for (int64_t j = 0; j < count; j += 2) {
+      const int64_t other = std::min(j + 1, count - 1);
+      const Keys a(runs[j], row_bytes), b(runs[other], row_bytes);
+      for (int64_t next = j + 2; next < std::min(j + 4, count); ++next) {
+        prefetch_run(runs[next], row_bytes, steps);
       }
-      const int64_t tiles = groups == 1 ? 1 : 2;
-      top_a = _mm512_max_ps(max_of_tiles(scores, tiles, 2 * kFloatTile), top_a);
-      top_b = _mm512_max_ps(max_of_tiles(scores + kFloatTile, tiles, 2 * kFloatTile), top_b);
+      for (int64_t i = first; i < last; ++i) {
+        const Rows rows(queries[i], groups, steps, 0);
+        if (groups == 1 && i + 1 < last) {
+          multiply(a, b, rows, Rows(queries[i + 1], groups, steps, 0), steps, scores);
+          best[i][j] = _mm512_reduce_max_ps(max_of_tile(scores));
+          best[i][other] = _mm512_reduce_max_ps(max_of_tile(scores + kFloatTile));
+          ++i;
+          best[i][j] = _mm512_reduce_max_ps(max_of_tile(scores + 2 * kFloatTile));
+          best[i][other] = _mm512_reduce_max_ps(max_of_tile(scores + 3 * kFloatTile));
+          continue;
+        }
+        __m512 top_a = _mm512_set1_ps(-__builtin_inff()), top_b = top_a;
+        for (int64_t g = 0; g < groups; g += 2) {
+          if (groups == 1) {
+            multiply(a, b, rows, steps, scores);
+          } else {
+            multiply(a, b, Rows(queries[i], groups, steps, g),
+                     Rows(queries[i], groups, steps, g + 1), steps, scores);
+            top_a = _mm512_max_ps(max_of_tile(scores + 2 * kFloatTile), top_a);
+            top_b = _mm512_max_ps(max_of_tile(scores + 3 * kFloatTile), top_b);
+          }
+          top_a = _mm512_max_ps(max_of_tile(scores), top_a);
+          top_b = _mm512_max_ps(max_of_tile(scores + kFloatTile), top_b);
+        }
+        best[i][j] = _mm512_reduce_max_ps(top_a);
+        best[i][other] = _mm512_reduce_max_ps(top_b);
+      }
     }
-    best[j] = _mm512_reduce_max_ps(top_a);
-    best[other] = other == j ? best[j] : _mm512_reduce_max_ps(top_b);
   }
 }
 

@@ -75,17 +75,10 @@ def _behind(a, b):
 
 
 @triton.jit
-def _rows_of_part(
-    q_ptr, part, first_row, stride_q, last_row, stride_qm,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Where sampled rows are, and they themselves if a tile holds all of their dimensions."""
+def _row_offsets(part, first_row, stride_q, last_row, stride_qm, BLOCK_M: tl.constexpr):
+    """Where sampled rows begin."""
     rows = first_row + (part * BLOCK_M + tl.arange(0, BLOCK_M)) * stride_q
-    q_offsets = tl.minimum(rows, last_row).to(tl.int64) * stride_qm
-    q = None
-    if CHUNK_D == BLOCK_D:
-        q = load_rows(q_ptr, q_offsets, rows >= 0, HEAD_DIM, BLOCK_D)
-    return q_offsets, q
+    return tl.minimum(rows, last_row).to(tl.int64) * stride_qm
 
 
 @triton.jit
@@ -99,10 +92,10 @@ def _origins(
     origins = tl.zeros([PARTS, BLOCK_M], tl.float32)
     if num_near > 0:
         for row_part in tl.static_range(ROW_PARTS):
-            q_offsets, q = _rows_of_part(
-                q_ptr, row_part, first_row, stride_q, last_row, stride_qm, HEAD_DIM, BLOCK_D,
-                CHUNK_D, BLOCK_M,
-            )  # fmt: skip
+            q_offsets = _row_offsets(row_part, first_row, stride_q, last_row, stride_qm, BLOCK_M)
+            q = None
+            if CHUNK_D == BLOCK_D:
+                q = load_rows(q_ptr, q_offsets, q_offsets >= 0, HEAD_DIM, BLOCK_D)
             origin = tl.full([BLOCK_M], float("-inf"), tl.float32)
             for step in range(tl.cdiv(num_near, KEYS)):
                 j = tl.minimum(step * KEYS + tl.arange(0, KEYS), num_near - 1)
@@ -132,10 +125,10 @@ def _best_scores(
     tiles = tl.arange(0, TILES)[:, None]
     best = tl.full([TILES, BLOCKS], float("-inf"), tl.float32)
     for row_part in tl.static_range(ROW_PARTS):
-        q_offsets, q = _rows_of_part(
-            q_ptr, row_part, first_row, stride_q, last_row, stride_qm, HEAD_DIM, BLOCK_D, CHUNK_D,
-            BLOCK_M,
-        )  # fmt: skip
+        q_offsets = _row_offsets(row_part, first_row, stride_q, last_row, stride_qm, BLOCK_M)
+        q = None
+        if CHUNK_D == BLOCK_D:
+            q = load_rows(q_ptr, q_offsets, q_offsets >= 0, HEAD_DIM, BLOCK_D)
         origin = tl.sum(tl.where(tl.arange(0, PARTS)[:, None] == row_part, origins, 0.0), 0)
         for step in range(num_tiles * KEY_PARTS):
             tile = step // KEY_PARTS
@@ -204,7 +197,7 @@ def _hip_kernel(
     found_firsts = tl.full([SLOTS], float("-inf"), tl.float32)
     found_centres = tl.full([SLOTS], float("-inf"), tl.float32)
     part = tl.where(size > 0, 0, -1)  # of the first nodes, or -1 when they are done
-    judge_first = JUDGE_FIRST
+    judge_first = (size > 0) & JUDGE_FIRST
     while size > 0:
         block = tl.where(judge_first, first, first + size // 2)
         block = first_block + tl.minimum(block, num_blocks - 1)
@@ -238,7 +231,7 @@ def _hip_kernel(
             begun = 2 * slots * (part + 1)
             if (part >= 0) & (begun * size < num_blocks):
                 part += 1
-                judge_first = JUDGE_FIRST
+                judge_first = (size > 0) & JUDGE_FIRST
                 first = (begun + node) * size
             else:
                 part = -1
