@@ -22,7 +22,7 @@ namespace amx_hip {
 // Groups of 16 rows: an even number, or one.
 int64_t num_groups(int64_t num_rows) { return num_rows <= 16 ? 1 : (num_rows + 31) / 32 * 2; }
 
-// The rows, then the negative of each one's origin.
+// The rows, then their origins.
 int64_t query_bytes(int64_t num_rows, int64_t head_dim) {
   return num_groups(num_rows) * 16 * (padded_dim(head_dim) * 2 + 4);
 }
@@ -63,22 +63,24 @@ struct Keys {
   }
 };
 
-// 16 sampled rows as right factors, and where the sums of their products begin.
+// 16 sampled rows as right factors, and their origins.
 struct Rows {
   const uint16_t* tiles;
-  const float* begin;
+  const float* origins;
 
   // Group g of the rows that a search has prepared.
   Rows(const std::byte* prepared, int64_t groups, int64_t steps, int64_t g)
       : tiles(reinterpret_cast<const uint16_t*>(prepared) + g * steps * kTile),
-        begin(reinterpret_cast<const float*>(prepared + groups * steps * kTile * 2) + 16 * g) {}
+        origins(reinterpret_cast<const float*>(prepared + groups * steps * kTile * 2) + 16 * g) {}
+
+  __m512 origin() const { return _mm512_load_ps(origins); }
 };
 
 // scores[32 keys][16 rows].
 void multiply(const Keys& a, const Keys& b, const Rows& rows, int64_t steps, float* scores) {
   fence_compiler();
-  _tile_loadd(0, rows.begin, 0);
-  _tile_loadd(1, rows.begin, 0);
+  _tile_zero(0);
+  _tile_zero(1);
   for (int64_t i = 0; i < steps; ++i) {
     _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
     _tile_loadd(5, b.first + i * b.tile_bytes, b.row_bytes);
@@ -95,10 +97,10 @@ void multiply(const Keys& a, const Keys& b, const Rows& rows, int64_t steps, flo
 void multiply(const Keys& a, const Keys& b, const Rows& rows, const Rows& more, int64_t steps,
               float* scores) {
   fence_compiler();
-  _tile_loadd(0, rows.begin, 0);
-  _tile_loadd(1, rows.begin, 0);
-  _tile_loadd(2, more.begin, 0);
-  _tile_loadd(3, more.begin, 0);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (int64_t i = 0; i < steps; ++i) {
     _tile_loadd(4, a.first + i * a.tile_bytes, a.row_bytes);
     _tile_loadd(5, b.first + i * b.tile_bytes, b.row_bytes);
@@ -148,14 +150,18 @@ void score(const std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
     for (__m512& x : top) x = _mm512_set1_ps(-__builtin_inff());
     for (int64_t g = 0; g < groups; g += 2) {
       const Rows rows(prepared, groups, steps, g);
+      const Rows more(prepared, groups, steps, std::min(g + 1, groups - 1));
       if (groups == 1) {
         multiply(a, b, rows, steps, scores);
       } else {
-        multiply(a, b, rows, Rows(prepared, groups, steps, g + 1), steps, scores);
+        multiply(a, b, rows, more, steps, scores);
       }
+      const __m512 origin = rows.origin(), other = more.origin();
       for (int64_t i = 0; i < 32; ++i) {
-        top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * i), top[i]);
-        if (groups > 1) top[i] = _mm512_max_ps(_mm512_load_ps(scores + 16 * (i + 32)), top[i]);
+        const float* score = scores + 16 * i;
+        top[i] = _mm512_max_ps(_mm512_load_ps(score) - origin, top[i]);
+        if (groups == 1) continue;
+        top[i] = _mm512_max_ps(_mm512_load_ps(score + 2 * kFloatTile) - other, top[i]);
       }
     }
     _mm512_storeu_ps(best + j, max_across(top));
@@ -189,8 +195,7 @@ void set_origins(std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
     }
     const __mmask16 finite =
         _mm512_cmp_ps_mask(_mm512_abs_ps(top), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
-    _mm512_store_ps(const_cast<float*>(rows.begin),
-                    _mm512_maskz_sub_ps(finite, _mm512_setzero_ps(), top));
+    _mm512_store_ps(const_cast<float*>(rows.origins), _mm512_maskz_mov_ps(finite, top));
   }
 }
 
@@ -217,31 +222,32 @@ void score_runs(const std::byte* const* queries, int64_t num_searches, int64_t n
         prefetch_run(runs[next], row_bytes, steps);
       }
       for (int64_t i = first; i < last; ++i) {
-        const Rows rows(queries[i], groups, steps, 0);
-        if (groups == 1 && i + 1 < last) {
-          multiply(a, b, rows, Rows(queries[i + 1], groups, steps, 0), steps, scores);
-          best[i][j] = _mm512_reduce_max_ps(max_of_tile(scores));
-          best[i][other] = _mm512_reduce_max_ps(max_of_tile(scores + kFloatTile));
-          ++i;
-          best[i][j] = _mm512_reduce_max_ps(max_of_tile(scores + 2 * kFloatTile));
-          best[i][other] = _mm512_reduce_max_ps(max_of_tile(scores + 3 * kFloatTile));
-          continue;
-        }
+        const bool two = groups == 1 && i + 1 < last;
         __m512 top_a = _mm512_set1_ps(-__builtin_inff()), top_b = top_a;
         for (int64_t g = 0; g < groups; g += 2) {
-          if (groups == 1) {
-            multiply(a, b, rows, steps, scores);
+          const Rows rows(queries[i], groups, steps, g);
+          const Rows more(queries[i + two], groups, steps, two ? 0 : std::min(g + 1, groups - 1));
+          if (groups > 1 || two) {
+            multiply(a, b, rows, more, steps, scores);
           } else {
-            multiply(a, b, Rows(queries[i], groups, steps, g),
-                     Rows(queries[i], groups, steps, g + 1), steps, scores);
-            top_a = _mm512_max_ps(max_of_tile(scores + 2 * kFloatTile), top_a);
-            top_b = _mm512_max_ps(max_of_tile(scores + 3 * kFloatTile), top_b);
+            multiply(a, b, rows, steps, scores);
           }
-          top_a = _mm512_max_ps(max_of_tile(scores), top_a);
-          top_b = _mm512_max_ps(max_of_tile(scores + kFloatTile), top_b);
+          top_a = _mm512_max_ps(max_of_tile(scores) - rows.origin(), top_a);
+          top_b = _mm512_max_ps(max_of_tile(scores + kFloatTile) - rows.origin(), top_b);
+          if (groups == 1 && !two) continue;
+          const __m512 more_a = max_of_tile(scores + 2 * kFloatTile) - more.origin();
+          const __m512 more_b = max_of_tile(scores + 3 * kFloatTile) - more.origin();
+          if (two) {
+            best[i + 1][j] = _mm512_reduce_max_ps(more_a);
+            best[i + 1][other] = _mm512_reduce_max_ps(more_b);
+          } else {
+            top_a = _mm512_max_ps(more_a, top_a);
+            top_b = _mm512_max_ps(more_b, top_b);
+          }
         }
         best[i][j] = _mm512_reduce_max_ps(top_a);
         best[i][other] = _mm512_reduce_max_ps(top_b);
+        i += two;
       }
     }
   }

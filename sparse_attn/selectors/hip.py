@@ -15,6 +15,7 @@ from .static import _at_least
 
 FIRST_NODES = 8  # of the search, for each block that is kept
 
+
 @dataclass(frozen=True)
 class HiP(Selector):
     """For each query block and head, `k` keys found by a tree search, a sink and a window (HiP 1.1,
@@ -24,12 +25,17 @@ class HiP(Selector):
     row, in blocks of `block_k` keys; blocks that lie in either as a whole are left out. Let ``N``
     be their number and ``M = ceil(k / block_k)``. A node of the search is a run of ``size`` blocks,
     from a multiple of ``size`` on; the last one may be shorter. The search starts with the smallest
-    power of two for which there are at most ``2 M`` nodes, keeps the ``M`` best, goes on with their
+    power of two for which there are at most ``8 M`` nodes, keeps the ``M`` best, goes on with their
     halves, and so on until nodes are blocks. Two blocks judge a node, its first one and the one at
     its centre, ``min(first + size // 2, N - 1)``::
 
-        score = max(q[r] @ key[j] for r in sampled rows of the query block
-                                  for j in sampled keys of these blocks)
+        origin[r] = max(q[r] @ key[j] for j in the sink and behind the searched keys)
+        score = max(q[r] @ key[j] - origin[r] for r in sampled rows of the query block
+                                              for j in sampled keys of these blocks)
+
+    The origins make the rows of a block equals: a key counts by what it adds to those that the row
+    sees anyway. The keys behind the searched ones end at the block's last row; where there are none
+    (``is_causal=False``, or ``margin == window``) the origins are 0.
 
     Of equal scores the earlier node is kept. If ``N <= M`` all blocks are kept: with ``k >=
     seqlen_kv`` attention is dense. Searching takes ``O(S log S)`` time and ``O(S)`` memory.
@@ -43,7 +49,7 @@ class HiP(Selector):
         block_q: rows of a query block. Default 64.
         block_k: keys of a key block. Default 16.
         stride_q: the rows ``stride_q - 1, 2 * stride_q - 1, ...`` of a query block are sampled,
-            and its last row. Default 2.
+            and its last row. Default 4.
         stride_k: the keys ``stride_k // 2, stride_k // 2 + stride_k, ...`` of a key block are
             sampled, so 1 takes all and `block_k` the central one. Default 1.
         representatives: 2, or 1 to judge a node by the block at its centre alone, as the paper
@@ -67,7 +73,7 @@ class HiP(Selector):
     k: int = 512
     block_q: int = 64
     block_k: int = 16
-    stride_q: int = 2
+    stride_q: int = 4
     stride_k: int = 1
     representatives: int = 2
     sink: int = 16

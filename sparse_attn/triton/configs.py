@@ -206,7 +206,7 @@ def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Con
     if target == INTERPRETER:
         config = Config(block_m, 128, 4, 1)
     elif dtype == torch.float32:
-        config = Config(16, 16 if target.has_large_memory else 32, 8 if head_dim > 128 else 4, 1)
+        config = Config(16, 32, 8 if head_dim > 128 else 4, 1)
     elif head_dim <= 128:
         config = Config(block_m, 128, 4, 3)
     else:

@@ -18,9 +18,7 @@ SIZES = (
     "first_block", "sink", "window", "block_q", "first_row", "stride_q", "block_k", "stride_k", "num_keys",
 )  # fmt: skip
 
-FIRST_NODES = 8  # of the search, for each block that is kept
-
-_FIRST_NODES = tl.constexpr(FIRST_NODES)
+_FIRST_NODES = tl.constexpr(8)  # of the search, for each block that is kept
 _LOW_BITS = tl.constexpr(2**32 - 1)
 _LEAST = tl.constexpr(-(2**63))
 
