@@ -15,7 +15,8 @@ from .primitives import load_rows
 
 SIZES = (
     "num_heads", "num_searches", "num_row_blocks", "seqlen_q", "seqlen_kv", "slots", "width",
-    "first_block", "sink", "window", "block_q", "first_row", "stride_q", "block_k", "stride_k", "num_keys",
+    "first_block", "sink", "window", "block_q", "first_row", "stride_q", "block_k", "stride_k",
+    "num_keys",
 )  # fmt: skip
 
 _FIRST_NODES = tl.constexpr(8)  # of the search, for each block that is kept
