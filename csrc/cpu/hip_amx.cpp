@@ -205,14 +205,32 @@ void prefetch_run(const std::byte* run, int64_t row_bytes, int64_t steps) {
   }
 }
 
-// Two runs times the rows of two searches at once, or 32 rows of one.
+// The products of two runs with one or two groups of rows, and the scores that they raise.
+struct RunScores {
+  alignas(64) float tiles[4 * kFloatTile];
+  const float* origins[2];
+  float* best[4];
+  int count = 0;  // of tiles
+
+  void raise() const {
+    for (int i = 0; i < count; ++i) {
+      const __m512 top = max_of_tile(tiles + i * kFloatTile) - _mm512_load_ps(origins[i / 2]);
+      *best[i] = std::max(*best[i], _mm512_reduce_max_ps(top));
+    }
+  }
+};
+
+// Two runs times the rows of two searches at once, or 32 rows of one. Scores are raised while the
+// next products are made.
 void score_runs(const std::byte* const* queries, int64_t num_searches, int64_t num_rows,
                 int64_t head_dim, const std::byte* const* runs, int64_t count, int64_t row_bytes,
                 float* const* best) {
   constexpr int64_t kCachedRows = 24 << 10;  // bytes
-  alignas(64) float scores[4 * kFloatTile];
   const int64_t steps = head_dim / 32, groups = num_groups(num_rows);
   const int64_t together = std::max<int64_t>(2, kCachedRows / (groups * steps * kTile * 2)) & ~1;
+  for (int64_t i = 0; i < num_searches; ++i) std::fill_n(best[i], count, -__builtin_inff());
+  RunScores scores[2];
+  int turn = 0;
   for (int64_t first = 0; first < num_searches; first += together) {
     const int64_t last = std::min(first + together, num_searches);
     for (int64_t j = 0; j < count; j += 2) {
@@ -221,36 +239,37 @@ void score_runs(const std::byte* const* queries, int64_t num_searches, int64_t n
       for (int64_t next = j + 2; next < std::min(j + 4, count); ++next) {
         prefetch_run(runs[next], row_bytes, steps);
       }
-      for (int64_t i = first; i < last; ++i) {
-        const bool two = groups == 1 && i + 1 < last;
-        __m512 top_a = _mm512_set1_ps(-__builtin_inff()), top_b = top_a;
-        for (int64_t g = 0; g < groups; g += 2) {
-          const Rows rows(queries[i], groups, steps, g);
-          const Rows more(queries[i + two], groups, steps, two ? 0 : std::min(g + 1, groups - 1));
-          if (groups > 1 || two) {
-            multiply(a, b, rows, more, steps, scores);
-          } else {
-            multiply(a, b, rows, steps, scores);
-          }
-          top_a = _mm512_max_ps(max_of_tile(scores) - rows.origin(), top_a);
-          top_b = _mm512_max_ps(max_of_tile(scores + kFloatTile) - rows.origin(), top_b);
-          if (groups == 1 && !two) continue;
-          const __m512 more_a = max_of_tile(scores + 2 * kFloatTile) - more.origin();
-          const __m512 more_b = max_of_tile(scores + 3 * kFloatTile) - more.origin();
-          if (two) {
-            best[i + 1][j] = _mm512_reduce_max_ps(more_a);
-            best[i + 1][other] = _mm512_reduce_max_ps(more_b);
-          } else {
-            top_a = _mm512_max_ps(more_a, top_a);
-            top_b = _mm512_max_ps(more_b, top_b);
-          }
+      const auto score = [&](int64_t i, int64_t g, int64_t more_i, int64_t more_g) {
+        RunScores& now = scores[turn];
+        const Rows rows(queries[i], groups, steps, g);
+        now.origins[0] = rows.origins;
+        now.best[0] = best[i] + j;
+        now.best[1] = best[i] + other;
+        if (more_i < last) {
+          const Rows more(queries[more_i], groups, steps, more_g);
+          now.origins[1] = more.origins;
+          now.best[2] = best[more_i] + j;
+          now.best[3] = best[more_i] + other;
+          now.count = 4;
+          multiply(a, b, rows, more, steps, now.tiles);
+        } else {
+          now.count = 2;
+          multiply(a, b, rows, steps, now.tiles);
         }
-        best[i][j] = _mm512_reduce_max_ps(top_a);
-        best[i][other] = _mm512_reduce_max_ps(top_b);
-        i += two;
+        turn = 1 - turn;
+        scores[turn].raise();
+        scores[turn].count = 0;
+      };
+      if (groups == 1) {
+        for (int64_t i = first; i < last; i += 2) score(i, 0, i + 1, 0);
+      } else {
+        for (int64_t i = first; i < last; ++i) {
+          for (int64_t g = 0; g < groups; g += 2) score(i, g, i, g + 1);
+        }
       }
     }
   }
+  scores[1 - turn].raise();
 }
 
 }  // namespace amx_hip
