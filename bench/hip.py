@@ -74,16 +74,14 @@ def prefill(seqlen: int, heads: int) -> list[str]:
 
 
 def selection(hip: HiP, seqlen: int) -> list[str]:
-    """Milliseconds of choosing for one head, nanoseconds for each row and step of its search, and
-    the bytes of what is chosen.
+    """Milliseconds of choosing for one head, microseconds for each of its query blocks, and the
+    bytes of what is chosen.
     """
     q, k = normal(1, seqlen), normal(1, seqlen)
     times = paired_times({"select": lambda: hip(q, k)}, 0.5)["select"]
-    lists = hip(q, k).tensors().values()
-    searched = (max(1, end - hip.window) for end in range(hip.block_q, seqlen + 1, hip.block_q))
-    steps = sum(hip.block_q * max(0, math.ceil(math.log2(keys / hip.k))) for keys in searched)
-    size = sum(x.numel() * 4 for x in lists) / 2**20
-    return [f"{1e3 * median(times):.4g}", f"{1e9 * median(times) / steps:.0f}", f"{size:.2g} MiB"]
+    size = sum(x.numel() * 4 for x in hip(q, k).tensors().values()) / 2**20
+    per_block = 1e6 * median(times) * hip.block_q / seqlen
+    return [f"{1e3 * median(times):.4g}", f"{per_block:.0f}", f"{size:.2g} MiB"]
 
 
 def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
@@ -262,7 +260,7 @@ def _quality_rows() -> dict[str, Row]:
 
 SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, Row]]] = {
     "prefill": (("tokens", "SDPA ms", *(f"`{named(hip)}`" for hip in SPEED)), {}),
-    "selection": (("tokens", "ms", "ns a row and step", "lists"), {}),
+    "selection": (("tokens", "ms", "us a query block", "lists"), {}),
     "decode": (("keys", "SDPA ms", "HiP ms", "vs SDPA"), {}),
     "quality": (("selector", "perplexity", "loss on second copy", "passkeys found (depth)"), {}),
     "times": (("selector", "prefill s", "decode ms a token"), {}),
