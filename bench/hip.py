@@ -12,6 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -20,10 +21,10 @@ import torch
 from torch.nn import functional as F
 
 from sparse_attn import selectors, sparse_attention
-from sparse_attn.selectors import BlockTopK, HiP, MaskCache, SinkWindow
+from sparse_attn.selectors import BlockTopK, HiP, InfiniteHiP, MaskCache, SinkWindow
 
 from . import report, texts
-from .measure import Subject, measure, observed_attention
+from .measure import Subject, attending, measure, observed_attention
 from .pretrained import load
 from .timing import paired_ratio, paired_times
 
@@ -31,13 +32,13 @@ KEPT = Path(__file__).parent / "results" / "hip.json"
 PAGE = Path(__file__).parents[1] / "docs" / "hip.md"
 TOKENS = 8192
 DEPTHS = (0.25, 0.5, 0.7, 0.9)
+LONG_DEPTHS, LONG_SCORED = (0.25, 0.5), 4096  # of 32768 tokens
 LAYERS = (1, 10, 20)
 
 HIP = HiP(k=512)
-PAPER_JUDGES = HiP(k=512, representatives=1)
-FEWER_KEYS = HiP(k=512, stride_q=1, stride_k=4)
-FEWEST_KEYS = HiP(k=512, stride_q=4, stride_k=16)
-SPEED = (HIP, FEWER_KEYS, FEWEST_KEYS)
+FEWER_ROWS = HiP(k=512, stride_q=8)
+FEWER_KEYS = HiP(k=512, stride_q=8, stride_k=4)
+SPEED = (HIP, FEWER_ROWS, FEWER_KEYS, InfiniteHiP())
 
 
 def normal(heads: int, seqlen: int) -> torch.Tensor:
@@ -48,13 +49,13 @@ def normal(heads: int, seqlen: int) -> torch.Tensor:
 
 
 def prefill(seqlen: int, heads: int) -> list[str]:
-    """Attention of one layer with torch's SDPA and with HiP: its milliseconds, how many times
+    """Attention of one layer with torch's SDPA and with selectors: its milliseconds, how many times
     faster it is, and the share of the selection.
     """
     q, k, v = (normal(heads, seqlen) for _ in range(3))
-    shares: dict[HiP, list[float]] = {hip: [] for hip in SPEED}
+    shares: dict[HiP | InfiniteHiP, list[float]] = {hip: [] for hip in SPEED}
 
-    def ours(hip: HiP) -> None:
+    def ours(hip) -> None:
         begin = perf_counter()
         layout = hip(q, k)
         chosen = perf_counter()
@@ -73,16 +74,14 @@ def prefill(seqlen: int, heads: int) -> list[str]:
 
 
 def selection(hip: HiP, seqlen: int) -> list[str]:
-    """Milliseconds of choosing for one head, nanoseconds for each row and step of its search, and
-    the bytes of what is chosen.
+    """Milliseconds of choosing for one head, microseconds for each of its query blocks, and the
+    bytes of what is chosen.
     """
     q, k = normal(1, seqlen), normal(1, seqlen)
     times = paired_times({"select": lambda: hip(q, k)}, 0.5)["select"]
-    lists = hip(q, k).tensors().values()
-    searched = (max(1, end - hip.window) for end in range(hip.block_q, seqlen + 1, hip.block_q))
-    steps = sum(hip.block_q * max(0, math.ceil(math.log2(keys / hip.k))) for keys in searched)
-    size = sum(x.numel() * 4 for x in lists) / 2**20
-    return [f"{1e3 * median(times):.4g}", f"{1e9 * median(times) / steps:.0f}", f"{size:.2g} MiB"]
+    size = sum(x.numel() * 4 for x in hip(q, k).tensors().values()) / 2**20
+    per_block = 1e6 * median(times) * hip.block_q / seqlen
+    return [f"{1e3 * median(times):.4g}", f"{per_block:.0f}", f"{size:.2g} MiB"]
 
 
 def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
@@ -108,48 +107,81 @@ def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
 # --- quality
 
 
-@functools.cache
-def smollm2():
-    return load("smollm2")
+load = functools.cache(load)
 
 
 def quality(selector, first_layer: int = 0) -> list[str]:
     """What SmolLM2 still does; layers before `first_layer` are dense."""
-    tokenizer, model = smollm2()
+    tokenizer, model = load("smollm2")
     layers = range(first_layer, model.config.num_hidden_layers)
     subject = Subject("", selector if not first_layer else dict.fromkeys(layers, selector))
     prompts = [texts.reading(tokenizer, TOKENS), texts.second_copy(tokenizer, TOKENS * 3 // 4)]
     prompts += [texts.passkey(tokenizer, TOKENS, depth) for depth in DEPTHS]
     for prompt in prompts:
         measure(model, subject, prompt, timed=False, densities=False)
-    found = [f"{d:g}" for d, ok in zip(DEPTHS, subject.answers.values(), strict=True) if ok]
     return [
         f"{math.exp(subject.losses['reading']):.2f}",
         f"{subject.losses['second copy']:.2f}",
-        f"{len(found)}/{len(DEPTHS)}" + (f" ({', '.join(found)})" if found else ""),
+        found(subject, DEPTHS),
     ]
 
 
-def model_prefill(selector) -> list[str]:
-    """Seconds of SmolLM2's prefill, and of its attention, against torch's SDPA."""
-    tokenizer, model = smollm2()
-    subjects = [Subject("SDPA", None), Subject("ours", selector)]
-    prompt = texts.passkey(tokenizer, TOKENS, 0.5)
-    for timed in (True, True):
-        for subject in subjects:
-            measure(model, subject, prompt, timed=timed, densities=False)
-    sdpa, ours = subjects
+def found(subject: Subject, depths: tuple[float, ...]) -> str:
+    """The passkeys that were found, of one for each depth."""
+    right = [f"{d:g}" for d, ok in zip(depths, subject.answers.values(), strict=True) if ok]
+    return f"{len(right)}/{len(depths)}" + (f" ({', '.join(right)})" if right else "")
+
+
+@torch.inference_mode()
+def decode_milliseconds(model, ids: torch.Tensor, cache, selector, steps: int = 32) -> float:
+    """Of a step, with selections of HiP that last for 8."""
+    if isinstance(selector, HiP):
+        hip = replace(selector, margin=7)
+        layers = range(model.config.num_hidden_layers)
+        selector = {layer: MaskCache(hip, refresh=8) for layer in layers}
+    with attending(model, Subject("", selector)):
+        begin = perf_counter()
+        for step in range(steps):
+            model(ids[:, step : step + 1], past_key_values=cache)
+        return 1e3 * (perf_counter() - begin) / steps
+
+
+def model_times(selector) -> list[str]:
+    """Seconds of SmolLM2's prefill, and milliseconds of a step that decodes; the best of two."""
+    tokenizer, model = load("smollm2")
+    subject = Subject("", selector)
+    ids = texts.reading(tokenizer, TOKENS).ids
+    prefill, decode = [], []
+    for _ in range(2):
+        with torch.inference_mode(), attending(model, subject):
+            begin = perf_counter()
+            cache = model.model(ids, use_cache=True).past_key_values
+            prefill.append(perf_counter() - begin)
+        decode.append(decode_milliseconds(model, ids, cache, selector))
+    return [f"{min(prefill):.1f}", f"{min(decode):.1f}"]
+
+
+def long_text(selector) -> list[str]:
+    """What Gemma 3 does with 32768 tokens: the perplexity of the last ones, passkeys, and times."""
+    tokenizer, model = load("gemma3")
+    subject = Subject("", selector)
+    for depth in LONG_DEPTHS:
+        prompt = texts.passkey(tokenizer, 32768, depth)
+        if not subject.losses:
+            prompt = replace(prompt, scored_from=prompt.ids.shape[1] - LONG_SCORED)
+        cache = measure(model, subject, prompt, timed=True, densities=False)
     return [
-        f"{min(ours.prefill):.2f}",
-        f"{sdpa.speedup(ours, 'prefill') ** -1:.2f}",
-        f"{sdpa.speedup(ours, 'attention') ** -1:.2f}",
+        f"{math.exp(next(iter(subject.losses.values()))):.2f}",
+        found(subject, LONG_DEPTHS),
+        f"{min(subject.prefill):.0f}",
+        f"{decode_milliseconds(model, prompt.ids, cache, selector):.0f}",
     ]
 
 
 @functools.cache
 def real_queries_and_keys() -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """q and k of some layers of SmolLM2 on `TOKENS` tokens of English."""
-    tokenizer, model = smollm2()
+    tokenizer, model = load("smollm2")
     seen = {}
 
     def observe(module, q, k, seconds, kwargs):
@@ -192,8 +224,10 @@ def recall(hip: HiP, layer: int, head: int) -> list[str]:
 Row = Callable[[], list[str]]
 
 
-def named(hip: HiP) -> str:
+def named(hip) -> str:
     """The settings that differ from HiP's own."""
+    if isinstance(hip, InfiniteHiP):
+        return "InfiniteHiP()"
     default, values = HiP(), vars(hip)
     changed = [f"{x}={values[x]}" for x in values if values[x] != getattr(default, x) or x == "k"]
     return f"HiP({', '.join(changed)})"
@@ -208,31 +242,32 @@ def _decoding_rows() -> dict[str, Row]:
     return rows
 
 
-def _subjects() -> dict[str, object]:
-    return {
-        "Dense()": selectors.Dense(),
-        "SinkWindow(64, 1024)": SinkWindow(sink=64, window=1024),
-        "BlockTopK(64, 16)": BlockTopK(top_k=64, block_size=16),
-        **{named(hip): hip for hip in (HiP(k=256), HIP, HiP(k=1024), FEWER_KEYS, FEWEST_KEYS)},
-    }
+SUBJECTS = {
+    "Dense()": selectors.Dense(),
+    "SinkWindow(64, 1024)": SinkWindow(sink=64, window=1024),
+    "BlockTopK(64, 16)": BlockTopK(top_k=64, block_size=16),
+    **{named(hip): hip for hip in (HiP(k=256), HIP, HiP(k=1024))},
+}
 
 
 def _quality_rows() -> dict[str, Row]:
-    subjects = _subjects()
-    for hip in (PAPER_JUDGES, HiP(k=1024, stride_q=8)):
-        subjects[named(hip)] = hip
-    rows = {name: functools.partial(quality, s) for name, s in subjects.items()}
-    for hip in (HiP(k=512), HiP(k=1024)):
+    others = {named(hip): hip for hip in (HiP(k=512, stride_q=2), FEWER_ROWS, FEWER_KEYS)}
+    rows = {name: functools.partial(quality, s) for name, s in (SUBJECTS | others).items()}
+    for hip in (HiP(k=256), HIP):
         rows[f"{named(hip)}, 3 layers dense"] = functools.partial(quality, hip, 3)
     return rows
 
 
 SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, Row]]] = {
     "prefill": (("tokens", "SDPA ms", *(f"`{named(hip)}`" for hip in SPEED)), {}),
-    "selection": (("tokens", "ms", "ns a row and step", "lists"), {}),
+    "selection": (("tokens", "ms", "us a query block", "lists"), {}),
     "decode": (("keys", "SDPA ms", "HiP ms", "vs SDPA"), {}),
     "quality": (("selector", "perplexity", "loss on second copy", "passkeys found (depth)"), {}),
-    "model": (("selector", "prefill s", "speed-up end to end", "speed-up of attention"), {}),
+    "times": (("selector", "prefill s", "decode ms a token"), {}),
+    "gemma": (
+        ("selector", "perplexity", "passkeys found (depth)", "prefill s", "decode ms a token"),
+        {},
+    ),
     "recall": (("layer and head", "sink and window", "with HiP's blocks", "with the best"), {}),
 }
 
@@ -247,9 +282,9 @@ def _fill_sections() -> None:
     )
     SECTIONS["decode"][1].update(_decoding_rows())
     SECTIONS["quality"][1].update(_quality_rows())
-    SECTIONS["model"][1].update(
-        {name: functools.partial(model_prefill, s) for name, s in _subjects().items()}
-    )
+    times = {"torch's SDPA": None} | SUBJECTS
+    SECTIONS["times"][1].update({x: functools.partial(model_times, s) for x, s in times.items()})
+    SECTIONS["gemma"][1].update({x: functools.partial(long_text, s) for x, s in SUBJECTS.items()})
     SECTIONS["recall"][1].update(
         {
             f"layer {layer} head {head}": functools.partial(recall, HIP, layer, head)

@@ -89,8 +89,8 @@ def layer_layout(subject: Subject, q, k, kwargs: dict) -> BlockLayout:
 
 
 @torch.inference_mode()
-def measure(model, subject: Subject, prompt: Prompt, timed: bool, densities: bool) -> None:
-    """Run `prompt` once and add what it is for to `subject`.
+def measure(model, subject: Subject, prompt: Prompt, timed: bool, densities: bool):
+    """Run `prompt` once, add what it is for to `subject`, and return the model's cache.
 
     `densities` asks for the density of every layer; that run is of no use for timing.
     """
@@ -115,6 +115,7 @@ def measure(model, subject: Subject, prompt: Prompt, timed: bool, densities: boo
         subject.attention.append(sum(seconds))
     if prompt.scored_from is not None and prompt.name not in subject.losses:
         subject.losses[prompt.name] = _loss(model, output.last_hidden_state[0], prompt)
+    return output.past_key_values
 
 
 def _loss(model, hidden, prompt: Prompt) -> float:

@@ -33,10 +33,14 @@ def literal_hip(q, k, hip, is_causal=True):
         if len(blocks) <= slots:
             chosen.append(blocks)
             continue
-        best = (q[rows] @ k.T).amax(0).tolist()
+        products = q[rows] @ k.T
+        near = [*range(min(hip.sink, end)), *range(end, last_position + 1)]
+        if end <= last_position and is_causal:
+            products -= products[:, near].amax(1, keepdim=True)
+        best = products.amax(0).tolist()
 
         size = 1
-        while -(-len(blocks) // size) > 2 * slots:
+        while -(-len(blocks) // size) > 8 * slots:
             size *= 2
         nodes = [blocks[i : i + size] for i in range(0, len(blocks), size)]
         while True:
@@ -189,6 +193,37 @@ def test_triton_with_not_a_number():
         k[:, :, ::3], q[:, :, 5] = value, value
         layout = on_triton(q, k, HiP(k=16, block_q=32, block_k=2, sink=0, window=8))
         assert (layout.kv_num_blocks == 8).all()
+
+
+@pytest.mark.parametrize("representatives", [1, 2])
+@pytest.mark.parametrize(
+    ("seqlens", "window", "block_q", "stride_q"),
+    [
+        ((700, 700), 32, 16, 1),  # searches that begin with nodes of 1, 2 and 4 blocks
+        ((650, 650), 9, 64, 2),  # the last block of a search has few keys
+        ((33, 700), 30, 8, 4),  # few searches
+        ((130, 801), 300, 64, 1),
+    ],
+)
+def test_whole_blocks_at_once(isa, seqlens, window, block_q, stride_q, representatives):
+    """Blocks of 16 sampled keys, which AMX multiplies for several searches."""
+    sizes = {"block_q": block_q, "stride_q": stride_q, "representatives": representatives}
+    for keys, block_k in ((16, 16), (64, 16), (96, 32)):
+        hip = HiP(k=keys, block_k=block_k, stride_k=block_k // 16, sink=20, window=window, **sizes)
+        q, k = integer_qk(seqlens, heads=3, kv_heads=1, dim=64, dtype=torch.bfloat16)
+        for is_causal in (True, False):
+            assert same(hip(q, k, is_causal=is_causal), reference(q, k, hip, is_causal))
+
+
+def test_rows_of_large_products_leave_room_for_others(isa):
+    """Row 31 sees its needle, though all other rows have greater products with other keys."""
+    q, k = torch.randn(2, 1, 1, 512, 64).unbind(0)
+    q[0, 0, 480:511] *= 100
+    k[0, 0, 200] = 3 * q[0, 0, 511]
+    for dtype in (torch.float32, torch.bfloat16):
+        hip = HiP(k=32, block_q=32, stride_q=1, sink=4, window=64)
+        layout = hip(q.to(dtype), k.to(dtype))
+        assert layout.visible(511, 512)[0, 0, 0, 200]
 
 
 def test_keys_that_exceed_the_cache(isa):

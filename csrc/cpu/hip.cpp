@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "aligned_buffer.h"
+#include "hip_keys.h"
 
 namespace sparse_attn::cpu {
 
@@ -42,10 +43,19 @@ uint32_t rank_of(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// Whether blocks are runs of keys that the kernel scores as a whole.
+bool has_runs(const HipParams& params, const HipKernel& kernel) {
+  const int64_t sampled = ceil_div(params.block_k - params.stride_k / 2, params.stride_k);
+  return kernel.score_runs != nullptr && sampled == kHipRun && params.head_dim % 32 == 0;
+}
+
 // What the searches of one thread use one after the other.
 struct Scratch {
   std::vector<const void*> pointers;
+  std::vector<const std::byte*> runs;
   std::vector<float> scores;
+  std::vector<float*> score_lists;
+  std::vector<const std::byte*> queries;
   std::vector<uint32_t> ranks;
   std::vector<Node> halves;
 };
@@ -57,13 +67,14 @@ class TreeSearch {
   TreeSearch(const HipParams& params, const HipKernel& kernel, Scratch& scratch)
       : params_(params), kernel_(kernel), scratch_(scratch) {}
 
-  void begin(int64_t b, int64_t head, int64_t row) {
+  void begin(int64_t b, int64_t head, int64_t row, const SampledKeys& keys) {
     const int64_t first_row = row * params_.block_q;
-    end_ = params_.seqlen_kv;
+    int64_t last_end = params_.seqlen_kv;  // of what the last row sees
     if (params_.is_causal) {
       const int64_t off = params_.seqlen_kv - params_.seqlen_q;
-      end_ = std::min(first_row + params_.block_q + off, end_) - params_.window;
+      last_end = std::min(first_row + params_.block_q + off, last_end);
     }
+    end_ = last_end - (params_.is_causal ? params_.window : 0);
     first_block_ = params_.sink / params_.block_k;
     num_blocks_ = static_cast<int32_t>(
         std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, end_), params_.block_k) - first_block_));
@@ -72,8 +83,8 @@ class TreeSearch {
     next_ = first_size_ = 0;
     if (num_blocks_ <= params_.slots) return;
     prepare_queries(b, head, first_row);
-    const int64_t kv_head = head / (params_.num_heads / params_.num_kv_heads);
-    keys_ = byte_offset(params_.k, b * params_.k_stride.batch + kv_head * params_.k_stride.head);
+    set_origins(keys, last_end);
+    keys_ = &keys;
     first_size_ = 1;
     while (ceil_div(num_blocks_, first_size_) > kMostNodes * params_.slots) first_size_ *= 2;
     for (int32_t first = 0; first < num_blocks_; first += first_size_) {
@@ -100,6 +111,28 @@ class TreeSearch {
     }
   }
 
+  // What searches share that look at the same first nodes.
+  bool begins_as(const TreeSearch& other) const {
+    return first_size_ == other.first_size_ && num_rows_ == other.num_rows_;
+  }
+  int64_t num_rows() const { return num_rows_; }
+  const std::byte* queries() const { return queries_.data(); }
+
+  // Ranks the first nodes by the scores of the blocks `offset` behind their beginnings.
+  void rank_first(int32_t offset, const float* scores) {
+    const auto rank = offset > 0 || !has_firsts() ? &Node::centre_rank : &Node::first_rank;
+    for (Node& node : nodes_) {
+      const int32_t block = node.first + offset;
+      if (block < num_blocks_ && keys_->whole(block, end_)) {
+        node.*rank = rank_of(*scores++);
+      } else {  // of the last node
+        const auto last = [&](const Node&) { return std::min(block, num_blocks_ - 1); };
+        rank_blocks({&node, 1}, last, rank);
+      }
+    }
+    next_ = nodes_.size();
+  }
+
   // Keeps the best nodes and splits them.
   void descend(int32_t size) {
     keep_best();
@@ -118,7 +151,7 @@ class TreeSearch {
   }
 
  private:
-  static constexpr int64_t kMostNodes = 2;  // at the start, for each that is kept
+  static constexpr int64_t kMostNodes = 8;  // at the start, for each that is kept
 
   bool has_firsts() const { return params_.representatives > 1; }
 
@@ -147,26 +180,60 @@ class TreeSearch {
     kernel_.prepare_queries(rows.data(), num_rows_, params_.head_dim, queries_.data());
   }
 
+  // A row's products are counted from the greatest one with a key that needs no search.
+  void set_origins(const SampledKeys& keys, int64_t last_end) {
+    if (num_rows_ == 1 || end_ >= last_end) return;
+    std::vector<const void*>& near = scratch_.pointers;
+    near.clear();
+    for (int64_t j = 0; j < std::min(params_.sink, end_); ++j) near.push_back(keys.key(j));
+    for (int64_t j = end_; j < last_end; ++j) near.push_back(keys.key(j));
+    near.resize(ceil_div(std::ssize(near), kHipKeys) * kHipKeys, near.back());
+    kernel_.set_origins(queries_.data(), num_rows_, params_.head_dim, near.data(),
+                        std::ssize(near));
+  }
+
   // Ranks one block of each node: its largest product of a sampled row and a sampled key.
   void rank_blocks(std::span<Node> nodes, auto block_of, uint32_t Node::* rank) {
-    const int64_t row_bytes = params_.k_stride.row * element_size(params_.dtype);
+    if (!has_runs(params_, kernel_)) return rank_by_keys(nodes, block_of, rank);
+    std::vector<const std::byte*>& runs = scratch_.runs;
+    runs.clear();
+    for (const Node& node : nodes) {
+      const int64_t block = block_of(node);
+      if (!keys_->whole(block, end_)) break;  // only the last one may not be
+      runs.push_back(keys_->block(block));
+    }
+    const size_t count = runs.size();
+    scratch_.scores.resize(count);
+    const std::byte* queries = queries_.data();
+    float* scores = scratch_.scores.data();
+    kernel_.score_runs(&queries, 1, num_rows_, params_.head_dim, runs.data(),
+                       static_cast<int64_t>(count), keys_->row_bytes(), &scores);
+    for (size_t i = 0; i < count; ++i) nodes[i].*rank = rank_of(scratch_.scores[i]);
+    if (count < nodes.size()) rank_by_keys(nodes.subspan(count), block_of, rank);
+  }
+
+  void rank_by_keys(std::span<Node> nodes, auto block_of, uint32_t Node::* rank) {
     std::vector<const void*>& keys = scratch_.pointers;
     keys.clear();
+    const int64_t per_block = keys_->per_block(), row_bytes = keys_->row_bytes();
     for (const Node& node : nodes) {
-      const int64_t begin = (first_block_ + block_of(node)) * params_.block_k;
-      for (int64_t i = params_.stride_k / 2; i < params_.block_k; i += params_.stride_k) {
-        keys.push_back(keys_ + std::min(begin + i, end_ - 1) * row_bytes);
+      const int64_t block = block_of(node);
+      if (keys_->whole(block, end_)) {
+        const std::byte* key = keys_->block(block);
+        for (int64_t i = 0; i < per_block; ++i) keys.push_back(key + i * row_bytes);
+      } else {
+        for (int64_t i = 0; i < per_block; ++i) keys.push_back(keys_->key(block, i, end_));
       }
     }
-    const int64_t count = std::ssize(keys), per_node = count / std::ssize(nodes);
+    const int64_t count = std::ssize(keys);
     keys.resize(ceil_div(count, kHipKeys) * kHipKeys, keys.back());
     scratch_.scores.resize(keys.size());
-    const float* score = scratch_.scores.data();
     kernel_.score(queries_.data(), num_rows_, params_.head_dim, keys.data(), count,
                   scratch_.scores.data());
+    const float* score = scratch_.scores.data();
     for (Node& node : nodes) {
-      node.*rank = rank_of(*std::max_element(score, score + per_node));
-      score += per_node;
+      node.*rank = rank_of(*std::max_element(score, score + per_block));
+      score += per_block;
     }
   }
 
@@ -210,7 +277,7 @@ class TreeSearch {
   int64_t list_ = 0;                   // the one to write
   int32_t num_blocks_ = 0, first_size_ = 0;
   size_t next_ = 0;  // the first node that has no rank
-  const std::byte* keys_ = nullptr;
+  const SampledKeys* keys_ = nullptr;
   AlignedBuffer queries_;
   std::vector<Node> nodes_;
 };
@@ -219,7 +286,8 @@ class TreeSearch {
 // part of the keys, which stays in the cache meanwhile, before they look at the next.
 class SearchGroup {
  public:
-  SearchGroup(const HipParams& params, const HipKernel& kernel, int64_t most) : params_(params) {
+  SearchGroup(const HipParams& params, const HipKernel& kernel, int64_t most)
+      : params_(params), kernel_(kernel) {
     for (int64_t i = 0; i < most; ++i) searches_.emplace_back(params, kernel, scratch_);
     const int64_t key_bytes = params.head_dim * element_size(params.dtype);
     const int64_t sampled = ceil_div(params.block_k - params.stride_k / 2, params.stride_k);
@@ -227,17 +295,19 @@ class SearchGroup {
   }
 
   // Task i of a KV head is head i % (its query heads) of one query block after the other.
-  void run(int64_t b, int64_t kv_head, int64_t first_task, int64_t stop_task) {
+  void run(int64_t b, int64_t kv_head, int64_t first_task, int64_t stop_task,
+           const SampledKeys& keys) {
     const int64_t heads = params_.num_heads / params_.num_kv_heads;
     auto searches = searches_ | std::views::take(stop_task - first_task);
     int32_t size = 0, num_blocks = 0;
     for (int64_t i = first_task; TreeSearch& search : searches) {
-      search.begin(b, kv_head * heads + i % heads, i / heads);
+      search.begin(b, kv_head * heads + i % heads, i / heads, keys);
       size = std::max(size, search.first_size());
       num_blocks = std::max(num_blocks, search.num_blocks());
       ++i;
     }
     for (; size > 0; size /= 2) {
+      if (has_runs(params_, kernel_)) rank_first_nodes(searches, size, keys);
       const int64_t step = size * blocks_in_cache_;
       for (int64_t stop = step; stop < num_blocks + step; stop += step) {
         for (TreeSearch& search : searches) {
@@ -254,11 +324,74 @@ class SearchGroup {
  private:
   static constexpr int64_t kCachedKeys = 1 << 19;  // bytes
 
+  // The searches that begin with nodes of this size look at the same blocks.
+  void rank_first_nodes(auto searches, int32_t size, const SampledKeys& keys) {
+    std::vector<TreeSearch*> alike;
+    for (TreeSearch& search : searches) {
+      if (search.first_size() != size) continue;
+      if (!alike.empty() && !search.begins_as(*alike[0])) {
+        rank_alike(alike, size, keys);
+        alike.clear();
+      }
+      alike.push_back(&search);
+    }
+    if (!alike.empty()) rank_alike(alike, size, keys);
+  }
+
+  void rank_alike(std::span<TreeSearch*> searches, int32_t size, const SampledKeys& keys) {
+    if (params_.representatives > 1) rank_alike(searches, size, 0, keys);
+    if (params_.representatives == 1 || size > 1) rank_alike(searches, size, size / 2, keys);
+  }
+
+  void rank_alike(std::span<TreeSearch*> searches, int32_t size, int32_t offset,
+                  const SampledKeys& keys) {
+    int64_t num_blocks = 0;
+    for (const TreeSearch* search : searches) {
+      num_blocks = std::max<int64_t>(num_blocks, search->num_blocks());
+    }
+    std::vector<const std::byte*>& runs = scratch_.runs;
+    runs.clear();
+    for (int64_t n = offset; n < num_blocks && keys.whole(n, params_.seqlen_kv); n += size) {
+      runs.push_back(keys.block(n));
+    }
+    const int64_t count = std::ssize(runs);
+    first_scores_.resize(count * searches.size());
+    std::vector<const std::byte*>& queries = scratch_.queries;
+    queries.clear();
+    for (const TreeSearch* search : searches) queries.push_back(search->queries());
+    std::vector<float*>& lists = scratch_.score_lists;
+    lists.resize(searches.size());
+    for (int64_t begin = 0; begin < count; begin += blocks_in_cache_) {
+      for (size_t i = 0; i < lists.size(); ++i) lists[i] = first_scores_.data() + i * count + begin;
+      kernel_.score_runs(queries.data(), std::ssize(queries), searches[0]->num_rows(),
+                         params_.head_dim, runs.data() + begin,
+                         std::min(blocks_in_cache_, count - begin), keys.row_bytes(), lists.data());
+    }
+    for (size_t i = 0; i < lists.size(); ++i) {
+      searches[i]->rank_first(offset, first_scores_.data() + i * count);
+    }
+  }
+
   const HipParams& params_;
+  const HipKernel& kernel_;
+  std::vector<float> first_scores_;
   Scratch scratch_;
   std::deque<TreeSearch> searches_;
   int64_t blocks_in_cache_ = 1;
 };
+
+// All threads copy the keys of all heads.
+void copy_keys(std::span<SampledKeys> keys, const Parallel& parallel, AlignedBuffer& copies) {
+  const int64_t head_bytes = keys[0].copy_bytes(), num_blocks = keys[0].num_blocks();
+  copies.reserve(head_bytes * std::ssize(keys));
+  for (size_t i = 0; i < keys.size(); ++i) keys[i].read_from(copies.data() + i * head_bytes);
+  const int64_t all = num_blocks * std::ssize(keys), threads = parallel.num_threads;
+  parallel.run(threads, [&](int64_t thread) {
+    for (int64_t i = all * thread / threads; i < all * (thread + 1) / threads; ++i) {
+      keys[i / num_blocks].copy_block(i % num_blocks);
+    }
+  });
+}
 
 }  // namespace
 
@@ -271,6 +404,13 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   const HipKernel& kernel = hip_kernel(isa, params.dtype, sampled);
   const int64_t num_heads = params.batch * params.num_kv_heads;
   const int64_t tasks = params.num_heads / params.num_kv_heads * rows;  // of a KV head
+  std::vector<SampledKeys> keys;
+  for (int64_t head = 0; head < num_heads; ++head) {
+    keys.emplace_back(params, head / params.num_kv_heads, head % params.num_kv_heads);
+  }
+  AlignedBuffer copies;
+  constexpr int64_t kFewTasks = 16;
+  if (tasks > kFewTasks && has_runs(params, kernel)) copy_keys(keys, parallel, copies);
   constexpr int64_t kMostTogether = 64, kGroupsPerThread = 4;
   const int64_t together = std::clamp<int64_t>(
       num_heads * tasks / (kGroupsPerThread * parallel.num_threads), 1, kMostTogether);
@@ -282,7 +422,7 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
     for (int64_t i = next_group++; i < num_heads * groups; i = next_group++) {
       const int64_t first = i % groups * together, head = i / groups;
       group.run(head / params.num_kv_heads, head % params.num_kv_heads, first,
-                std::min(first + together, tasks));
+                std::min(first + together, tasks), keys[head]);
     }
     kernel.leave(saved);
   };

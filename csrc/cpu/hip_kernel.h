@@ -8,8 +8,9 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 static_assert(kHipKeys == kBatchKeys);
 
+// Rows, then their origins.
 static int64_t hip_query_bytes(int64_t num_rows, int64_t head_dim) {
-  return num_rows * decode_q_stride(head_dim) * static_cast<int64_t>(sizeof(float));
+  return num_rows * (decode_q_stride(head_dim) + 1) * static_cast<int64_t>(sizeof(float));
 }
 
 template <class T>
@@ -32,12 +33,13 @@ static void prepare_hip_queries(const void* const* rows, int64_t num_rows, int64
     convert_row(static_cast<const T*>(rows[r]), head_dim, dest);
     std::fill(dest + head_dim, dest + stride, 0.0f);
   }
+  std::fill(dest, dest + num_rows, 0.0f);
 }
 
+// Calls visit(row, first key, keys of a vector, products) for all rows and keys.
 template <class T>
-static void score_hip_keys(const std::byte* queries, int64_t num_rows, int64_t head_dim,
-                           const void* const* keys, int64_t count, float* best) {
-  const float* q = reinterpret_cast<const float*>(queries);
+static void hip_products(const float* q, int64_t num_rows, int64_t head_dim,
+                         const void* const* keys, int64_t count, auto visit) {
   const int64_t stride = decode_q_stride(head_dim);
   static const KeyBatch kNoKeys = {};
   KeyBatch batches[2];
@@ -46,26 +48,52 @@ static void score_hip_keys(const std::byte* queries, int64_t num_rows, int64_t h
     if (batch.count > 0) std::copy(keys + begin, keys + begin + kBatchKeys, batch.k);
   };
   fill(batches[0], 0);
-  for (int64_t j = 0; j < count; j += kBatchKeys, best += kBatchKeys) {
+  for (int64_t j = 0; j < count; j += kBatchKeys) {
     const KeyBatch& now = batches[j / kBatchKeys % 2];
     KeyBatch& next = batches[(j / kBatchKeys + 1) % 2];
     fill(next, j + kBatchKeys);
-    std::fill(best, best + kBatchKeys, kMinusInfinity);
     for_row_parts(num_rows, [&](auto rows, int64_t r) {
       float scores[rows() * kBatchKeys];
       score_keys<T, rows()>(now, r == 0 ? next : kNoKeys, q + r * stride, stride, head_dim, scores);
       for (int i = 0; i < rows() * kBatchKeys; i += kLanes) {
-        float* top = best + i % kBatchKeys;
-        if (i % kBatchKeys < now.count) store(top, maximum(load(scores + i), load(top)));
+        if (i % kBatchKeys < now.count) {
+          visit(r + i / kBatchKeys, j + i % kBatchKeys, load(scores + i));
+        }
       }
     });
   }
 }
 
 template <class T>
+static void score_hip_keys(const std::byte* queries, int64_t num_rows, int64_t head_dim,
+                           const void* const* keys, int64_t count, float* best) {
+  const float* q = reinterpret_cast<const float*>(queries);
+  const float* origins = q + num_rows * decode_q_stride(head_dim);
+  std::fill(best, best + (count + kBatchKeys - 1) / kBatchKeys * kBatchKeys, kMinusInfinity);
+  hip_products<T>(q, num_rows, head_dim, keys, count, [&](int64_t row, int64_t j, auto products) {
+    store(best + j, maximum(products - broadcast(origins[row]), load(best + j)));
+  });
+}
+
+template <class T>
+static void set_hip_origins(std::byte* queries, int64_t num_rows, int64_t head_dim,
+                            const void* const* keys, int64_t count) {
+  const float* q = reinterpret_cast<const float*>(queries);
+  float* origins = reinterpret_cast<float*>(queries) + num_rows * decode_q_stride(head_dim);
+  std::fill(origins, origins + num_rows, kMinusInfinity);
+  hip_products<T>(q, num_rows, head_dim, keys, count, [&](int64_t row, int64_t, auto products) {
+    origins[row] = std::max(origins[row], reduce_max(products));
+  });
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (!(std::abs(origins[r]) < -kMinusInfinity)) origins[r] = 0.0f;
+  }
+}
+
+template <class T>
 static const HipKernel& hip_kernel() {
-  static constexpr HipKernel kKernel = {hip_query_bytes,   mean_of_rows<T>, prepare_hip_queries<T>,
-                                        score_hip_keys<T>, enter_kernel,    leave_kernel};
+  static constexpr HipKernel kKernel = {
+      hip_query_bytes,   mean_of_rows<T>, prepare_hip_queries<T>, set_hip_origins<T>,
+      score_hip_keys<T>, nullptr,         enter_kernel,           leave_kernel};
   return kKernel;
 }
 

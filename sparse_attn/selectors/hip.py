@@ -13,6 +13,8 @@ from ..reference import compute_dtype
 from .base import Selector, seqlens
 from .static import _at_least
 
+FIRST_NODES = 8  # of the search, for each block that is kept
+
 
 @dataclass(frozen=True)
 class HiP(Selector):
@@ -23,12 +25,17 @@ class HiP(Selector):
     row, in blocks of `block_k` keys; blocks that lie in either as a whole are left out. Let ``N``
     be their number and ``M = ceil(k / block_k)``. A node of the search is a run of ``size`` blocks,
     from a multiple of ``size`` on; the last one may be shorter. The search starts with the smallest
-    power of two for which there are at most ``2 M`` nodes, keeps the ``M`` best, goes on with their
+    power of two for which there are at most ``8 M`` nodes, keeps the ``M`` best, goes on with their
     halves, and so on until nodes are blocks. Two blocks judge a node, its first one and the one at
     its centre, ``min(first + size // 2, N - 1)``::
 
-        score = max(q[r] @ key[j] for r in sampled rows of the query block
-                                  for j in sampled keys of these blocks)
+        origin[r] = max(q[r] @ key[j] for j in the sink and behind the searched keys)
+        score = max(q[r] @ key[j] - origin[r] for r in sampled rows of the query block
+                                              for j in sampled keys of these blocks)
+
+    The origins make the rows of a block equals: a key counts by what it adds to those that the row
+    sees anyway. The keys behind the searched ones end at the block's last row; where there are none
+    (``is_causal=False``, or ``margin == window``) the origins are 0.
 
     Of equal scores the earlier node is kept. If ``N <= M`` all blocks are kept: with ``k >=
     seqlen_kv`` attention is dense. Searching takes ``O(S log S)`` time and ``O(S)`` memory.
@@ -42,7 +49,7 @@ class HiP(Selector):
         block_q: rows of a query block. Default 64.
         block_k: keys of a key block. Default 16.
         stride_q: the rows ``stride_q - 1, 2 * stride_q - 1, ...`` of a query block are sampled,
-            and its last row. Default 2.
+            and its last row. Default 4.
         stride_k: the keys ``stride_k // 2, stride_k // 2 + stride_k, ...`` of a key block are
             sampled, so 1 takes all and `block_k` the central one. Default 1.
         representatives: 2, or 1 to judge a node by the block at its centre alone, as the paper
@@ -66,7 +73,7 @@ class HiP(Selector):
     k: int = 512
     block_q: int = 64
     block_k: int = 16
-    stride_q: int = 2
+    stride_q: int = 4
     stride_k: int = 1
     representatives: int = 2
     sink: int = 16
@@ -155,9 +162,10 @@ def hip_select(
     for m, start in enumerate(range(0, seqlen_q, block_q)):
         stop = min(start + block_q, seqlen_q)
         rows = [start] if strict else [*range(start + stride_q - 1, stop, stride_q), stop - 1]
-        end = seqlen_kv  # of the searched keys
+        end = last_end = seqlen_kv  # of the searched keys, and of those that the last row sees
         if is_causal:
-            end = min(start + block_q + seqlen_kv - seqlen_q, seqlen_kv) - window
+            last_end = min(start + block_q + seqlen_kv - seqlen_q, seqlen_kv)
+            end = last_end - window
         num_blocks = max(0, -(-end // block_k) - first_block)
         count = min(slots, num_blocks)
         counts[m] = count
@@ -167,8 +175,14 @@ def hip_select(
             indices[:, :, m, :count] = torch.arange(first_block, first_block + count)
             continue
         queries = q[:, :, rows].to(dtype)
+        origin = 0
+        if end < last_end and len(rows) > 1:
+            near = torch.cat([k[:, :, : min(sink, end)], k[:, :, end:last_end]], 2).to(dtype)
+            near = near.repeat_interleave(heads // num_kv_heads, 1)
+            origin = (queries @ near.mT).amax(-1, keepdim=True)
+            origin = origin.where(origin.isfinite(), 0)
         size = 1
-        while -(-num_blocks // size) > 2 * slots:
+        while -(-num_blocks // size) > FIRST_NODES * slots:
             size *= 2
         first = torch.arange(0, num_blocks, size, device=q.device).expand(batch, heads, -1)
         while True:
@@ -176,7 +190,7 @@ def hip_select(
             block = first_block + torch.stack(judges, -1)
             at = (block[..., None] * block_k + keys_of_block).clamp(max=end - 1)
             keys = k[b, kv_head, at.flatten(-3)].to(dtype)
-            scores = (queries @ keys.mT).amax(2).unflatten(-1, at.shape[-3:])
+            scores = (queries @ keys.mT - origin).amax(2).unflatten(-1, at.shape[-3:])
             scores = scores.amax(-1).nan_to_num(-torch.inf).amax(-1)
             scores = scores.clamp(min=torch.finfo(dtype).min)
             scores = scores.masked_fill(first >= num_blocks, -torch.inf)

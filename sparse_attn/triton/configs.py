@@ -175,14 +175,15 @@ def backward_keys(
         if head_dim <= 64:
             few = short_of_registers and target.capability[0] == 8
             return [Config(16, 32, 4 if few else 8, 2)]
-        return [Config(16, 16, 4, 1 if head_dim > 128 and target.capability[0] == 8 else 2)]
+        spills = head_dim > 128 if target.capability[0] == 8 else short_of_registers
+        return [Config(16, 16, 4, 1 if spills else 2)]
     if head_dim <= 64:
         found = [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
         return found[1:] if short_of_registers or target.capability[0] == 8 else found
     if head_dim <= 128:
         found = [Config(64, 64, 8, 2), Config(32, 64, 8, 2)]
         if target.capability == (9, 0):  # as measured on an H100
-            return [Config(32, 64, 4, 3), Config(64, 64, 4, 2)]
+            return [Config(32, 64, 4, 3), Config(32, 64, 4, 2)]
         return (
             found if not short_of_registers and target.warp_size == 32 else [Config(32, 64, 8, 2)]
         )
@@ -222,7 +223,7 @@ def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Con
     if target == INTERPRETER:
         config = Config(block_m, 128, 4, 1)
     elif dtype == torch.float32:
-        config = Config(16, 16 if target.has_large_memory else 32, 8 if head_dim > 128 else 4, 1)
+        config = Config(16, 32, 8 if head_dim > 128 else 4, 1)
     elif head_dim <= 128:
         config = Config(block_m, 128, 4, 3)
     else:

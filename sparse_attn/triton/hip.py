@@ -15,9 +15,11 @@ from .primitives import load_rows
 
 SIZES = (
     "num_heads", "num_searches", "num_row_blocks", "seqlen_q", "seqlen_kv", "slots", "width",
-    "first_block", "window", "block_q", "first_row", "stride_q", "block_k", "stride_k", "num_keys",
+    "first_block", "sink", "window", "block_q", "first_row", "stride_q", "block_k", "stride_k",
+    "num_keys",
 )  # fmt: skip
 
+_FIRST_NODES = tl.constexpr(8)  # of the search, for each block that is kept
 _LOW_BITS = tl.constexpr(2**32 - 1)
 _LEAST = tl.constexpr(-(2**63))
 
@@ -55,24 +57,78 @@ def products(
 
 
 @triton.jit
-def _best_scores(
-    blocks, num_tiles, end, q_ptr, k_ptr, first_row, stride_q, last_row, stride_qm, stride_kn,
-    block_k, stride_k, num_keys,
+def _kept(score, live, slots, SLOTS: tl.constexpr):
+    """Where the best of 2 SLOTS nodes are, ascending; what is not live comes last, which is no
+    node then.
+    """
+    best = tl.topk(_sort_keys(score, tl.arange(0, 2 * SLOTS), live), SLOTS)
+    kept = ((best & _LOW_BITS) ^ _LOW_BITS).to(tl.int32)
+    chosen = (tl.arange(0, SLOTS) < slots) & (kept >= 0)
+    return tl.sort(tl.where(chosen, kept, 2 * SLOTS - 1))
+
+
+@triton.jit
+def _behind(a, b):
+    """`b` behind `a`."""
+    return tl.reshape(tl.trans(tl.join(a, b)), [2 * a.shape[0]])
+
+
+@triton.jit
+def _row_offsets(part, first_row, stride_q, last_row, stride_qm, BLOCK_M: tl.constexpr):
+    """Where sampled rows begin."""
+    rows = first_row + (part * BLOCK_M + tl.arange(0, BLOCK_M)) * stride_q
+    return tl.minimum(rows, last_row).to(tl.int64) * stride_qm
+
+
+@triton.jit
+def _origins(
+    num_first, end, num_near, q_ptr, k_ptr, first_row, stride_q, last_row, stride_qm, stride_kn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROW_PARTS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
-    KEY_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ROW_PARTS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The greatest product of a sampled row with a sampled key of each of `blocks`."""
+    """The greatest product of each sampled row with the first keys and with those from `end` on."""
+    parts = tl.arange(0, PARTS)[:, None]
+    origins = tl.zeros([PARTS, BLOCK_M], tl.float32)
+    if num_near > 0:
+        for row_part in tl.static_range(ROW_PARTS):
+            q_offsets = _row_offsets(row_part, first_row, stride_q, last_row, stride_qm, BLOCK_M)
+            q = None
+            if CHUNK_D == BLOCK_D:
+                q = load_rows(q_ptr, q_offsets, q_offsets >= 0, HEAD_DIM, BLOCK_D)
+            origin = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            for step in range(tl.cdiv(num_near, KEYS)):
+                j = tl.minimum(step * KEYS + tl.arange(0, KEYS), num_near - 1)
+                j = tl.where(j < num_first, j, end + j - num_first)
+                s = products(
+                    k_ptr, j.to(tl.int64) * stride_kn, q_ptr, q_offsets, q, HEAD_DIM, BLOCK_D,
+                    CHUNK_D, INPUT_PRECISION,
+                )  # fmt: skip
+                origin = tl.maximum(origin, tl.max(s, 0))
+            origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
+            origins = tl.where(parts == row_part, origin[None, :], origins)
+    return origins
+
+
+@triton.jit
+def _best_scores(
+    blocks, num_tiles, end, origins, q_ptr, k_ptr, first_row, stride_q, last_row, stride_qm,
+    stride_kn, block_k, stride_k, num_keys,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROW_PARTS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    KEYS: tl.constexpr, KEY_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The greatest product of a sampled row, from its origin, with a sampled key of each of
+    `blocks`.
+    """
     blocks = tl.reshape(blocks, [TILES, BLOCKS])
     tiles = tl.arange(0, TILES)[:, None]
     best = tl.full([TILES, BLOCKS], float("-inf"), tl.float32)
-    slots = tl.arange(0, BLOCK_M)
     for row_part in tl.static_range(ROW_PARTS):
-        rows = first_row + (row_part * BLOCK_M + slots) * stride_q
-        q_offsets = tl.minimum(rows, last_row).to(tl.int64) * stride_qm
+        q_offsets = _row_offsets(row_part, first_row, stride_q, last_row, stride_qm, BLOCK_M)
         q = None
         if CHUNK_D == BLOCK_D:
-            q = load_rows(q_ptr, q_offsets, rows >= 0, HEAD_DIM, BLOCK_D)
+            q = load_rows(q_ptr, q_offsets, q_offsets >= 0, HEAD_DIM, BLOCK_D)
+        origin = tl.sum(tl.where(tl.arange(0, PARTS)[:, None] == row_part, origins, 0.0), 0)
         for step in range(num_tiles * KEY_PARTS):
             tile = step // KEY_PARTS
             block = tl.sum(tl.where(tiles == tile, blocks, 0), 0)
@@ -83,7 +139,7 @@ def _best_scores(
                 k_ptr, j.to(tl.int64) * stride_kn, q_ptr, q_offsets, q, HEAD_DIM, BLOCK_D, CHUNK_D,
                 INPUT_PRECISION,
             )  # fmt: skip
-            s = tl.max(tl.reshape(tl.max(s, 1), [BLOCKS, KEYS]), 1)
+            s = tl.max(tl.reshape(tl.max(s - origin[None, :], 1), [BLOCKS, KEYS]), 1)
             best = tl.where(tiles == tile, tl.maximum(best, s[None, :]), best)
     return tl.reshape(best, [TILES * BLOCKS])
 
@@ -92,27 +148,29 @@ def _best_scores(
 def _hip_kernel(
     q_ptr, k_ptr, counts_ptr, indices_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    num_heads, num_searches, num_row_blocks, seqlen_q, seqlen_kv, slots, width, first_block, window,
-    block_q, first_row, stride_q, block_k, stride_k, num_keys,
+    num_heads, num_searches, num_row_blocks, seqlen_q, seqlen_kv, slots, width, first_block, sink,
+    window, block_q, first_row, stride_q, block_k, stride_k, num_keys,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROW_PARTS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    KEYS: tl.constexpr, KEY_PARTS: tl.constexpr, JUDGE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROW_PARTS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr, KEYS: tl.constexpr, KEY_PARTS: tl.constexpr, JUDGE_FIRST: tl.constexpr,
     IS_CAUSAL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block and head.
 
-    A node is a run of `size` blocks, or less at the end; nodes are in ascending order. Their first
-    blocks have been judged before, but for those of the first nodes, which take a step of their
-    own.
+    A node is a run of `size` blocks, or less at the end; nodes are in ascending order. The first
+    ones are looked at in parts, of which the best are kept. Their first blocks take a step of their
+    own, those of later nodes have been judged before.
     """
     search = tl.program_id(0) % num_searches
     row_block = num_row_blocks - 1 - tl.program_id(0) // num_searches
     batch, head = search // num_heads, search % num_heads
     start = row_block * block_q
     last_row = tl.minimum(start + block_q, seqlen_q) - 1
+    last_end = seqlen_kv
     end = seqlen_kv
     if IS_CAUSAL:
-        end = tl.minimum(start + block_q + seqlen_kv - seqlen_q, seqlen_kv) - window
+        last_end = tl.minimum(start + block_q + seqlen_kv - seqlen_q, seqlen_kv)
+        end = last_end - window
     num_blocks = tl.maximum(tl.cdiv(tl.maximum(end, 0), block_k) - first_block, 0)
     count = tl.minimum(slots, num_blocks)
 
@@ -122,38 +180,65 @@ def _hip_kernel(
     node = tl.arange(0, 2 * SLOTS)
     found = slot
     size = tl.where(num_blocks > slots, 1, 0)
-    while tl.cdiv(num_blocks, tl.maximum(size, 1)) > 2 * slots:
+    while tl.cdiv(num_blocks, tl.maximum(size, 1)) > _FIRST_NODES * slots:
         size = size * 2
-    first = tl.minimum(node * size, num_blocks)
+    several_rows = (stride_q > 0) & (start + first_row < last_row)
+    num_first = tl.minimum(sink, end)
+    num_near = tl.where((size > 0) & several_rows & (end < last_end), num_first + last_end - end, 0)
+    origins = _origins(
+        num_first, end, num_near, q_ptr, k_ptr, start + first_row, stride_q, last_row, stride_qm,
+        stride_kn, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, ROW_PARTS, PARTS, BLOCKS * KEYS,
+        INPUT_PRECISION,
+    )  # fmt: skip
+
+    first = tl.where(node < 2 * slots, tl.minimum(node * size, num_blocks), num_blocks)
     first_score = tl.full([2 * SLOTS], float("-inf"), tl.float32)
-    step = tl.where(JUDGE_FIRST, 0, 1)
+    found_firsts = tl.full([SLOTS], float("-inf"), tl.float32)
+    found_centres = tl.full([SLOTS], float("-inf"), tl.float32)
+    part = tl.where(size > 0, 0, -1)  # of the first nodes, or -1 when they are done
+    judge_first = (size > 0) & JUDGE_FIRST
     while size > 0:
-        judge_first = step == 0
         block = tl.where(judge_first, first, first + size // 2)
         block = first_block + tl.minimum(block, num_blocks - 1)
         num_tiles = tl.cdiv(2 * slots, BLOCKS)
         if JUDGE_FIRST:
             num_tiles = tl.where((size > 1) | judge_first, num_tiles, 0)
         score = _best_scores(
-            block, num_tiles, end, q_ptr, k_ptr, start + first_row, stride_q, last_row, stride_qm,
-            stride_kn, block_k, stride_k, num_keys, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, ROW_PARTS,
-            2 * SLOTS // BLOCKS, BLOCKS, KEYS, KEY_PARTS, INPUT_PRECISION,
+            block, num_tiles, end, origins, q_ptr, k_ptr, start + first_row, stride_q, last_row,
+            stride_qm, stride_kn, block_k, stride_k, num_keys, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M,
+            ROW_PARTS, PARTS, 2 * SLOTS // BLOCKS, BLOCKS, KEYS, KEY_PARTS, INPUT_PRECISION,
         )  # fmt: skip
         if judge_first:
             first_score = score
+            judge_first = False
         else:
-            best = tl.maximum(first_score, score)
-            best = tl.topk(_sort_keys(best, node, first < num_blocks), SLOTS)
-            kept = ((best & _LOW_BITS) ^ _LOW_BITS).to(tl.int32)
-            kept = tl.sort(tl.where(slot < slots, kept, 2 * SLOTS - 1))
-            found = tl.gather(first, kept, 0)
-            size = size // 2
-            first = tl.reshape(tl.join(found, found + size), [2 * SLOTS])
+            kept = _kept(tl.maximum(first_score, score), first < num_blocks, slots, SLOTS)
+            best, centres = tl.gather(first, kept, 0), tl.gather(score, kept, 0)
+            firsts = tl.gather(first_score, kept, 0)
+            if part > 0:
+                both = _behind(found, best)
+                both_firsts = _behind(found_firsts, firsts)
+                both_centres = _behind(found_centres, centres)
+                score = tl.maximum(both_firsts, both_centres)
+                kept = _kept(score, both < num_blocks, slots, SLOTS)
+                best = tl.gather(both, kept, 0)
+                firsts = tl.gather(both_firsts, kept, 0)
+                centres = tl.gather(both_centres, kept, 0)
+            found = best
+            found_firsts = firsts
+            found_centres = centres
+            begun = 2 * slots * (part + 1)
+            if (part >= 0) & (begun * size < num_blocks):
+                part += 1
+                judge_first = (size > 0) & JUDGE_FIRST
+                first = (begun + node) * size
+            else:
+                part = -1
+                size = size // 2
+                first = tl.reshape(tl.join(found, found + size), [2 * SLOTS])
+                if JUDGE_FIRST:
+                    first_score = tl.reshape(tl.join(firsts, centres), [2 * SLOTS])
             first = tl.where(node < 2 * slots, tl.minimum(first, num_blocks), num_blocks)
-            if JUDGE_FIRST:
-                firsts, centres = tl.gather(first_score, kept, 0), tl.gather(score, kept, 0)
-                first_score = tl.reshape(tl.join(firsts, centres), [2 * SLOTS])
-        step += 1
 
     row = search.to(tl.int64) * num_row_blocks + row_block
     tl.store(counts_ptr + row, count)
@@ -180,6 +265,7 @@ def launches(
     num_keys = len(range(stride_k // 2, block_k, stride_k))
     num_rows = 1 if strict else -(-block_q // stride_q)
     config = configs.hip(q.dtype, configs.padded(head_dim), num_rows, target)
+    row_parts = -(-num_rows // config.block_m)
     keys = min(configs.next_power_of_2(num_keys), config.block_n)
     padded_slots = max(configs.next_power_of_2(max(width, 1)), 8 // keys, 1)
     arguments = {
@@ -197,6 +283,7 @@ def launches(
         "slots": width,
         "width": width,
         "first_block": first_block,
+        "sink": min(sink, seqlen_kv),
         "window": min(window, seqlen_kv),
         "block_q": block_q,
         "first_row": 0 if strict else stride_q - 1,
@@ -209,7 +296,8 @@ def launches(
         "BLOCK_D": configs.padded(head_dim),
         "CHUNK_D": configs.chunk(q.dtype, head_dim),
         "BLOCK_M": config.block_m,
-        "ROW_PARTS": -(-num_rows // config.block_m),
+        "ROW_PARTS": row_parts,
+        "PARTS": configs.next_power_of_2(row_parts),
         "SLOTS": padded_slots,
         "BLOCKS": min(config.block_n // keys, 2 * padded_slots),
         "KEYS": keys,

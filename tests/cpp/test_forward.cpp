@@ -451,14 +451,26 @@ std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, co
   const int64_t begin = row * params.block_q, stop = begin + params.block_q;
   const int64_t last_row = std::min(stop, params.seqlen_q) - 1;
   const int64_t off = params.seqlen_kv - params.seqlen_q;
-  const int64_t end =
-      params.is_causal ? std::min(stop + off, params.seqlen_kv) - params.window : params.seqlen_kv;
+  const int64_t last_end =
+      params.is_causal ? std::min(stop + off, params.seqlen_kv) : params.seqlen_kv;
+  const int64_t end = last_end - (params.is_causal ? params.window : 0);
   std::vector<int32_t> blocks;
   for (int64_t n = params.sink / params.block_k; n * params.block_k < end; ++n) {
     blocks.push_back(static_cast<int32_t>(n));
   }
   const auto num_blocks = std::ssize(blocks);
   if (num_blocks <= params.slots) return blocks;
+  const auto product = [&](int64_t i, int64_t j) {
+    double s = 0;
+    for (int64_t d = 0; d < params.head_dim; ++d) s += q.at(b, h, i, d) * k.at(b, kv_head, j, d);
+    return s;
+  };
+  std::vector<double> origins(last_row + 1, end < last_end ? -INFINITY : 0.0);
+  for (int64_t i = begin; i <= last_row && end < last_end; ++i) {
+    for (int64_t j = 0; j < last_end; ++j) {
+      if (j < params.sink || j >= end) origins[i] = std::max(origins[i], product(i, j));
+    }
+  }
   const auto score = [&](int32_t block) {
     double best = -INFINITY;
     for (int64_t i = begin; i <= last_row; ++i) {
@@ -467,16 +479,13 @@ std::vector<int32_t> search_blocks(const sparse_attn::cpu::HipParams& params, co
       if (!sampled) continue;
       for (int64_t o = params.stride_k / 2; o < params.block_k; o += params.stride_k) {
         const int64_t j = std::min(block * params.block_k + o, end - 1);
-        double s = 0;
-        for (int64_t d = 0; d < params.head_dim; ++d)
-          s += q.at(b, h, i, d) * k.at(b, kv_head, j, d);
-        best = std::max(best, s);
+        best = std::max(best, product(i, j) - origins[i]);
       }
     }
     return best;
   };
   int64_t size = 1;
-  while ((num_blocks + size - 1) / size > 2 * params.slots) size *= 2;
+  while ((num_blocks + size - 1) / size > 8 * params.slots) size *= 2;
   using Node = std::vector<int32_t>;
   std::vector<Node> nodes;
   const auto add = [&](int64_t first, int64_t stop) {
