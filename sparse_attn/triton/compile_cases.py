@@ -225,7 +225,7 @@ def _selectors(target: Target) -> Iterator[CompileCase]:
             for kind, (rows, block) in HIP.items():
                 if every or kind == "blocks":
                     q = torch.empty(2, 32, rows, dim, dtype=dtype, device="meta")
-                    sizes = (512 // block, 64, block, 2, 1, 2, 16, 256, False, True)
+                    sizes = (512 // block, 64, block, 4, 1, 2, 16, 256, False, True)
                     (launch,), _ = hip.launches(q, k, *sizes, target)
                     yield _described(f"{name} {kind}", launch)
             for kind, (queries, size) in INFINITE_HIP.items():
