@@ -175,7 +175,8 @@ def backward_keys(
         if head_dim <= 64:
             few = short_of_registers and target.capability[0] == 8
             return [Config(16, 32, 4 if few else 8, 2)]
-        spills = head_dim > 128 if target.capability[0] == 8 else short_of_registers
+        wide = head_dim > 128
+        spills = wide if target.capability[0] == 8 else short_of_registers and not wide
         return [Config(16, 16, 4, 1 if spills else 2)]
     if head_dim <= 64:
         found = [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
@@ -223,7 +224,8 @@ def hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Target) -> Con
     if target == INTERPRETER:
         config = Config(block_m, 128, 4, 1)
     elif dtype == torch.float32:
-        config = Config(16, 32, 8 if head_dim > 128 else 4, 1)
+        widest = 64 if target.capability[0] == 8 else 128  # of what 4 warps hold without spills
+        config = Config(16, 32, 8 if head_dim > widest else 4, 1)
     elif head_dim <= 128:
         config = Config(block_m, 128, 4, 3)
     else:
