@@ -294,6 +294,16 @@ def test_a_run_on_a_gpu_writes_its_page(monkeypatch, tmp_path, flash_attn):
     assert len(rows) == 2 and "flash-attn ms" in columns
 
 
+def test_a_case_that_flex_does_not_compile_is_measured_without_it(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no tiles fit")
+
+    monkeypatch.setattr(kernels, "compiled_flex", lambda: fail)
+    problem = kernels.Problem(replace(SMALL[0], flex=True))
+    assert set(problem.calls(with_flex=True)) == {"ours", "SDPA"}
+    assert "no FlexAttention: no tiles fit" in capsys.readouterr().err
+
+
 def test_without_a_gpu_the_program_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
