@@ -169,13 +169,19 @@ class PackedKeys {
   std::byte* v_ = nullptr;
 };
 
+const std::byte* first_q(const AttentionParams& params, const TileIndex& tile) {
+  const int64_t offset = tile.batch * params.q_stride.batch + tile.head * params.q_stride.head +
+                         tile.row * params.q_stride.row;
+  return byte_offset(params.q, offset, params.dtype);
+}
+
+// `next` is the task that likely follows, or null.
 void run_task(const AttentionParams& params, const TileKernel& kernel, const Task& task,
-              const PackedKeys& keys, std::byte* scratch) {
+              const Task* next, const PackedKeys& keys, std::byte* scratch) {
   const auto [b, h, row, rows] = task.tile;
   QueryTile tile;
-  tile.q = byte_offset(
-      params.q, b * params.q_stride.batch + h * params.q_stride.head + row * params.q_stride.row,
-      params.dtype);
+  tile.q = first_q(params, task.tile);
+  if (next != nullptr) tile.next_q = first_q(params, next->tile);
   tile.out = const_cast<std::byte*>(byte_offset(
       params.out,
       b * params.out_stride.batch + h * params.out_stride.head + row * params.out_stride.row,
@@ -237,7 +243,9 @@ class Work {
                     kernel_.scratch_bytes(params_.head_dim, params_.head_dim_v));
     const uint32_t saved = kernel_.enter();
     for (int64_t i = next_++; i < num_tasks(); i = next_++) {
-      run_task(params_, kernel_, tasks_[i], keys_, scratch.data());
+      const int64_t following = next_;
+      const Task* next = following < num_tasks() ? &tasks_[following] : nullptr;
+      run_task(params_, kernel_, tasks_[i], next, keys_, scratch.data());
     }
     kernel_.leave(saved);
   }

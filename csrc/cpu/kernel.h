@@ -43,6 +43,7 @@ struct Granule {
 // Consecutive rows of one head that share one list of candidate keys.
 struct QueryTile {
   const void* q = nullptr;
+  const void* next_q = nullptr;  // first row of the tile that likely follows, to be fetched
   void* out = nullptr;
   float* lse = nullptr;
   int64_t q_row_stride = 0, out_row_stride = 0;

@@ -159,7 +159,7 @@ struct Scratch {
   float* scores;      // [kBlockM / 16][kStepKeys / 16] tiles
   uint16_t* weights;  // [term][kBlockM / 16][kStepKeys / 32] tiles
   float* acc;         // [kBlockM][padded head_dim_v]
-  uint16_t* q;        // [term][kBlockM][padded head_dim]
+  const uint16_t* q;  // [term][kBlockM][padded head_dim]
   float* m;           // [kBlockM] reference point of the weights, base 2
   float* l;           // [kBlockM][kLanes] sums of weights, to be added up at the end
 };
@@ -181,12 +181,46 @@ int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
                     kTerms<T> * (kStepKeys + padded_dim(head_dim)) * 2);
 }
 
+// Fetches the packed rows at `part` of some granules to the second-level cache, some lines at a
+// time, while products of tiles in nearer caches are made.
+class Prefetch {
+ public:
+  Prefetch(const Granule* granules, int num_granules, const void* Granule::* part, int64_t lines)
+      : granule_(granules), end_(granules + num_granules), part_(part), lines_(lines) {}
+
+  // The next so many calls share the work.
+  void spread_over(int64_t calls) { share_ = ((end_ - granule_) * lines_ + calls - 1) / calls; }
+
+  void next() {
+    if (granule_ == end_) return;
+    const char* rows = static_cast<const char*>(granule_->*part_);
+    const int64_t stop = std::min(line_ + share_, lines_);
+    for (; line_ < stop; ++line_) _mm_prefetch(rows + line_ * 64, _MM_HINT_T1);
+    if (line_ < lines_) return;
+    line_ = 0;
+    ++granule_;
+  }
+
+ private:
+  const Granule* granule_;
+  const Granule* end_;
+  const void* Granule::* part_;
+  int64_t lines_, line_ = 0, share_ = 0;
+};
+
 // Four tiles of sums, two by two: rows 16 apart, columns 16 apart.
 inline void load_sums(const float* c, int64_t stride) {
   _tile_loadd(0, c, stride * 4);
   _tile_loadd(1, c + 16, stride * 4);
   _tile_loadd(2, c + 16 * stride, stride * 4);
   _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+}
+
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
 }
 
 inline void store_sums(float* c, int64_t stride) {
@@ -223,11 +257,9 @@ inline void add_product() {
 
 // scores[32][32] = q[32][head_dim] k[32][head_dim]^T
 template <int kTerms>
-inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores,
+                        Prefetch& values) {
+  zero_sums();
   const uint16_t* k_high = k + kTerms * 16 * dim;  // the other 16 keys
   for (int64_t d = 0; d < dim; d += 32) {
     load_left(q + d, dim);
@@ -237,6 +269,7 @@ inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float
     }
     load_right(k + d * 16, k_high + d * 16);
     add_product();
+    values.next();
     if constexpr (kTerms == 2) {
       load_left(q + kBlockM * dim + d, dim);
       add_product();
@@ -251,7 +284,7 @@ inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float
 // scores[32][keys] = q[32][64] k[keys][64]^T for the rows from `row` on. All of q stays in tiles 4
 // to 7, which halves the loads.
 inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* granules,
-                             int num_granules, float* scores) {
+                             int num_granules, float* scores, Prefetch& values) {
   _tile_loadd(4, q, 128);
   _tile_loadd(5, q + 32, 128);
   _tile_loadd(6, q + 16 * 64, 128);
@@ -267,6 +300,7 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
     _tile_dpbf16ps(1, 6, 2);
     _tile_dpbf16ps(0, 5, 3);
     _tile_dpbf16ps(1, 7, 3);
+    values.next();
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + 16 * kStepKeys, 64);
   }
@@ -274,15 +308,12 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
 
 // scores[16][keys] = q[16][head_dim] k[keys][head_dim]^T, two granules at a time.
 inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules, int num_granules,
-                        float* scores) {
+                        float* scores, Prefetch& values) {
   for (int g = 0; g < num_granules; g += 2, scores += 4 * kFloatTile) {
     const uint16_t* k0 = static_cast<const uint16_t*>(granules[g].k);
     const uint16_t* k1 =
         g + 1 < num_granules ? static_cast<const uint16_t*>(granules[g + 1].k) : k0;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t d = 0; d < dim; d += 32) {
       _tile_loadd(4, q + d, dim * 2);
       _tile_loadd(5, k0 + d * 16, 64);
@@ -293,6 +324,7 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
       _tile_dpbf16ps(1, 4, 6);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 4, 5);
+      values.next();
     }
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + kFloatTile, 64);
@@ -303,18 +335,20 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
 }
 
 // scores[rows][keys] = q k^T for all keys of a step; blocks of 32 rows that see nothing of a
-// granule are left out.
+// granule are left out. Fetches the values of the same keys.
 template <int kTerms>
 void score_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
-                int64_t dim) {
+                int64_t dim, Prefetch& values) {
   if (kTerms == 1 && rows == 16) {
-    score_strip(scratch.q, dim, granules, num_granules, scratch.scores);
+    values.spread_over((num_granules + 1) / 2 * (dim / 32));
+    score_strip(scratch.q, dim, granules, num_granules, scratch.scores, values);
     return;
   }
+  values.spread_over(num_granules * (rows / 32) * (dim / 32));
   if (kTerms == 1 && dim == 64) {
     for (int64_t r = 0; r < rows; r += 32) {
       score_rows_dim64(scratch.q + r * dim, r, granules, num_granules,
-                       scratch.scores + r * kStepKeys);
+                       scratch.scores + r * kStepKeys, values);
     }
     return;
   }
@@ -322,7 +356,7 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
     for (int64_t r = 0; r < rows; r += 32) {
       if (!granules[g].rows.meets(r, 32)) continue;
       score_block<kTerms>(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
-                          scratch.scores + r * kStepKeys + g * 2 * kFloatTile);
+                          scratch.scores + r * kStepKeys + g * 2 * kFloatTile, values);
     }
   }
 }
@@ -330,8 +364,13 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
 // acc[32][32] += weights[32][keys] v[keys][32] for the rows from `row` on
 template <int kTerms>
 inline void value_block(const uint16_t* weights, int64_t row, const Granule* granules,
-                        int num_granules, int64_t d, float* acc, int64_t acc_stride) {
-  load_sums(acc, acc_stride);
+                        int num_granules, int64_t d, float* acc, int64_t acc_stride, bool is_first,
+                        Prefetch& keys) {
+  if (is_first) {
+    zero_sums();
+  } else {
+    load_sums(acc, acc_stride);
+  }
   for (int g = 0; g < num_granules; ++g, weights += kTile) {
     if (!granules[g].rows.meets(row, 32)) continue;
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
@@ -343,6 +382,7 @@ inline void value_block(const uint16_t* weights, int64_t row, const Granule* gra
     }
     load_right(v, v + kTile);
     add_product();
+    keys.next();
     if constexpr (kTerms == 2) {
       load_weights(weights + kBlockM * kStepKeys);
       add_product();
@@ -354,12 +394,16 @@ inline void value_block(const uint16_t* weights, int64_t row, const Granule* gra
 // acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
 template <int kPairs>
 inline void value_strip(const uint16_t* weights, const Granule* granules, int num_granules,
-                        int64_t d, float* acc, int64_t acc_stride) {
-  _tile_loadd(0, acc, acc_stride * 4);
-  _tile_loadd(1, acc + 16, acc_stride * 4);
-  if constexpr (kPairs == 2) {
-    _tile_loadd(2, acc + 32, acc_stride * 4);
-    _tile_loadd(3, acc + 48, acc_stride * 4);
+                        int64_t d, float* acc, int64_t acc_stride, bool is_first, Prefetch& keys) {
+  if (is_first) {
+    zero_sums();
+  } else {
+    _tile_loadd(0, acc, acc_stride * 4);
+    _tile_loadd(1, acc + 16, acc_stride * 4);
+    if constexpr (kPairs == 2) {
+      _tile_loadd(2, acc + 32, acc_stride * 4);
+      _tile_loadd(3, acc + 48, acc_stride * 4);
+    }
   }
   for (int g = 0; g < num_granules; ++g) {
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
@@ -374,6 +418,7 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 4, 5);
     }
+    keys.next();
   }
   _tile_stored(0, acc, acc_stride * 4);
   _tile_stored(1, acc + 16, acc_stride * 4);
@@ -383,24 +428,29 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
   }
 }
 
-// acc[rows][head_dim_v] += weights v for all keys of a step.
+// acc[rows][head_dim_v] += weights v for all keys of a step; the first step sets acc. Fetches the
+// keys of the next step.
 template <int kTerms>
 void value_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
-                int64_t acc_stride) {
+                int64_t acc_stride, bool is_first, Prefetch& keys) {
   if (kTerms == 1 && rows == 16) {
+    keys.spread_over(num_granules * ((acc_stride + 63) / 64));
     int64_t d = 0;
     for (; d + 64 <= acc_stride; d += 64) {
-      value_strip<2>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride);
+      value_strip<2>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride,
+                     is_first, keys);
     }
     if (d < acc_stride) {
-      value_strip<1>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride);
+      value_strip<1>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride,
+                     is_first, keys);
     }
     return;
   }
+  keys.spread_over(num_granules * (rows / 32) * (acc_stride / 32));
   for (int64_t r = 0; r < rows; r += 32) {
     for (int64_t d = 0; d < acc_stride; d += 32) {
       value_block<kTerms>(scratch.weights + r * kStepKeys, r, granules, num_granules, d,
-                          scratch.acc + r * acc_stride + d, acc_stride);
+                          scratch.acc + r * acc_stride + d, acc_stride, is_first, keys);
     }
   }
 }
@@ -490,9 +540,17 @@ inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scal
   exp_row<kTerms>(scores, n, scale, base, weights, sums);
 }
 
+// Whether the products can read the rows of q where they are.
+template <class T>
+bool q_is_in_place(const QueryTile& tile, int64_t padded_rows, float factor) {
+  return kTerms<T> == 1 && factor > 0 && tile.rows == padded_rows &&
+         tile.head_dim == padded_dim(tile.head_dim) && tile.q_row_stride == tile.head_dim &&
+         reinterpret_cast<uintptr_t>(tile.q) % 64 == 0;
+}
+
 // The rows of q with the sign of the scale, or 0 for a scale of 0.
 template <class T>
-void load_q(const QueryTile& tile, float factor, uint16_t* q) {
+void copy_q(const QueryTile& tile, float factor, uint16_t* q) {
   const int64_t dim = padded_dim(tile.head_dim);
   const uint16_t flip = factor < 0 ? 0x8000 : 0, keep = factor == 0 ? 0 : 0xffff;
   const __m512i flips = _mm512_set1_epi16(flip), keeps = _mm512_set1_epi16(keep);
@@ -529,69 +587,51 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
   }
 }
 
-// Fetches the packed rows at `part` of some granules to the second-level cache, some lines at a
-// time: while a row of scores goes through softmax, memory is idle.
-class Prefetch {
- public:
-  Prefetch(const Granule* granules, int num_granules, const void* Granule::* part, int64_t lines,
-           int64_t calls)
-      : granule_(granules),
-        end_(granules + num_granules),
-        part_(part),
-        lines_(lines),
-        share_((num_granules * lines + calls - 1) / calls) {}
-
-  void next() {
-    for (int64_t todo = share_; todo > 0 && granule_ != end_;) {
-      const char* p = static_cast<const char*>(granule_->*part_) + line_ * 64;
-      const int64_t count = std::min(todo, lines_ - line_);
-      for (int64_t i = 0; i < count; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T1);
-      todo -= count;
-      line_ += count;
-      if (line_ == lines_) {
-        line_ = 0;
-        ++granule_;
-      }
-    }
+// Fetches row r of the tile that follows, and makes room for that of the output.
+template <class T>
+inline void prefetch_row(const QueryTile& tile, int64_t r) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (tile.next_q != nullptr) {
+    const T* q = static_cast<const T*>(tile.next_q) + r * tile.q_row_stride;
+    for (int64_t d = 0; d < tile.head_dim; d += kLine) _mm_prefetch(q + d, _MM_HINT_T1);
   }
-
- private:
-  const Granule* granule_;
-  const Granule* end_;
-  const void* Granule::* part_;
-  int64_t lines_, share_, line_ = 0;
-};
+  const T* out = static_cast<const T*>(tile.out) + r * tile.out_row_stride;
+  for (int64_t d = 0; d < tile.head_dim_v; d += kLine) __builtin_prefetch(out + d, 1, 2);
+}
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
 void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
-  const Scratch scratch = divide_scratch(memory, tile.head_dim_v, kTerms<T>);
+  Scratch scratch = divide_scratch(memory, tile.head_dim_v, kTerms<T>);
   const int64_t dim = padded_dim(tile.head_dim), acc_stride = padded_dim(tile.head_dim_v);
   const bool is_strip = tile.rows <= 16 && kTerms<T> == 1;
   const int64_t rows = is_strip ? 16 : (tile.rows + 31) / 32 * 32;
   const ScoreScale scaling = split_scale(tile.scale);
   const float scale = static_cast<float>((tile.softcap > 0 ? 1.0f : scaling.scale) * kLog2e);
-  load_q<T>(tile, scaling.q_factor, scratch.q);
-  std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
+  if (q_is_in_place<T>(tile, rows, scaling.q_factor)) {
+    scratch.q = static_cast<const uint16_t*>(tile.q);
+  } else {
+    copy_q<T>(tile, scaling.q_factor, const_cast<uint16_t*>(scratch.q));
+  }
   std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
   std::fill(scratch.l, scratch.l + rows * kLanes, 0.0f);
 
   Granule steps[2][kStepGranules];
   int n = keys.next(steps[0]);
+  if (n == 0) std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
   for (int step = 0; n > 0; ++step) {
     const Granule* granules = steps[step % 2];
     const Granule* ahead = steps[(step + 1) % 2];
     const int num_ahead = keys.next(steps[(step + 1) % 2]);
+    Prefetch values(granules, n, &Granule::v, kTerms<T> * acc_stride);
+    Prefetch next_keys(ahead, num_ahead, &Granule::k, kTerms<T> * dim);
     fence_compiler();
-    score_step<kTerms<T>>(scratch, granules, n, rows, dim);
+    score_step<kTerms<T>>(scratch, granules, n, rows, dim, values);
     fence_compiler();
     const bool any_masked =
         std::any_of(granules, granules + n, [](const Granule& g) { return g.visible != nullptr; });
-    Prefetch values(granules, n, &Granule::v, kTerms<T> * acc_stride, tile.rows);
-    Prefetch next_keys(ahead, num_ahead, &Granule::k, kTerms<T> * dim, tile.rows);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      values.next();
-      next_keys.next();
+      if (step == 0) prefetch_row<T>(tile, r);
       float* scores = scratch.scores + r / 16 * 16 * kStepKeys + r % 16 * 16;
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
@@ -600,7 +640,7 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
       softmax_row<kTerms<T>>(scratch, r, n * kGranule, scale, acc_stride);
     }
     fence_compiler();
-    value_step<kTerms<T>>(scratch, granules, n, rows, acc_stride);
+    value_step<kTerms<T>>(scratch, granules, n, rows, acc_stride, step == 0, next_keys);
     fence_compiler();
     n = num_ahead;
   }
