@@ -225,6 +225,12 @@ class Backward {
     for (int64_t t = next++; t < key_tiles_; t = next++) run_key_tile(kv_head, t, scratch);
   }
 
+  // The first query tile of [begin, end) that sees the key tile; `end` if none.
+  int64_t next_seeing(int64_t begin, int64_t end, int64_t key_tile) const {
+    while (begin < end && !map_.sees(begin, key_tile)) ++begin;
+    return begin;
+  }
+
   void run_key_tile(int64_t kv_head, int64_t key_tile, std::byte* scratch) {
     const int64_t first_key = key_tile * kKeyTile;
     const int64_t keys = std::min(kKeyTile, params_.seqlen_kv - first_key);
@@ -232,14 +238,16 @@ class Backward {
     const int64_t last = first + group_size_ * query_tiles_;
     Visibility visibility;
     pack_keys(kv_head, first_key, first, last, scratch, visibility);
-    for (int64_t i = first; i < last; ++i) {
-      if (!map_.sees(i, key_tile)) continue;
+    int64_t following = next_seeing(first, last, key_tile);
+    for (int64_t i = following; i < last; i = following) {
+      following = next_seeing(i + 1, last, key_tile);
+      const std::byte* next_tile = following < last ? tile_memory(following) : nullptr;
       const TileIndex tile = tile_index(i);
       find_visibility(params_, tile, first_key, visibility);
       while (turn_[i].load(std::memory_order_acquire) != key_tile) std::this_thread::yield();
       const bool is_first = map_.next(i, 0) == key_tile;
       const int64_t next = map_.next(i, key_tile + 1);
-      kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), scratch);
+      kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), next_tile, scratch);
       if (next == key_tiles_) {
         kernel_.write_queries(shape_, tile_memory(i), tile.rows, dq_rows(tile));
       }

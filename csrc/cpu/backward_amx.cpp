@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "backward_kernel.h"
+#include "prefetch.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
@@ -160,8 +161,10 @@ inline void store_block(float* c, int64_t below) {
 }
 
 // Adds the product of two left tiles, one below the other, and two right tiles, side by side.
+// Every call fetches some of the next query tile.
 inline void multiply_block(const uint16_t* left0, const uint16_t* left1, const uint16_t* right0,
-                           const uint16_t* right1) {
+                           const uint16_t* right1, Prefetch& next_tile) {
+  next_tile.next();
   _tile_loadd(4, left0, 64);
   _tile_loadd(6, right0, 64);
   _tile_loadd(7, right1, 64);
@@ -180,13 +183,14 @@ RowRange whole_blocks(const RowRange& range, int64_t rows) {
 
 // c[rows][32 keys] = a[rows][dim] b[32 keys][dim]^T for the rows of a range.
 void multiply_rows_by_keys(const uint16_t* a, const uint16_t* b, const RowRange& range, int64_t dim,
-                           float* c) {
+                           float* c, Prefetch& next_tile) {
   for (int64_t r = range.begin; r < range.end; r += 32) {
     const uint16_t* left = a + r * dim;
     float* block = c + r / 16 * 2 * kFloatTile;
     load_block(block, 2 * kFloatTile, true);
     for (int64_t d = 0; d < dim; d += 32) {
-      multiply_block(left + d * 16, left + (dim + d) * 16, b + d * 16, b + (dim + d) * 16);
+      multiply_block(left + d * 16, left + (dim + d) * 16, b + d * 16, b + (dim + d) * 16,
+                     next_tile);
     }
     store_block(block, 2 * kFloatTile);
   }
@@ -194,11 +198,12 @@ void multiply_rows_by_keys(const uint16_t* a, const uint16_t* b, const RowRange&
 
 // c[dim][32 keys] += a[rows][dim]^T b[rows][32 keys], summed over the rows of a range.
 void multiply_into_keys(const uint16_t* a_t, const uint16_t* b, const RowRange& range, int64_t rows,
-                        int64_t dim, float* c) {
+                        int64_t dim, float* c, Prefetch& next_tile) {
   for (int64_t d = 0; d < dim; d += 32, a_t += 32 * rows, c += 4 * kFloatTile) {
     load_block(c, 2 * kFloatTile, false);
     for (int64_t r = range.begin; r < range.end; r += 32) {
-      multiply_block(a_t + r * 16, a_t + (rows + r) * 16, b + r * 32, b + r * 32 + kTile);
+      multiply_block(a_t + r * 16, a_t + (rows + r) * 16, b + r * 32, b + r * 32 + kTile,
+                     next_tile);
     }
     store_block(c, 2 * kFloatTile);
   }
@@ -206,7 +211,7 @@ void multiply_into_keys(const uint16_t* a_t, const uint16_t* b, const RowRange& 
 
 // dq[rows][dim] += ds[rows][keys] k[keys][dim] over all granules of a pair.
 void multiply_into_queries(const Scratch& scratch, const Visibility& visibility, int64_t rows,
-                           int64_t dim, bool first, float* dq) {
+                           int64_t dim, bool first, float* dq, Prefetch& next_tile) {
   const int64_t below = dim * 16, left_below = visibility.count * kTile;
   for (int64_t d = 0; d < dim; d += 32) {
     for (int64_t r = 0; r < rows; r += 32) {
@@ -216,7 +221,7 @@ void multiply_into_queries(const Scratch& scratch, const Visibility& visibility,
       for (int n = 0; n < visibility.count; ++n, left += kTile) {
         if (!visibility.parts[n].rows.meets(r, 32)) continue;
         const uint16_t* k = scratch.k + visibility.parts[n].granule * scratch.k_size + d * 32;
-        multiply_block(left, left + left_below, k, k + kTile);
+        multiply_block(left, left + left_below, k, k + kTile, next_tile);
       }
       store_block(c, below);
     }
@@ -287,18 +292,20 @@ void gradient_step(const TileShape& shape, const QueryTileHead& head, const Scra
 }
 
 void add_pair(const TileShape& shape, const Visibility& visibility, bool first, std::byte* tile,
-              std::byte* memory) {
+              const std::byte* tile_ahead, std::byte* memory) {
   const PackedQueries queries(shape, tile);
   const Scratch scratch(shape, memory);
   const int64_t rows = shape.rows;
   const int64_t dim = padded_dim(shape.head_dim), dim_v = padded_dim(shape.head_dim_v);
+  Prefetch next_tile(tile_ahead, PackedQueries::bytes(shape));
+  next_tile.spread_over(visibility.count * (rows / 32) * (3 * dim + 2 * dim_v) / 32);
   for (int n = 0; n < visibility.count; ++n) {
     const int64_t granule = visibility.parts[n].granule;
     const int64_t k = granule * scratch.k_size, v = granule * scratch.v_size;
     const RowRange range = whole_blocks(visibility.parts[n].rows, rows);
     fence_compiler();
-    multiply_rows_by_keys(queries.q, scratch.k_t + k, range, dim, scratch.s);
-    multiply_rows_by_keys(queries.dout, scratch.v_t + v, range, dim_v, scratch.dp);
+    multiply_rows_by_keys(queries.q, scratch.k_t + k, range, dim, scratch.s, next_tile);
+    multiply_rows_by_keys(queries.dout, scratch.v_t + v, range, dim_v, scratch.dp, next_tile);
     fence_compiler();
     if (shape.softcap > 0) {
       gradient_step<true>(shape, queries.head, scratch, visibility, n, range);
@@ -306,10 +313,10 @@ void add_pair(const TileShape& shape, const Visibility& visibility, bool first, 
       gradient_step<false>(shape, queries.head, scratch, visibility, n, range);
     }
     fence_compiler();
-    multiply_into_keys(queries.dout_t, scratch.p, range, rows, dim_v, scratch.dv_t + v);
-    multiply_into_keys(queries.q_t, scratch.ds, range, rows, dim, scratch.dk_t + k);
+    multiply_into_keys(queries.dout_t, scratch.p, range, rows, dim_v, scratch.dv_t + v, next_tile);
+    multiply_into_keys(queries.q_t, scratch.ds, range, rows, dim, scratch.dk_t + k, next_tile);
   }
-  multiply_into_queries(scratch, visibility, rows, dim, first, queries.dq);
+  multiply_into_queries(scratch, visibility, rows, dim, first, queries.dq, next_tile);
   fence_compiler();
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "backward_kernel.h"
+#include "prefetch.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -187,11 +188,13 @@ static void gradient_row(const TileShape& shape, float lse, float delta, uint32_
 }
 
 static void add_pair(const TileShape& shape, const Visibility& visibility, bool first,
-                     std::byte* tile, std::byte* memory) {
+                     std::byte* tile, const std::byte* tile_ahead, std::byte* memory) {
   const PackedQueries queries(shape, tile);
   const BackwardScratch scratch(shape, memory);
   const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
   if (first) std::fill(queries.dq, queries.dq + shape.rows * dim, 0.0f);
+  Prefetch next_tile(tile_ahead, PackedQueries::bytes(shape));
+  next_tile.spread_over(visibility.count * shape.rows);
   for (int n = 0; n < visibility.count; ++n) {
     const auto [granule, visible, seeing] = visibility.parts[n];
     const int64_t key = granule * kGranule, row = seeing.begin;
@@ -202,6 +205,7 @@ static void add_pair(const TileShape& shape, const Visibility& visibility, bool 
     product({dout, dim_v, 1}, scratch.v_transposed + key * dim_v, kGranule, shape.head_dim_v,
             scratch.ds, kGranule, rows, kGranule, false);
     for (int64_t r = 0; r < rows; ++r) {
+      next_tile.next();
       gradient_row(shape, queries.head.lse[row + r], queries.head.delta[row + r],
                    visible != nullptr ? visible[row + r] : ~uint32_t{0}, scratch.p + r * kGranule,
                    scratch.ds + r * kGranule);

@@ -39,9 +39,10 @@ struct BackwardKernel {
   // Packs kKeyTile keys and sets dk and dv to zero.
   void (*pack_keys)(const TileShape& shape, const void* const* k, const void* const* v,
                     std::byte* scratch);
-  // Adds what one query tile and the key tile give to dq, dk and dv; `first` sets dq.
+  // Adds what one query tile and the key tile give to dq, dk and dv; `first` sets dq. Fetches the
+  // tile that comes next, unless it is null.
   void (*add_pair)(const TileShape& shape, const Visibility& visibility, bool first,
-                   std::byte* tile, std::byte* scratch);
+                   std::byte* tile, const std::byte* next_tile, std::byte* scratch);
   // Write rows of the results, without gaps between them.
   void (*write_queries)(const TileShape& shape, std::byte* tile, int64_t rows, void* dq);
   void (*write_keys)(const TileShape& shape, std::byte* scratch, int64_t keys, void* dk, void* dv);

@@ -183,9 +183,10 @@ int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
 
 // Fetches the packed rows at `part` of some granules to the second-level cache, some lines at a
 // time, while products of tiles in nearer caches are made.
-class Prefetch {
+class GranulePrefetch {
  public:
-  Prefetch(const Granule* granules, int num_granules, const void* Granule::* part, int64_t lines)
+  GranulePrefetch(const Granule* granules, int num_granules, const void* Granule::* part,
+                  int64_t lines)
       : granule_(granules), end_(granules + num_granules), part_(part), lines_(lines) {}
 
   // The next so many calls share the work.
@@ -258,7 +259,7 @@ inline void add_product() {
 // scores[32][32] = q[32][head_dim] k[32][head_dim]^T
 template <int kTerms>
 inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores,
-                        Prefetch& values) {
+                        GranulePrefetch& values) {
   zero_sums();
   const uint16_t* k_high = k + kTerms * 16 * dim;  // the other 16 keys
   for (int64_t d = 0; d < dim; d += 32) {
@@ -284,7 +285,7 @@ inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float
 // scores[32][keys] = q[32][64] k[keys][64]^T for the rows from `row` on. All of q stays in tiles 4
 // to 7, which halves the loads.
 inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* granules,
-                             int num_granules, float* scores, Prefetch& values) {
+                             int num_granules, float* scores, GranulePrefetch& values) {
   _tile_loadd(4, q, 128);
   _tile_loadd(5, q + 32, 128);
   _tile_loadd(6, q + 16 * 64, 128);
@@ -308,7 +309,7 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
 
 // scores[16][keys] = q[16][head_dim] k[keys][head_dim]^T, two granules at a time.
 inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules, int num_granules,
-                        float* scores, Prefetch& values) {
+                        float* scores, GranulePrefetch& values) {
   for (int g = 0; g < num_granules; g += 2, scores += 4 * kFloatTile) {
     const uint16_t* k0 = static_cast<const uint16_t*>(granules[g].k);
     const uint16_t* k1 =
@@ -338,7 +339,7 @@ inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules,
 // granule are left out. Fetches the values of the same keys.
 template <int kTerms>
 void score_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
-                int64_t dim, Prefetch& values) {
+                int64_t dim, GranulePrefetch& values) {
   if (kTerms == 1 && rows == 16) {
     values.spread_over((num_granules + 1) / 2 * (dim / 32));
     score_strip(scratch.q, dim, granules, num_granules, scratch.scores, values);
@@ -365,7 +366,7 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
 template <int kTerms>
 inline void value_block(const uint16_t* weights, int64_t row, const Granule* granules,
                         int num_granules, int64_t d, float* acc, int64_t acc_stride, bool is_first,
-                        Prefetch& keys) {
+                        GranulePrefetch& keys) {
   if (is_first) {
     zero_sums();
   } else {
@@ -394,7 +395,8 @@ inline void value_block(const uint16_t* weights, int64_t row, const Granule* gra
 // acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
 template <int kPairs>
 inline void value_strip(const uint16_t* weights, const Granule* granules, int num_granules,
-                        int64_t d, float* acc, int64_t acc_stride, bool is_first, Prefetch& keys) {
+                        int64_t d, float* acc, int64_t acc_stride, bool is_first,
+                        GranulePrefetch& keys) {
   if (is_first) {
     zero_sums();
   } else {
@@ -432,7 +434,7 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
 // keys of the next step.
 template <int kTerms>
 void value_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
-                int64_t acc_stride, bool is_first, Prefetch& keys) {
+                int64_t acc_stride, bool is_first, GranulePrefetch& keys) {
   if (kTerms == 1 && rows == 16) {
     keys.spread_over(num_granules * ((acc_stride + 63) / 64));
     int64_t d = 0;
@@ -623,8 +625,8 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     const Granule* granules = steps[step % 2];
     const Granule* ahead = steps[(step + 1) % 2];
     const int num_ahead = keys.next(steps[(step + 1) % 2]);
-    Prefetch values(granules, n, &Granule::v, kTerms<T> * acc_stride);
-    Prefetch next_keys(ahead, num_ahead, &Granule::k, kTerms<T> * dim);
+    GranulePrefetch values(granules, n, &Granule::v, kTerms<T> * acc_stride);
+    GranulePrefetch next_keys(ahead, num_ahead, &Granule::k, kTerms<T> * dim);
     fence_compiler();
     score_step<kTerms<T>>(scratch, granules, n, rows, dim, values);
     fence_compiler();

@@ -1,0 +1,37 @@
+// Fetching memory ahead of its use.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace sparse_attn::cpu {
+
+// Fetches a stretch of memory to the second-level cache, some lines at a time, while work goes on
+// in nearer caches.
+class Prefetch {
+ public:
+  // `begin` may be null: nothing to fetch.
+  Prefetch(const std::byte* begin, int64_t bytes)
+      : line_(begin), end_(begin != nullptr ? begin + bytes : nullptr) {}
+
+  // The next so many calls share the work.
+  void spread_over(int64_t calls) {
+    const int64_t lines = (end_ - line_ + 63) / 64;
+    share_ = (lines + calls - 1) / std::max<int64_t>(1, calls) * 64;
+  }
+
+  void next() {
+    for (const std::byte* stop = line_ + std::min(share_, end_ - line_); line_ < stop;
+         line_ += 64) {
+      __builtin_prefetch(line_, 0, 2);
+    }
+  }
+
+ private:
+  const std::byte* line_;
+  const std::byte* end_;
+  int64_t share_ = 0;
+};
+
+}  // namespace sparse_attn::cpu
