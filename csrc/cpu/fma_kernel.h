@@ -164,14 +164,21 @@ struct Panel {
   float* l;       // [kPanel] running sum
   float* factor;  // [kPanel] what acc is to be multiplied with
   int64_t first_row, rows, vectors;
+  int64_t head_dim_v;
 };
 
+// Scores of all keys of a granule. Their values are fetched to the second-level cache meanwhile.
 template <int kVectors>
 static void score_keys(const Panel& panel, int64_t first_row, const Granule& granule,
                        int64_t first_key, int64_t head_dim) {
   const float* k = static_cast<const float*>(granule.k);
+  const float* v = static_cast<const float*>(granule.v);
   constexpr int kMost = std::min(16, kSums / kVectors);
   for_parts(granule.count, kMost, [&](int64_t begin, int64_t count) {
+    for (int64_t j = begin; j < begin + count; ++j) {
+      const float* row = v + j * granule.v_stride;
+      for (int64_t d = 0; d < panel.head_dim_v; d += 16) __builtin_prefetch(row + d, 0, 2);
+    }
     score_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
         k + begin * granule.k_stride, granule.k_stride, panel.q + first_row, head_dim,
         panel.scores + (first_key + begin) * kPanel + first_row);
@@ -321,6 +328,7 @@ static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory)
   panel.first_row = index * kPanel;
   panel.rows = std::min(kPanel, tile.rows - panel.first_row);
   panel.vectors = (panel.rows + kLanes - 1) / kLanes;
+  panel.head_dim_v = tile.head_dim_v;
   std::fill(panel.acc, panel.m, 0.0f);
   std::fill(panel.m, panel.l, kMinusInfinity);
   std::fill(panel.l, panel.factor, 0.0f);
