@@ -22,11 +22,15 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+static inline void configure_tiles() {
+  static constexpr TileConfig kConfig;
+  _tile_loadconfig(&kConfig);
+}
+
 static inline uint32_t enter_kernel() {
   const uint32_t saved = _mm_getcsr();
   _mm_setcsr(saved | 0x8000);  // flush denormal results to zero
-  static constexpr TileConfig kConfig;
-  _tile_loadconfig(&kConfig);
+  configure_tiles();
   return saved;
 }
 

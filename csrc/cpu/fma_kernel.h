@@ -454,6 +454,8 @@ static const TileKernel& fma_kernel() {
                                          granule_bytes,
                                          0,
                                          0,
+                                         false,
+                                         0,
                                          pack<T>,
                                          pack<T>,
                                          fma_scratch_bytes,

@@ -33,6 +33,8 @@ inline RowRange seeing_rows(const uint32_t* visible, int64_t rows) {
 struct Granule {
   const void* k = nullptr;
   const void* v = nullptr;
+  const void* k_high = nullptr;  // packed: keys 16 to 31, which may lie apart from the others
+  const void* v_high = nullptr;
   int64_t k_stride = 0, v_stride = 0;  // from one row to the next, in elements
   int count = kGranule;                // of keys that exist; packed ones are followed by zeros
   // One word for each row of the tile: bit j says whether the row sees key j. Null: all do.
@@ -64,6 +66,10 @@ struct TileKernel {
   // A granule is made of periods of so many bytes (0: one period), each with the part of its first
   // 16 keys before that of the others.
   int64_t k_period, v_period;
+  // Whether the halves of a granule's keys may lie apart; its values may in tiles of at most so
+  // many rows.
+  bool splits_keys;
+  int64_t most_rows_splitting_values;
   // Pack 32 rows, given by pointers to their first elements.
   void (*pack_k)(const void* const* rows, int64_t head_dim, void* granule);
   void (*pack_v)(const void* const* rows, int64_t head_dim_v, void* granule);

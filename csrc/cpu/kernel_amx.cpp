@@ -33,6 +33,7 @@ namespace amx {
 constexpr int64_t kBlockM = 64;
 constexpr int64_t kStepGranules = 8;
 constexpr int64_t kStepKeys = kStepGranules * kGranule;
+constexpr int64_t kTilePeriod = kTile * 2;  // bytes of a tile of values, 16 keys in either half
 struct BFloat16 {
   uint16_t bits;
 };
@@ -181,32 +182,59 @@ int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
                     kTerms<T> * (kStepKeys + padded_dim(head_dim)) * 2);
 }
 
-// Fetches the packed rows at `part` of some granules to the second-level cache, some lines at a
+// Fetches the keys of some granules, or their values, to the second-level cache, some lines at a
 // time, while products of tiles in nearer caches are made.
 class GranulePrefetch {
  public:
-  GranulePrefetch(const Granule* granules, int num_granules, const void* Granule::* part,
-                  int64_t lines)
-      : granule_(granules), end_(granules + num_granules), part_(part), lines_(lines) {}
+  using Part = const void* Granule::*;
+
+  // Of `bytes`, the halves hold `run` bytes in turns; the first may hold all.
+  GranulePrefetch(const Granule* granules, int num_granules, Part low, Part high, int64_t bytes,
+                  int64_t run)
+      : granule_(granules),
+        end_(granules + num_granules),
+        halves_{low, high},
+        bytes_(bytes),
+        run_(run) {
+    begin_run();
+  }
 
   // The next so many calls share the work.
-  void spread_over(int64_t calls) { share_ = ((end_ - granule_) * lines_ + calls - 1) / calls; }
+  void spread_over(int64_t calls) {
+    share_ = ((end_ - granule_) * bytes_ / 64 + calls - 1) / calls * 64;
+  }
 
   void next() {
-    if (granule_ == end_) return;
-    const char* rows = static_cast<const char*>(granule_->*part_);
-    const int64_t stop = std::min(line_ + share_, lines_);
-    for (; line_ < stop; ++line_) _mm_prefetch(rows + line_ * 64, _MM_HINT_T1);
-    if (line_ < lines_) return;
-    line_ = 0;
-    ++granule_;
+    for (int64_t todo = share_; todo > 0 && granule_ != end_;) {
+      const char* stop = std::min(line_ + todo, run_end_);
+      todo -= stop - line_;
+      for (; line_ < stop; line_ += 64) _mm_prefetch(line_, _MM_HINT_T1);
+      if (line_ < run_end_) return;
+      offset_ += run_;
+      half_ = !half_;
+      if (offset_ == bytes_) {
+        offset_ = 0;
+        half_ = false;
+        ++granule_;
+      }
+      begin_run();
+    }
   }
 
  private:
+  void begin_run() {
+    if (granule_ == end_) return;
+    line_ = static_cast<const char*>(granule_->*halves_[half_]) + offset_ - (half_ ? run_ : 0);
+    run_end_ = line_ + run_;
+  }
+
   const Granule* granule_;
   const Granule* end_;
-  const void* Granule::* part_;
-  int64_t lines_, line_ = 0, share_ = 0;
+  Part halves_[2];
+  int64_t bytes_, run_, offset_ = 0, share_ = 0;
+  bool half_ = false;
+  const char* line_ = nullptr;
+  const char* run_end_ = nullptr;
 };
 
 // Four tiles of sums, two by two: rows 16 apart, columns 16 apart.
@@ -256,12 +284,16 @@ inline void add_product() {
   _tile_dpbf16ps(3, 5, 7);
 }
 
+// Of the two halves of a granule the one with this number, counted over all granules.
+inline const uint16_t* half_of(const void* low, const void* high, int half) {
+  return static_cast<const uint16_t*>(half % 2 == 0 ? low : high);
+}
+
 // scores[32][32] = q[32][head_dim] k[32][head_dim]^T
 template <int kTerms>
-inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, float* scores,
-                        GranulePrefetch& values) {
+inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, const uint16_t* k_high,
+                        float* scores, GranulePrefetch& values) {
   zero_sums();
-  const uint16_t* k_high = k + kTerms * 16 * dim;  // the other 16 keys
   for (int64_t d = 0; d < dim; d += 32) {
     load_left(q + d, dim);
     if constexpr (kTerms == 2) {
@@ -292,7 +324,7 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
   _tile_loadd(7, q + 16 * 64 + 32, 128);
   for (int half = 0; half < 2 * num_granules; ++half, scores += kFloatTile) {
     if (!granules[half / 2].rows.meets(row, 32)) continue;
-    const uint16_t* k = static_cast<const uint16_t*>(granules[half / 2].k) + half % 2 * 2 * kTile;
+    const uint16_t* k = half_of(granules[half / 2].k, granules[half / 2].k_high, half);
     _tile_loadd(2, k, 64);
     _tile_loadd(3, k + kTile, 64);
     _tile_zero(0);
@@ -307,25 +339,37 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
   }
 }
 
-// scores[16][keys] = q[16][head_dim] k[keys][head_dim]^T, two granules at a time.
+// Strips of 16 rows fetch nothing ahead: they use each key for so short a time that this would only
+// hold up the loads. They take the halves of granules one by one, as these may lie apart. Tile 4
+// holds q and 5 keys; 6 holds the weights of 16 keys and 7 their values.
+inline void enter_strip() {
+  static constexpr TileConfig kConfig = {
+      .bytes_per_row = {64, 64, 64, 64, 64, 64, 32, 64},
+      .rows = {16, 16, 16, 16, 16, 16, 16, 8},
+  };
+  _tile_loadconfig(&kConfig);
+}
+
+// scores[16][keys] = q[16][head_dim] k[keys][head_dim]^T, four halves at a time.
 inline void score_strip(const uint16_t* q, int64_t dim, const Granule* granules, int num_granules,
-                        float* scores, GranulePrefetch& values) {
+                        float* scores) {
   for (int g = 0; g < num_granules; g += 2, scores += 4 * kFloatTile) {
+    const Granule& other = granules[std::min(g + 1, num_granules - 1)];
     const uint16_t* k0 = static_cast<const uint16_t*>(granules[g].k);
-    const uint16_t* k1 =
-        g + 1 < num_granules ? static_cast<const uint16_t*>(granules[g + 1].k) : k0;
+    const uint16_t* k1 = static_cast<const uint16_t*>(granules[g].k_high);
+    const uint16_t* k2 = static_cast<const uint16_t*>(other.k);
+    const uint16_t* k3 = static_cast<const uint16_t*>(other.k_high);
     zero_sums();
     for (int64_t d = 0; d < dim; d += 32) {
       _tile_loadd(4, q + d, dim * 2);
       _tile_loadd(5, k0 + d * 16, 64);
-      _tile_loadd(6, k0 + (dim + d) * 16, 64);
-      _tile_loadd(7, k1 + d * 16, 64);
       _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(5, k1 + (dim + d) * 16, 64);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, k1 + d * 16, 64);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_loadd(5, k2 + d * 16, 64);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(5, k3 + d * 16, 64);
       _tile_dpbf16ps(3, 4, 5);
-      values.next();
     }
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + kFloatTile, 64);
@@ -341,8 +385,7 @@ template <int kTerms>
 void score_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
                 int64_t dim, GranulePrefetch& values) {
   if (kTerms == 1 && rows == 16) {
-    values.spread_over((num_granules + 1) / 2 * (dim / 32));
-    score_strip(scratch.q, dim, granules, num_granules, scratch.scores, values);
+    score_strip(scratch.q, dim, granules, num_granules, scratch.scores);
     return;
   }
   values.spread_over(num_granules * (rows / 32) * (dim / 32));
@@ -357,6 +400,7 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
     for (int64_t r = 0; r < rows; r += 32) {
       if (!granules[g].rows.meets(r, 32)) continue;
       score_block<kTerms>(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
+                          static_cast<const uint16_t*>(granules[g].k_high),
                           scratch.scores + r * kStepKeys + g * 2 * kFloatTile, values);
     }
   }
@@ -395,8 +439,7 @@ inline void value_block(const uint16_t* weights, int64_t row, const Granule* gra
 // acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
 template <int kPairs>
 inline void value_strip(const uint16_t* weights, const Granule* granules, int num_granules,
-                        int64_t d, float* acc, int64_t acc_stride, bool is_first,
-                        GranulePrefetch& keys) {
+                        int64_t d, float* acc, int64_t acc_stride, bool is_first) {
   if (is_first) {
     zero_sums();
   } else {
@@ -407,20 +450,20 @@ inline void value_strip(const uint16_t* weights, const Granule* granules, int nu
       _tile_loadd(3, acc + 48, acc_stride * 4);
     }
   }
-  for (int g = 0; g < num_granules; ++g) {
-    const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
-    _tile_loadd(4, weights + g * kTile, 64);
-    _tile_loadd(5, v, 64);
-    _tile_loadd(6, v + kTile, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_dpbf16ps(1, 4, 6);
+  for (int half = 0; half < 2 * num_granules; ++half) {
+    const Granule& granule = granules[half / 2];
+    const uint16_t* v = half_of(granule.v, granule.v_high, half) + d / 16 * kTile;
+    _tile_loadd(6, weights + half / 2 * kTile + half % 2 * 16, 64);
+    _tile_loadd(7, v, 64);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(7, v + kTile, 64);
+    _tile_dpbf16ps(1, 6, 7);
     if constexpr (kPairs == 2) {
       _tile_loadd(7, v + 2 * kTile, 64);
-      _tile_loadd(5, v + 3 * kTile, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 4, 5);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(7, v + 3 * kTile, 64);
+      _tile_dpbf16ps(3, 6, 7);
     }
-    keys.next();
   }
   _tile_stored(0, acc, acc_stride * 4);
   _tile_stored(1, acc + 16, acc_stride * 4);
@@ -436,15 +479,14 @@ template <int kTerms>
 void value_step(const Scratch& scratch, const Granule* granules, int num_granules, int64_t rows,
                 int64_t acc_stride, bool is_first, GranulePrefetch& keys) {
   if (kTerms == 1 && rows == 16) {
-    keys.spread_over(num_granules * ((acc_stride + 63) / 64));
     int64_t d = 0;
     for (; d + 64 <= acc_stride; d += 64) {
       value_strip<2>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride,
-                     is_first, keys);
+                     is_first);
     }
     if (d < acc_stride) {
       value_strip<1>(scratch.weights, granules, num_granules, d, scratch.acc + d, acc_stride,
-                     is_first, keys);
+                     is_first);
     }
     return;
   }
@@ -618,6 +660,7 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   std::fill(scratch.m, scratch.m + rows, kMinusInfinity);
   std::fill(scratch.l, scratch.l + rows * kLanes, 0.0f);
 
+  if (is_strip) enter_strip();
   Granule steps[2][kStepGranules];
   int n = keys.next(steps[0]);
   if (n == 0) std::fill(scratch.acc, scratch.acc + rows * acc_stride, 0.0f);
@@ -625,8 +668,10 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     const Granule* granules = steps[step % 2];
     const Granule* ahead = steps[(step + 1) % 2];
     const int num_ahead = keys.next(steps[(step + 1) % 2]);
-    GranulePrefetch values(granules, n, &Granule::v, kTerms<T> * acc_stride);
-    GranulePrefetch next_keys(ahead, num_ahead, &Granule::k, kTerms<T> * dim);
+    const int64_t k_bytes = granule_bytes<T>(dim), v_bytes = granule_bytes<T>(acc_stride);
+    GranulePrefetch values(granules, n, &Granule::v, &Granule::v_high, v_bytes, v_bytes);
+    GranulePrefetch next_keys(ahead, num_ahead, &Granule::k, &Granule::k_high, k_bytes,
+                              k_bytes / 2);
     fence_compiler();
     score_step<kTerms<T>>(scratch, granules, n, rows, dim, values);
     fence_compiler();
@@ -647,14 +692,26 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     n = num_ahead;
   }
   write_rows<T>(tile, scratch);
+  if (is_strip) configure_tiles();
 }
 
 template <class T>
 const TileKernel& tile_kernel() {
-  static constexpr TileKernel kKernel = {
-      kBlockM,     kStepGranules, false,       granule_bytes<T>, granule_bytes<T>,
-      0,           kTile * 2,     pack_k<T>,   pack_v<T>,        scratch_bytes<T>,
-      run_tile<T>, enter_kernel,  leave_kernel};
+  static constexpr TileKernel kKernel = {kBlockM,
+                                         kStepGranules,
+                                         false,
+                                         granule_bytes<T>,
+                                         granule_bytes<T>,
+                                         0,
+                                         kTilePeriod,
+                                         true,
+                                         kTerms<T> == 1 ? 16 : 0,
+                                         pack_k<T>,
+                                         pack_v<T>,
+                                         scratch_bytes<T>,
+                                         run_tile<T>,
+                                         enter_kernel,
+                                         leave_kernel};
   return kKernel;
 }
 

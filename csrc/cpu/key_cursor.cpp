@@ -12,13 +12,16 @@ constexpr uint32_t kAll = ~uint32_t{0};
 
 alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
-// Copies one half of the keys of a granule of `bytes` to one half of another.
-void copy_half(const std::byte* source, int from, std::byte* dest, int to, int64_t bytes,
-               int64_t period) {
-  if (period == 0) period = bytes;
-  const int64_t run = period / 2;
-  for (int64_t start = 0; start < bytes; start += period) {
-    std::memcpy(dest + start + to * run, source + start + from * run, run);
+// From the first half of a granule of `bytes` to the second.
+int64_t half_period(int64_t period, int64_t bytes) { return (period != 0 ? period : bytes) / 2; }
+
+// Makes a granule of `bytes` of two halves.
+void copy_halves(const std::byte* const* halves, std::byte* dest, int64_t bytes, int64_t period) {
+  const int64_t run = half_period(period, bytes);
+  for (int64_t start = 0; start < bytes; start += 2 * run) {
+    for (int half = 0; half < 2; ++half) {
+      std::memcpy(dest + start + half * run, halves[half] + start, run);
+    }
   }
 }
 
@@ -57,25 +60,54 @@ void KeyCursor::mask_rows(Granule& granule, const int32_t* positions, uint32_t a
   granule.rows = seeing_rows(masks, walk_.rows());
 }
 
-// Makes a granule of two aligned runs of 16 keys that are packed already; false if it cannot.
-bool KeyCursor::join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const {
+// Whether the keys are two aligned runs of 16 that are packed already.
+bool KeyCursor::has_packed_halves(const int32_t* positions, int count) const {
   if (count < kGranule) return false;
   for (int half = 0; half < 2; ++half) {
     const int32_t* run = positions + half * 16;
     if (run[0] / kGranule >= source_.packed_granules) return false;
     if (run[0] % 16 != 0 || run[15] != run[0] + 15) return false;
   }
-  for (int half = 0; half < 2; ++half) {
-    const int64_t first = positions[half * 16], granule = first / kGranule;
-    const int from = first % kGranule != 0;
-    copy_half(source_.packed_k + granule * k_bytes_, from, k, half, k_bytes_, kernel_.k_period);
-    copy_half(source_.packed_v + granule * v_bytes_, from, v, half, v_bytes_, kernel_.v_period);
-  }
   return true;
 }
 
+// Makes a granule of such runs. What the kernel does not take from where it lies is copied to `k`
+// and `v`.
+Granule KeyCursor::join_halves(const int32_t* positions, std::byte* k, std::byte* v) const {
+  const std::byte *k_halves[2], *v_halves[2];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first = positions[half * 16], granule = first / kGranule;
+    const int from = first % kGranule != 0;
+    k_halves[half] =
+        source_.packed_k + granule * k_bytes_ + from * half_period(kernel_.k_period, k_bytes_);
+    v_halves[half] =
+        source_.packed_v + granule * v_bytes_ + from * half_period(kernel_.v_period, v_bytes_);
+  }
+  const bool splits_values = walk_.rows() <= kernel_.most_rows_splitting_values;
+  if (!kernel_.splits_keys) copy_halves(k_halves, k, k_bytes_, kernel_.k_period);
+  if (!splits_values) copy_halves(v_halves, v, v_bytes_, kernel_.v_period);
+  Granule granule = packed_granule(k, v, kGranule);
+  if (kernel_.splits_keys) {
+    granule.k = k_halves[0];
+    granule.k_high = k_halves[1];
+  }
+  if (splits_values) {
+    granule.v = v_halves[0];
+    granule.v_high = v_halves[1];
+  }
+  return granule;
+}
+
 Granule KeyCursor::packed_granule(const std::byte* k, const std::byte* v, int count) const {
-  return {k, v, params_.head_dim, params_.head_dim_v, count, nullptr};
+  Granule granule;
+  granule.k = k;
+  granule.v = v;
+  granule.k_high = k + half_period(kernel_.k_period, k_bytes_);
+  granule.v_high = v + half_period(kernel_.v_period, v_bytes_);
+  granule.k_stride = params_.head_dim;
+  granule.v_stride = params_.head_dim_v;
+  granule.count = count;
+  return granule;
 }
 
 // Packs the keys at the given positions, then zeros, into a granule of this thread.
@@ -84,7 +116,7 @@ Granule KeyCursor::pack(const int32_t* positions, int count, int slot) {
   const void* rows[kGranule];
   std::byte* k = packed_scratch_ + slot * (k_bytes_ + v_bytes_);
   std::byte* v = k + k_bytes_;
-  if (join_halves(positions, count, k, v)) return packed_granule(k, v, count);
+  if (has_packed_halves(positions, count)) return join_halves(positions, k, v);
   for (int i = 0; i < kGranule; ++i) {
     rows[i] = i < count ? source_.k + params_.key_offset(params_.k_stride, positions[i]) * size
                         : kZeroRow;
@@ -119,12 +151,11 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
   Granule granule;
   if (kernel_.in_place) {
     const int64_t size = element_size(params_.dtype);
-    granule = {source_.k + params_.key_offset(params_.k_stride, run.begin) * size,
-               source_.v + params_.key_offset(params_.v_stride, run.begin) * size,
-               params_.k_stride.row,
-               params_.v_stride.row,
-               count,
-               nullptr};
+    granule.k = source_.k + params_.key_offset(params_.k_stride, run.begin) * size;
+    granule.v = source_.v + params_.key_offset(params_.v_stride, run.begin) * size;
+    granule.k_stride = params_.k_stride.row;
+    granule.v_stride = params_.v_stride.row;
+    granule.count = count;
   } else if (run.begin / kGranule < source_.packed_granules) {
     const int64_t i = run.begin / kGranule;
     granule =

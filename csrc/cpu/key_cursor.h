@@ -35,9 +35,10 @@ class KeyCursor {
  private:
   bool is_run(const Candidates& found) const;
   Granule packed_granule(const std::byte* k, const std::byte* v, int count) const;
+  bool has_packed_halves(const int32_t* positions, int count) const;
+  Granule join_halves(const int32_t* positions, std::byte* k, std::byte* v) const;
   Granule use_run(const Candidates& found, int slot);
   Granule use_gathered(int count, int slot);
-  bool join_halves(const int32_t* positions, int count, std::byte* k, std::byte* v) const;
   Granule pack(const int32_t* positions, int count, int slot);
   void mask_rows(Granule& granule, const int32_t* positions, uint32_t always, uint32_t window,
                  int slot);
