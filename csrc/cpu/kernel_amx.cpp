@@ -206,9 +206,11 @@ class GranulePrefetch {
 
   void next() {
     for (int64_t todo = share_; todo > 0 && granule_ != end_;) {
-      const char* stop = std::min(line_ + todo, run_end_);
-      todo -= stop - line_;
-      for (; line_ < stop; line_ += 64) _mm_prefetch(line_, _MM_HINT_T1);
+      const char* begin = line_;
+      const int64_t bytes = std::min(todo, run_end_ - begin);
+      line_ += bytes;
+      todo -= bytes;
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(begin + i, _MM_HINT_T1);
       if (line_ < run_end_) return;
       offset_ += run_;
       half_ = !half_;

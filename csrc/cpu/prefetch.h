@@ -22,10 +22,10 @@ class Prefetch {
   }
 
   void next() {
-    for (const std::byte* stop = line_ + std::min(share_, end_ - line_); line_ < stop;
-         line_ += 64) {
-      __builtin_prefetch(line_, 0, 2);
-    }
+    const std::byte* begin = line_;
+    const int64_t bytes = std::min(share_, end_ - begin);
+    line_ += bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
   }
 
  private:
