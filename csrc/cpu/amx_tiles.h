@@ -39,6 +39,115 @@ static inline void leave_kernel(uint32_t saved) {
   _mm_setcsr(saved);
 }
 
+static inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Sums of products in tiles 0 to 3, two by two, one block of four after the other. The sums of a
+// block are stored with the first product of the next one, each tile while the products before it
+// are made: all stored at once would hold up the loads that follow.
+class TileSums {
+ public:
+  // Where the sums of a block are, in floats: from a row of a tile to the next, from a tile to the
+  // one on its right, and to the one below.
+  struct Place {
+    float* p = nullptr;
+    int64_t row_stride = 0, right = 0, below = 0;
+
+    float* tile(int i) const { return p + (i & 1) * right + (i >> 1) * below; }
+  };
+
+  // From now on products are added to those at `place`, or to 0.
+  void start(const Place& place, bool from_zero) {
+    next_ = place;
+    from_zero_ = from_zero;
+    begun_ = false;
+  }
+
+  // Adds the product of tiles 4 and 5, one below the other, and 6 and 7, side by side.
+  void add() {
+    if (begun_) {
+      multiply();
+      return;
+    }
+    if (held_.p == nullptr) {
+      from_zero_ ? zero_sums() : load(next_);
+      multiply();
+    } else if (from_zero_) {
+      _tile_stored(0, held_.tile(0), held_.row_stride * 4);
+      _tile_zero(0);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stored(1, held_.tile(1), held_.row_stride * 4);
+      _tile_zero(1);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stored(2, held_.tile(2), held_.row_stride * 4);
+      _tile_zero(2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_stored(3, held_.tile(3), held_.row_stride * 4);
+      _tile_zero(3);
+      _tile_dpbf16ps(3, 5, 7);
+    } else {
+      _tile_stored(0, held_.tile(0), held_.row_stride * 4);
+      _tile_loadd(0, next_.tile(0), next_.row_stride * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stored(1, held_.tile(1), held_.row_stride * 4);
+      _tile_loadd(1, next_.tile(1), next_.row_stride * 4);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stored(2, held_.tile(2), held_.row_stride * 4);
+      _tile_loadd(2, next_.tile(2), next_.row_stride * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_stored(3, held_.tile(3), held_.row_stride * 4);
+      _tile_loadd(3, next_.tile(3), next_.row_stride * 4);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    mark_begun();
+  }
+
+  // Ends a block that may have had no product.
+  void finish() {
+    if (begun_ || !from_zero_) return;
+    store();
+    zero_sums();
+    mark_begun();
+  }
+
+  // After the last block.
+  void store() {
+    if (held_.p == nullptr) return;
+    _tile_stored(0, held_.tile(0), held_.row_stride * 4);
+    _tile_stored(1, held_.tile(1), held_.row_stride * 4);
+    _tile_stored(2, held_.tile(2), held_.row_stride * 4);
+    _tile_stored(3, held_.tile(3), held_.row_stride * 4);
+    held_.p = nullptr;
+  }
+
+ private:
+  static void multiply() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  static void load(const Place& place) {
+    _tile_loadd(0, place.tile(0), place.row_stride * 4);
+    _tile_loadd(1, place.tile(1), place.row_stride * 4);
+    _tile_loadd(2, place.tile(2), place.row_stride * 4);
+    _tile_loadd(3, place.tile(3), place.row_stride * 4);
+  }
+
+  void mark_begun() {
+    held_ = next_;
+    begun_ = true;
+  }
+
+  Place held_, next_;
+  bool from_zero_ = false, begun_ = false;
+};
+
 // Lanes of the 32 elements from `d` on that lie inside a row of n.
 static inline __mmask32 lanes_within(int64_t d, int64_t n) {
   if (n <= d) return 0;

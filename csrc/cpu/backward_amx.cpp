@@ -138,41 +138,19 @@ void pack_keys(const TileShape& shape, const void* const* k, const void* const* 
   std::fill(scratch.dv_t, scratch.dv_t + kKeyTileGranules * scratch.v_size, 0.0f);
 }
 
-// Starts a block of (2, 2) tiles of a result; `below` floats lie between its two rows of tiles.
-inline void load_block(const float* c, int64_t below, bool zero) {
-  if (zero) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    return;
-  }
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, c + kFloatTile, 64);
-  _tile_loadd(2, c + below, 64);
-  _tile_loadd(3, c + below + kFloatTile, 64);
-}
-
-inline void store_block(float* c, int64_t below) {
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + kFloatTile, 64);
-  _tile_stored(2, c + below, 64);
-  _tile_stored(3, c + below + kFloatTile, 64);
-}
+// A block of 2 x 2 tiles; `below` floats lie between its two rows of tiles.
+inline TileSums::Place block_place(float* c, int64_t below) { return {c, 16, kFloatTile, below}; }
 
 // Adds the product of two left tiles, one below the other, and two right tiles, side by side.
 // Every call fetches some of the next query tile.
 inline void multiply_block(const uint16_t* left0, const uint16_t* left1, const uint16_t* right0,
-                           const uint16_t* right1, Prefetch& next_tile) {
+                           const uint16_t* right1, TileSums& sums, Prefetch& next_tile) {
   next_tile.next();
   _tile_loadd(4, left0, 64);
   _tile_loadd(6, right0, 64);
   _tile_loadd(7, right1, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
   _tile_loadd(5, left1, 64);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
+  sums.add();
 }
 
 // Whole blocks of 32 rows that hold all rows of the range.
@@ -183,47 +161,44 @@ RowRange whole_blocks(const RowRange& range, int64_t rows) {
 
 // c[rows][32 keys] = a[rows][dim] b[32 keys][dim]^T for the rows of a range.
 void multiply_rows_by_keys(const uint16_t* a, const uint16_t* b, const RowRange& range, int64_t dim,
-                           float* c, Prefetch& next_tile) {
+                           float* c, TileSums& sums, Prefetch& next_tile) {
   for (int64_t r = range.begin; r < range.end; r += 32) {
     const uint16_t* left = a + r * dim;
-    float* block = c + r / 16 * 2 * kFloatTile;
-    load_block(block, 2 * kFloatTile, true);
+    sums.start(block_place(c + r / 16 * 2 * kFloatTile, 2 * kFloatTile), true);
     for (int64_t d = 0; d < dim; d += 32) {
-      multiply_block(left + d * 16, left + (dim + d) * 16, b + d * 16, b + (dim + d) * 16,
+      multiply_block(left + d * 16, left + (dim + d) * 16, b + d * 16, b + (dim + d) * 16, sums,
                      next_tile);
     }
-    store_block(block, 2 * kFloatTile);
   }
 }
 
 // c[dim][32 keys] += a[rows][dim]^T b[rows][32 keys], summed over the rows of a range.
 void multiply_into_keys(const uint16_t* a_t, const uint16_t* b, const RowRange& range, int64_t rows,
-                        int64_t dim, float* c, Prefetch& next_tile) {
+                        int64_t dim, float* c, TileSums& sums, Prefetch& next_tile) {
   for (int64_t d = 0; d < dim; d += 32, a_t += 32 * rows, c += 4 * kFloatTile) {
-    load_block(c, 2 * kFloatTile, false);
+    sums.start(block_place(c, 2 * kFloatTile), false);
     for (int64_t r = range.begin; r < range.end; r += 32) {
-      multiply_block(a_t + r * 16, a_t + (rows + r) * 16, b + r * 32, b + r * 32 + kTile,
+      multiply_block(a_t + r * 16, a_t + (rows + r) * 16, b + r * 32, b + r * 32 + kTile, sums,
                      next_tile);
     }
-    store_block(c, 2 * kFloatTile);
   }
 }
 
 // dq[rows][dim] += ds[rows][keys] k[keys][dim] over all granules of a pair.
 void multiply_into_queries(const Scratch& scratch, const Visibility& visibility, int64_t rows,
-                           int64_t dim, bool first, float* dq, Prefetch& next_tile) {
+                           int64_t dim, bool first, float* dq, TileSums& sums,
+                           Prefetch& next_tile) {
   const int64_t below = dim * 16, left_below = visibility.count * kTile;
   for (int64_t d = 0; d < dim; d += 32) {
     for (int64_t r = 0; r < rows; r += 32) {
-      float* c = dq + r * dim + d * 16;
       const uint16_t* left = scratch.ds_left + r / 16 * left_below;
-      load_block(c, below, first);
+      sums.start(block_place(dq + r * dim + d * 16, below), first);
       for (int n = 0; n < visibility.count; ++n, left += kTile) {
         if (!visibility.parts[n].rows.meets(r, 32)) continue;
         const uint16_t* k = scratch.k + visibility.parts[n].granule * scratch.k_size + d * 32;
-        multiply_block(left, left + left_below, k, k + kTile, next_tile);
+        multiply_block(left, left + left_below, k, k + kTile, sums, next_tile);
       }
-      store_block(c, below);
+      sums.finish();
     }
   }
 }
@@ -299,13 +274,15 @@ void add_pair(const TileShape& shape, const Visibility& visibility, bool first, 
   const int64_t dim = padded_dim(shape.head_dim), dim_v = padded_dim(shape.head_dim_v);
   Prefetch next_tile(tile_ahead, PackedQueries::bytes(shape));
   next_tile.spread_over(visibility.count * (rows / 32) * (3 * dim + 2 * dim_v) / 32);
+  TileSums sums;
   for (int n = 0; n < visibility.count; ++n) {
     const int64_t granule = visibility.parts[n].granule;
     const int64_t k = granule * scratch.k_size, v = granule * scratch.v_size;
     const RowRange range = whole_blocks(visibility.parts[n].rows, rows);
     fence_compiler();
-    multiply_rows_by_keys(queries.q, scratch.k_t + k, range, dim, scratch.s, next_tile);
-    multiply_rows_by_keys(queries.dout, scratch.v_t + v, range, dim_v, scratch.dp, next_tile);
+    multiply_rows_by_keys(queries.q, scratch.k_t + k, range, dim, scratch.s, sums, next_tile);
+    multiply_rows_by_keys(queries.dout, scratch.v_t + v, range, dim_v, scratch.dp, sums, next_tile);
+    sums.store();
     fence_compiler();
     if (shape.softcap > 0) {
       gradient_step<true>(shape, queries.head, scratch, visibility, n, range);
@@ -313,10 +290,13 @@ void add_pair(const TileShape& shape, const Visibility& visibility, bool first, 
       gradient_step<false>(shape, queries.head, scratch, visibility, n, range);
     }
     fence_compiler();
-    multiply_into_keys(queries.dout_t, scratch.p, range, rows, dim_v, scratch.dv_t + v, next_tile);
-    multiply_into_keys(queries.q_t, scratch.ds, range, rows, dim, scratch.dk_t + k, next_tile);
+    multiply_into_keys(queries.dout_t, scratch.p, range, rows, dim_v, scratch.dv_t + v, sums,
+                       next_tile);
+    multiply_into_keys(queries.q_t, scratch.ds, range, rows, dim, scratch.dk_t + k, sums,
+                       next_tile);
   }
-  multiply_into_queries(scratch, visibility, rows, dim, first, queries.dq, next_tile);
+  multiply_into_queries(scratch, visibility, rows, dim, first, queries.dq, sums, next_tile);
+  sums.store();
   fence_compiler();
 }
 

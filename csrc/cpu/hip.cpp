@@ -416,11 +416,11 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
       num_heads * tasks / (kGroupsPerThread * parallel.num_threads), 1, kMostTogether);
   const int64_t groups = ceil_div(tasks, together);  // of a KV head
   std::atomic<int64_t> next_group{0};
-  const auto work = [&](int64_t) {
+  const auto work = [&](int64_t) {  // the last query blocks, which see most, come first
     SearchGroup group(params, kernel, std::min(together, tasks));
     const uint32_t saved = kernel.enter();
     for (int64_t i = next_group++; i < num_heads * groups; i = next_group++) {
-      const int64_t first = i % groups * together, head = i / groups;
+      const int64_t first = (groups - 1 - i / num_heads) * together, head = i % num_heads;
       group.run(head / params.num_kv_heads, head % params.num_kv_heads, first,
                 std::min(first + together, tasks), keys[head]);
     }

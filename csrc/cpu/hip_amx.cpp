@@ -65,8 +65,10 @@ struct Keys {
 
 // 16 sampled rows as right factors, and their origins.
 struct Rows {
-  const uint16_t* tiles;
-  const float* origins;
+  const uint16_t* tiles = nullptr;
+  const float* origins = nullptr;
+
+  Rows() = default;
 
   // Group g of the rows that a search has prepared.
   Rows(const std::byte* prepared, int64_t groups, int64_t steps, int64_t g)
@@ -199,77 +201,166 @@ void set_origins(std::byte* prepared, int64_t num_rows, int64_t head_dim, const 
   }
 }
 
-void prefetch_run(const std::byte* run, int64_t row_bytes, int64_t steps) {
-  for (int64_t i = 0; i < kHipRun; ++i) {
-    for (int64_t d = 0; d < steps; ++d) __builtin_prefetch(run + i * row_bytes + 64 * d);
-  }
-}
+// Some rows of two runs, which are fetched a step of the products at a time.
+struct Ahead {
+  const std::byte* const* runs;
+  int64_t first_row, last_row, row_bytes;
 
-// The products of two runs with one or two groups of rows, and the scores that they raise.
-struct RunScores {
-  alignas(64) float tiles[4 * kFloatTile];
-  const float* origins[2];
-  float* best[4];
-  int count = 0;  // of tiles
-
-  void raise() const {
-    for (int i = 0; i < count; ++i) {
-      const __m512 top = max_of_tile(tiles + i * kFloatTile) - _mm512_load_ps(origins[i / 2]);
-      *best[i] = std::max(*best[i], _mm512_reduce_max_ps(top));
+  void fetch(int64_t step) const {
+    for (int64_t i = 0; i < 2; ++i) {
+      for (int64_t r = first_row; r < last_row; ++r) {
+        __builtin_prefetch(runs[i] + r * row_bytes + 64 * step);
+      }
     }
   }
 };
 
-// Two runs times the rows of two searches at once, or 32 rows of one. Scores are raised while the
+// Two runs times two groups of 16 rows, in tiles 0 to 3. What these held before goes to `held`: a
+// tile is stored while the next products are made, for which one would otherwise wait.
+void multiply(const std::byte* const* runs, int64_t row_bytes, const Rows& rows, const Rows& more,
+              int64_t steps, const Ahead& ahead, float* held) {
+  fence_compiler();
+  _tile_loadd(4, runs[0], row_bytes);
+  _tile_loadd(6, rows.tiles, 64);
+  _tile_stored(0, held, 64);
+  _tile_zero(0);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, runs[1], row_bytes);
+  _tile_stored(1, held + kFloatTile, 64);
+  _tile_zero(1);
+  _tile_dpbf16ps(1, 5, 6);
+  _tile_loadd(7, more.tiles, 64);
+  _tile_stored(2, held + 2 * kFloatTile, 64);
+  _tile_zero(2);
+  _tile_dpbf16ps(2, 4, 7);
+  _tile_stored(3, held + 3 * kFloatTile, 64);
+  _tile_zero(3);
+  _tile_dpbf16ps(3, 5, 7);
+  ahead.fetch(0);
+  for (int64_t i = 1; i < steps; ++i) {
+    _tile_loadd(4, runs[0] + 64 * i, row_bytes);
+    _tile_loadd(6, rows.tiles + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, runs[1] + 64 * i, row_bytes);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, more.tiles + i * kTile, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    ahead.fetch(i);
+  }
+  fence_compiler();
+}
+
+// Four runs times 16 rows, likewise. Each run is read once, so fetching it ahead gains nothing.
+void multiply(const std::byte* const* runs, int64_t row_bytes, const Rows& rows, int64_t steps,
+              float* held) {
+  fence_compiler();
+  _tile_loadd(6, rows.tiles, 64);
+  _tile_loadd(4, runs[0], row_bytes);
+  _tile_stored(0, held, 64);
+  _tile_zero(0);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, runs[1], row_bytes);
+  _tile_stored(1, held + kFloatTile, 64);
+  _tile_zero(1);
+  _tile_dpbf16ps(1, 5, 6);
+  _tile_loadd(4, runs[2], row_bytes);
+  _tile_stored(2, held + 2 * kFloatTile, 64);
+  _tile_zero(2);
+  _tile_dpbf16ps(2, 4, 6);
+  _tile_loadd(5, runs[3], row_bytes);
+  _tile_stored(3, held + 3 * kFloatTile, 64);
+  _tile_zero(3);
+  _tile_dpbf16ps(3, 5, 6);
+  for (int64_t i = 1; i < steps; ++i) {
+    _tile_loadd(6, rows.tiles + i * kTile, 64);
+    _tile_loadd(4, runs[0] + 64 * i, row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, runs[1] + 64 * i, row_bytes);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, runs[2] + 64 * i, row_bytes);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, runs[3] + 64 * i, row_bytes);
+    _tile_dpbf16ps(3, 5, 6);
+  }
+  fence_compiler();
+}
+
+void store_products(float* held) {
+  fence_compiler();
+  _tile_stored(0, held, 64);
+  _tile_stored(1, held + kFloatTile, 64);
+  _tile_stored(2, held + 2 * kFloatTile, 64);
+  _tile_stored(3, held + 3 * kFloatTile, 64);
+  fence_compiler();
+}
+
+// Where the greatest products of each row belong that the four tiles hold.
+struct Held {
+  const Rows* rows[4];
+  __m512* tops[4] = {};
+
+  void raise(const float* held) const {
+    if (tops[0] == nullptr) return;
+    for (int i = 0; i < 4; ++i) *tops[i] = max_of_tile(held + i * kFloatTile) - rows[i]->origin();
+  }
+};
+
+// Sixteen runs at a time, two of them times the rows of two searches at once (or 32 rows of one),
+// or four times 16 rows if there are no more. The greatest products of each row are taken while the
 // next products are made.
 void score_runs(const std::byte* const* queries, int64_t num_searches, int64_t num_rows,
                 int64_t head_dim, const std::byte* const* runs, int64_t count, int64_t row_bytes,
                 float* const* best) {
-  constexpr int64_t kCachedRows = 24 << 10;  // bytes
-  const int64_t steps = head_dim / 32, groups = num_groups(num_rows);
-  const int64_t together = std::max<int64_t>(2, kCachedRows / (groups * steps * kTile * 2)) & ~1;
+  constexpr int64_t kRuns = 16, kMostTogether = 8, kCachedRows = 24 << 10;  // bytes
+  const int64_t steps = head_dim / 32, groups = num_groups(num_rows), all = num_searches * groups;
+  const int64_t together =
+      std::clamp<int64_t>(kCachedRows / (steps * kTile * 2), 2, kMostTogether) & ~1;
   for (int64_t i = 0; i < num_searches; ++i) std::fill_n(best[i], count, -__builtin_inff());
-  RunScores scores[2];
-  int turn = 0;
-  for (int64_t first = 0; first < num_searches; first += together) {
-    const int64_t last = std::min(first + together, num_searches);
-    for (int64_t j = 0; j < count; j += 2) {
-      const int64_t other = std::min(j + 1, count - 1);
-      const Keys a(runs[j], row_bytes), b(runs[other], row_bytes);
-      for (int64_t next = j + 2; next < std::min(j + 4, count); ++next) {
-        prefetch_run(runs[next], row_bytes, steps);
+  alignas(64) float held[4 * kFloatTile];
+  __m512 tops[kMostTogether][kRuns];
+  Rows rows[kMostTogether];
+  for (int64_t first = 0; first < all; first += together) {
+    const int64_t num = std::min(together, all - first), wide = num == 1 ? 4 : 2;  // runs at once
+    for (int64_t t = 0; t < together; ++t) {
+      const int64_t i = first + std::min(t, num - 1);
+      rows[t] = Rows(queries[i / groups], groups, steps, i % groups);
+    }
+    for (int64_t j = 0; j < count; j += kRuns) {
+      const int64_t num_runs = std::min(kRuns, count - j);
+      const std::byte* batch[kRuns + 2];
+      for (int64_t r = 0; r < kRuns + 2; ++r) batch[r] = runs[std::min(j + r, count - 1)];
+      Held before;
+      for (int64_t r = 0; r < num_runs; r += wide) {
+        for (int64_t t = 0; t < num; t += 2) {
+          Held now;
+          for (int i = 0; i < 4; ++i) {
+            const int64_t row = wide == 4 ? 0 : t + i / 2, run = wide == 4 ? r + i : r + i % 2;
+            now.rows[i] = &rows[row];
+            now.tops[i] = &tops[row][run];
+          }
+          if (wide == 4) {
+            multiply(batch + r, row_bytes, rows[0], steps, held);
+          } else {
+            const Ahead ahead{batch + r + 2, kHipRun * t / num,
+                              std::min(kHipRun * (t + 2) / num, kHipRun), row_bytes};
+            multiply(batch + r, row_bytes, rows[t], rows[t + 1], steps, ahead, held);
+          }
+          before.raise(held);
+          before = now;
+        }
       }
-      const auto score = [&](int64_t i, int64_t g, int64_t more_i, int64_t more_g) {
-        RunScores& now = scores[turn];
-        const Rows rows(queries[i], groups, steps, g);
-        now.origins[0] = rows.origins;
-        now.best[0] = best[i] + j;
-        now.best[1] = best[i] + other;
-        if (more_i < last) {
-          const Rows more(queries[more_i], groups, steps, more_g);
-          now.origins[1] = more.origins;
-          now.best[2] = best[more_i] + j;
-          now.best[3] = best[more_i] + other;
-          now.count = 4;
-          multiply(a, b, rows, more, steps, now.tiles);
-        } else {
-          now.count = 2;
-          multiply(a, b, rows, steps, now.tiles);
-        }
-        turn = 1 - turn;
-        scores[turn].raise();
-        scores[turn].count = 0;
-      };
-      if (groups == 1) {
-        for (int64_t i = first; i < last; i += 2) score(i, 0, i + 1, 0);
-      } else {
-        for (int64_t i = first; i < last; ++i) {
-          for (int64_t g = 0; g < groups; g += 2) score(i, g, i, g + 1);
-        }
+      store_products(held);
+      before.raise(held);
+      const __mmask16 inside = static_cast<__mmask16>((1u << num_runs) - 1);
+      for (int64_t t = 0; t < num; ++t) {
+        float* scores = best[(first + t) / groups] + j;
+        const __m512 raised =
+            _mm512_max_ps(max_across(tops[t]), _mm512_maskz_loadu_ps(inside, scores));
+        _mm512_mask_storeu_ps(scores, inside, raised);
       }
     }
   }
-  scores[1 - turn].raise();
 }
 
 }  // namespace amx_hip

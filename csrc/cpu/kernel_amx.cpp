@@ -31,7 +31,7 @@ namespace sparse_attn::cpu {
 namespace amx {
 
 constexpr int64_t kBlockM = 64;
-constexpr int64_t kStepGranules = 8;
+constexpr int64_t kStepGranules = 16;
 constexpr int64_t kStepKeys = kStepGranules * kGranule;
 constexpr int64_t kTilePeriod = kTile * 2;  // bytes of a tile of values, 16 keys in either half
 struct BFloat16 {
@@ -239,26 +239,14 @@ class GranulePrefetch {
   const char* run_end_ = nullptr;
 };
 
-// Four tiles of sums, two by two: rows 16 apart, columns 16 apart.
-inline void load_sums(const float* c, int64_t stride) {
-  _tile_loadd(0, c, stride * 4);
-  _tile_loadd(1, c + 16, stride * 4);
-  _tile_loadd(2, c + 16 * stride, stride * 4);
-  _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+// The sums of acc[32][32].
+inline TileSums::Place output_place(float* acc, int64_t stride) {
+  return {acc, stride, 16, 16 * stride};
 }
 
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-inline void store_sums(float* c, int64_t stride) {
-  _tile_stored(0, c, stride * 4);
-  _tile_stored(1, c + 16, stride * 4);
-  _tile_stored(2, c + 16 * stride, stride * 4);
-  _tile_stored(3, c + 16 * stride + 16, stride * 4);
+// The sums of scores[32][32].
+inline TileSums::Place score_place(float* scores) {
+  return {scores, 16, kFloatTile, 16 * kStepKeys};
 }
 
 // 32 rows of 32 numbers, the left factor.
@@ -279,13 +267,6 @@ inline void load_right(const uint16_t* b0, const uint16_t* b1) {
   _tile_loadd(7, b1, 64);
 }
 
-inline void add_product() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
 // Of the two halves of a granule the one with this number, counted over all granules.
 inline const uint16_t* half_of(const void* low, const void* high, int half) {
   return static_cast<const uint16_t*>(half % 2 == 0 ? low : high);
@@ -294,26 +275,22 @@ inline const uint16_t* half_of(const void* low, const void* high, int half) {
 // scores[32][32] = q[32][head_dim] k[32][head_dim]^T
 template <int kTerms>
 inline void score_block(const uint16_t* q, int64_t dim, const uint16_t* k, const uint16_t* k_high,
-                        float* scores, GranulePrefetch& values) {
-  zero_sums();
+                        float* scores, TileSums& sums, GranulePrefetch& values) {
+  sums.start(score_place(scores), true);
   for (int64_t d = 0; d < dim; d += 32) {
     load_left(q + d, dim);
     if constexpr (kTerms == 2) {
       load_right(k + (dim + d) * 16, k_high + (dim + d) * 16);
-      add_product();
+      sums.add();
     }
     load_right(k + d * 16, k_high + d * 16);
-    add_product();
+    sums.add();
     values.next();
     if constexpr (kTerms == 2) {
       load_left(q + kBlockM * dim + d, dim);
-      add_product();
+      sums.add();
     }
   }
-  _tile_stored(0, scores, 64);
-  _tile_stored(1, scores + kFloatTile, 64);
-  _tile_stored(2, scores + 16 * kStepKeys, 64);
-  _tile_stored(3, scores + 16 * kStepKeys + kFloatTile, 64);
 }
 
 // scores[32][keys] = q[32][64] k[keys][64]^T for the rows from `row` on. All of q stays in tiles 4
@@ -324,20 +301,26 @@ inline void score_rows_dim64(const uint16_t* q, int64_t row, const Granule* gran
   _tile_loadd(5, q + 32, 128);
   _tile_loadd(6, q + 16 * 64, 128);
   _tile_loadd(7, q + 16 * 64 + 32, 128);
+  float* held = nullptr;
   for (int half = 0; half < 2 * num_granules; ++half, scores += kFloatTile) {
     if (!granules[half / 2].rows.meets(row, 32)) continue;
     const uint16_t* k = half_of(granules[half / 2].k, granules[half / 2].k_high, half);
     _tile_loadd(2, k, 64);
     _tile_loadd(3, k + kTile, 64);
+    if (held != nullptr) _tile_stored(0, held, 64);
     _tile_zero(0);
-    _tile_zero(1);
     _tile_dpbf16ps(0, 4, 2);
+    if (held != nullptr) _tile_stored(1, held + 16 * kStepKeys, 64);
+    _tile_zero(1);
     _tile_dpbf16ps(1, 6, 2);
     _tile_dpbf16ps(0, 5, 3);
     _tile_dpbf16ps(1, 7, 3);
     values.next();
-    _tile_stored(0, scores, 64);
-    _tile_stored(1, scores + 16 * kStepKeys, 64);
+    held = scores;
+  }
+  if (held != nullptr) {
+    _tile_stored(0, held, 64);
+    _tile_stored(1, held + 16 * kStepKeys, 64);
   }
 }
 
@@ -398,26 +381,24 @@ void score_step(const Scratch& scratch, const Granule* granules, int num_granule
     }
     return;
   }
+  TileSums sums;
   for (int g = 0; g < num_granules; ++g) {
     for (int64_t r = 0; r < rows; r += 32) {
       if (!granules[g].rows.meets(r, 32)) continue;
       score_block<kTerms>(scratch.q + r * dim, dim, static_cast<const uint16_t*>(granules[g].k),
                           static_cast<const uint16_t*>(granules[g].k_high),
-                          scratch.scores + r * kStepKeys + g * 2 * kFloatTile, values);
+                          scratch.scores + r * kStepKeys + g * 2 * kFloatTile, sums, values);
     }
   }
+  sums.store();
 }
 
 // acc[32][32] += weights[32][keys] v[keys][32] for the rows from `row` on
 template <int kTerms>
 inline void value_block(const uint16_t* weights, int64_t row, const Granule* granules,
                         int num_granules, int64_t d, float* acc, int64_t acc_stride, bool is_first,
-                        GranulePrefetch& keys) {
-  if (is_first) {
-    zero_sums();
-  } else {
-    load_sums(acc, acc_stride);
-  }
+                        TileSums& sums, GranulePrefetch& keys) {
+  sums.start(output_place(acc, acc_stride), is_first);
   for (int g = 0; g < num_granules; ++g, weights += kTile) {
     if (!granules[g].rows.meets(row, 32)) continue;
     const uint16_t* v = static_cast<const uint16_t*>(granules[g].v) + d / 16 * kTile;
@@ -425,17 +406,17 @@ inline void value_block(const uint16_t* weights, int64_t row, const Granule* gra
     if constexpr (kTerms == 2) {
       const uint16_t* v_low = v + acc_stride * kGranule;
       load_right(v_low, v_low + kTile);
-      add_product();
+      sums.add();
     }
     load_right(v, v + kTile);
-    add_product();
+    sums.add();
     keys.next();
     if constexpr (kTerms == 2) {
       load_weights(weights + kBlockM * kStepKeys);
-      add_product();
+      sums.add();
     }
   }
-  store_sums(acc, acc_stride);
+  sums.finish();
 }
 
 // acc[16][32 * kPairs] += weights[16][keys] v[keys][32 * kPairs]
@@ -493,12 +474,14 @@ void value_step(const Scratch& scratch, const Granule* granules, int num_granule
     return;
   }
   keys.spread_over(num_granules * (rows / 32) * (acc_stride / 32));
+  TileSums sums;
   for (int64_t r = 0; r < rows; r += 32) {
     for (int64_t d = 0; d < acc_stride; d += 32) {
       value_block<kTerms>(scratch.weights + r * kStepKeys, r, granules, num_granules, d,
-                          scratch.acc + r * acc_stride + d, acc_stride, is_first, keys);
+                          scratch.acc + r * acc_stride + d, acc_stride, is_first, sums, keys);
     }
   }
+  sums.store();
 }
 
 // Hides the keys that row r does not see: their scores become -inf.
@@ -528,24 +511,20 @@ inline float row_max(const float* scores, int64_t n) {
   return _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
 }
 
-// A weight is at most 2^kHeadroom.
-constexpr float kHeadroom = 8;
+// What a lane's weights of one step may add up to.
+constexpr float kHeadroom = 0x1p13f;
 
 // weights = 2^(scores * scale - m) in bfloat16, one term or two; adds them to 16 sums. Does not add
-// them, and returns false, if one is above the headroom.
+// them, and returns false, if they outgrow the headroom.
 template <int kTerms>
 inline bool exp_row(const float* scores, int64_t n, float scale, float m, uint16_t* weights,
                     float* sums) {
   const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-m);
-  const __m512 limit = _mm512_set1_ps(kHeadroom);
-  __m512 sum0 = _mm512_loadu_ps(sums), sum1 = _mm512_setzero_ps();
-  __m512 top0 = limit, top1 = limit;
+  __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
 #pragma GCC unroll 2
   for (int64_t j = 0; j < n; j += 32) {
     const __m512 x0 = _mm512_fmadd_ps(_mm512_load_ps(scores + j * 16), factor, offset);
     const __m512 x1 = _mm512_fmadd_ps(_mm512_load_ps(scores + j * 16 + kFloatTile), factor, offset);
-    top0 = _mm512_max_ps(x0, top0);
-    top1 = _mm512_max_ps(x1, top1);
     const __m512 p0 = exp2_bf16(x0), p1 = exp2_bf16(x1);
     sum0 = _mm512_add_ps(sum0, p0);
     sum1 = _mm512_add_ps(sum1, p1);
@@ -557,8 +536,9 @@ inline bool exp_row(const float* scores, int64_t n, float scale, float m, uint16
       _mm512_store_si512(weights + kBlockM * kStepKeys + j * 16, p.low);
     }
   }
-  if (_mm512_cmp_ps_mask(_mm512_max_ps(top0, top1), limit, _CMP_GT_OQ) != 0) return false;
-  _mm512_storeu_ps(sums, _mm512_add_ps(sum0, sum1));
+  const __m512 sum = _mm512_add_ps(sum0, sum1);
+  if (_mm512_cmp_ps_mask(sum, _mm512_set1_ps(kHeadroom), _CMP_GT_OQ) != 0) return false;
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum));
   return true;
 }
 
@@ -619,7 +599,7 @@ template <class T>
 void write_rows(const QueryTile& tile, const Scratch& scratch) {
   const int64_t acc_stride = padded_dim(tile.head_dim_v);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const float l = reduce_add(load(scratch.l + r * kLanes));
+    const float l = _mm512_reduce_add_ps(load(scratch.l + r * kLanes));
     const RowEnd end = finish_row(scratch.m[r], l, tile.sink_logit);
     const __m512 factor = _mm512_set1_ps(end.factor);
     const float* acc = scratch.acc + r * acc_stride;

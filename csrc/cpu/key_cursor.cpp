@@ -1,8 +1,10 @@
 #include "key_cursor.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
+#include <numeric>
 
 namespace sparse_attn::cpu {
 
@@ -146,8 +148,11 @@ bool KeyCursor::is_run(const Candidates& found) const {
 Granule KeyCursor::use_run(const Candidates& found, int slot) {
   const int first = std::countr_zero(found.all()), count = std::popcount(found.all());
   const KeyRange run{found.begin + first, found.begin + first + count};
-  int32_t positions[kGranule];
-  for (int i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(run.begin + i);
+  const auto positions = [&] {
+    std::array<int32_t, kGranule> positions;
+    std::iota(positions.begin(), positions.end(), static_cast<int32_t>(run.begin));
+    return positions;
+  };
   Granule granule;
   if (kernel_.in_place) {
     const int64_t size = element_size(params_.dtype);
@@ -161,11 +166,11 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
     granule =
         packed_granule(source_.packed_k + i * k_bytes_, source_.packed_v + i * v_bytes_, count);
   } else {
-    granule = pack(positions, count, slot);
+    granule = pack(positions().data(), count, slot);
   }
   const bool zeros_follow = count < kGranule && !kernel_.in_place;
   if (zeros_follow || !walk_.seen_by_all_rows(run, found.window != 0)) {
-    mask_rows(granule, positions, found.always >> first, found.window >> first, slot);
+    mask_rows(granule, positions().data(), found.always >> first, found.window >> first, slot);
   }
   return granule;
 }

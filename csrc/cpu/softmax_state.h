@@ -36,7 +36,7 @@ struct RowEnd {
 static inline RowEnd finish_row(float m, float l, const float* sink_logit) {
   if (sink_logit == nullptr) {
     if (m == kMinusInfinity) return {0.0f, kMinusInfinity};
-    return {1.0f / l, static_cast<float>((m + std::log2(static_cast<double>(l))) * kLn2)};
+    return {1.0f / l, static_cast<float>((m + static_cast<double>(std::log2(l))) * kLn2)};
   }
   const double sink = *sink_logit * kLog2e;
   const double top = std::max<double>(m, sink);
