@@ -22,6 +22,7 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/hip.h"
+#include "cpu/huge_pages.h"
 #include "cpu/infinite_hip.h"
 #include "cpu/kernel.h"
 
@@ -187,6 +188,12 @@ Tensor empty_strided(const std::array<int64_t, kDim>& sizes,
   return Tensor(tensor);
 }
 
+// Where a new tensor is going to be written.
+void* writable(Tensor& tensor, DType dtype) {
+  cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * element_size(dtype));
+  return tensor.mutable_data_ptr();
+}
+
 Tensor allocate_out(const Tensor& q, const AttentionParams& params) {
   const int64_t heads = params.num_heads, rows = params.seqlen_q, dim = params.head_dim_v;
   const bool rows_first = q.stride(1) < q.stride(2);
@@ -267,7 +274,7 @@ std::tuple<Tensor, Tensor> attention(
   Tensor lse = empty_strided<3>({params.batch, params.num_heads, params.seqlen_q},
                                 {params.num_heads * params.seqlen_q, params.seqlen_q, 1},
                                 aoti_torch_dtype_float32());
-  params.out = out.mutable_data_ptr();
+  params.out = writable(out, params.dtype);
   params.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   params.lse_stride = params.seqlen_q;
@@ -318,9 +325,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor dk = torch::stable::new_empty(q, {batch, kv_heads, params.seqlen_kv, params.head_dim});
   Tensor dv = torch::stable::new_empty(q, {batch, kv_heads, params.seqlen_kv, params.head_dim_v});
   Tensor dsinks = torch::stable::new_empty(q, {sinks.has_value() ? heads : 0}, ScalarType::Float);
-  params.dq = dq.mutable_data_ptr();
-  params.dk = dk.mutable_data_ptr();
-  params.dv = dv.mutable_data_ptr();
+  params.dq = writable(dq, params.dtype);
+  params.dk = writable(dk, params.dtype);
+  params.dv = writable(dv, params.dtype);
   if (sinks.has_value()) params.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   cpu::backward(params, active_isa(), torch_threads());
   return {dq, dk, dv, dsinks};

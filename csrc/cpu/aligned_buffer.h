@@ -6,9 +6,7 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace sparse_attn::cpu {
 
@@ -25,7 +23,6 @@ class AlignedBuffer {
   // Makes room for at least `bytes`; what was stored is lost when the buffer has to grow.
   void reserve(int64_t bytes) {
     if (bytes <= capacity_) return;
-    constexpr int64_t kHugePage = int64_t{1} << 21;
     const int64_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64;
     release();
     capacity_ = (bytes + alignment - 1) / alignment * alignment;
@@ -34,9 +31,7 @@ class AlignedBuffer {
       capacity_ = 0;
       throw std::bad_alloc();
     }
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(data_, capacity_, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages(data_, capacity_);
   }
 
   void release() {
