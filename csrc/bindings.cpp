@@ -424,6 +424,7 @@ std::tuple<Tensor, Tensor> attention_varlen(
 
   Tensor out = torch::stable::new_empty(q, {total_q, params.num_heads, params.head_dim_v});
   Tensor lse = torch::stable::new_empty(q, {params.num_heads, total_q}, ScalarType::Float);
+  void* const out_rows = writable(out, params.dtype);
   params.out_stride = {0, params.head_dim_v, params.num_heads * params.head_dim_v};
   params.lse_stride = total_q;
   const int64_t size = element_size(params.dtype);
@@ -442,8 +443,7 @@ std::tuple<Tensor, Tensor> attention_varlen(
             paged ? "seqlens_kv" : "cu_seqlens_kv", ": sequence ", b, " has ", sequence.seqlen_kv,
             " keys, but the layout is for at most ", max_seqlen_kv);
     sequence.q = at(q.const_data_ptr(), begin_q[b] * q.stride(0));
-    sequence.out =
-        const_cast<char*>(at(out.mutable_data_ptr(), begin_q[b] * params.out_stride.row));
+    sequence.out = const_cast<char*>(at(out_rows, begin_q[b] * params.out_stride.row));
     sequence.lse = static_cast<float*>(lse.mutable_data_ptr()) + begin_q[b];
     sequence.k = at(k.const_data_ptr(), paged ? 0 : begin_kv[b] * k.stride(0));
     sequence.v = at(v.const_data_ptr(), paged ? 0 : begin_kv[b] * v.stride(0));
