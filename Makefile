@@ -10,7 +10,7 @@ DEVICE ?= cpu
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: install demo test bench lint format sanitize clean
+.PHONY: install demo test bench lint format sanitize sanitize-threads clean
 
 install: $(TOOLS)
 
@@ -51,9 +51,13 @@ format: $(TOOLS)
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CPP)
 
-# The kernels' own tests under the address and undefined-behaviour sanitizers; needs a C++ compiler.
+# The kernels' own tests under the address and undefined-behaviour sanitizers, and for data races;
+# needs a C++ compiler.
 sanitize:
 	$(MAKE) -j 2 -C tests/cpp sanitize
+
+sanitize-threads:
+	$(MAKE) -j 2 -C tests/cpp sanitize-threads
 
 clean:
 	rm -rf $(VENV) build *.egg-info sparse_attn/_C*.so

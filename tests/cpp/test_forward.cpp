@@ -191,6 +191,20 @@ struct Problem {
     sparse_attn::cpu::forward(params, isa, two_threads());
   }
 
+  // The result depends neither on the number of threads nor on who runs first.
+  void check_threads(Isa isa, const std::string& name) {
+    const std::vector<char> expected = out.bytes;
+    const std::vector<float> expected_lse = lse;
+    for (int64_t num_threads : {1, 3}) {
+      std::fill(out.bytes.begin(), out.bytes.end(), static_cast<char>(0xff));
+      sparse_attn::cpu::forward(params, isa, one_after_the_other(num_threads));
+      if (out.bytes == expected && lse == expected_lse) continue;
+      std::printf("%s differs when %d threads run one after the other\n", name.c_str(),
+                  static_cast<int>(num_threads));
+      std::exit(1);
+    }
+  }
+
   void describe() {
     params.q = q.bytes.data();
     params.k = k.bytes.data();
@@ -220,6 +234,13 @@ struct Problem {
       other.join();
     };
     return parallel;
+  }
+
+  // As in a parallel region within another one.
+  static Parallel one_after_the_other(int64_t num_threads) {
+    return {num_threads, [](int64_t n, const std::function<void(int64_t)>& f) {
+              for (int64_t i = n; i-- > 0;) f(i);
+            }};
   }
 
   bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
@@ -737,6 +758,7 @@ int main(int argc, char** argv) {
       problem.run(isa);
       const std::string name = std::string(isa_name(isa)) + ", problem " + std::to_string(i);
       problem.check(name);
+      if (i % 4 == 1) problem.check_threads(isa, name);
       if (i % 4 == 0) check_hip(isa);
       if (i % 4 == 1) check_infinite_hip(isa);
       if (i % 2 == 0) continue;

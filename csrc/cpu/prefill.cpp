@@ -1,0 +1,297 @@
+#include "prefill.h"
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "kernel.h"
+#include "key_cursor.h"
+#include "packed_keys.h"
+
+namespace sparse_attn::cpu {
+
+namespace {
+
+const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
+  const DType dtype = params.dtype;
+#if defined(__x86_64__)
+  const bool for_amx = dtype != DType::kFloat32 || (params.split_float32 && !params.for_gradients);
+  if (isa == Isa::kAmx && for_amx) return amx_kernel(dtype);
+  if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
+  if (isa == Isa::kAvx2) return avx2_kernel(dtype);
+#endif
+  return generic_kernel(dtype);
+}
+
+// What each calling thread keeps of the memory for packed keys, as fresh pages cost more than
+// packing.
+constexpr int64_t kKeptBytes = int64_t{64} << 20;
+
+// Memory for packed keys stays below half of what the tensors of the calls take.
+int64_t allowed_bytes(std::span<const AttentionParams> calls) {
+  int64_t tensor_bytes = 0;
+  for (const AttentionParams& params : calls) {
+    tensor_bytes += element_size(params.dtype) * params.batch *
+                    (params.head_dim + params.head_dim_v) *
+                    (params.num_heads * params.seqlen_q + params.num_kv_heads * params.seqlen_kv);
+  }
+  return std::max(kKeptBytes, tensor_bytes / 20 * 9);
+}
+
+// One query tile and an estimate of how many keys it reads.
+struct Task {
+  TileIndex tile;
+  int64_t weight = 0;
+};
+
+// The query tiles of all heads that share one KV head, for any number of threads: they pack the
+// keys together where these are read more than once (otherwise tiles pack what they read), and
+// then take tiles, until nothing is left to take.
+class HeadWork {
+ public:
+  HeadWork(const AttentionParams& params, const TileKernel& kernel, int64_t kv_head,
+           int64_t most_packed_bytes)
+      : params_(params),
+        kernel_(kernel),
+        kv_head_(kv_head),
+        keys_(params, kernel, kv_head, most_packed_bytes) {}
+
+  // Lists the tiles, none of which spans two rows of an index list; to be called before the rest,
+  // a second time in vain.
+  void list() {
+    if (is_listed_) return;
+    is_listed_ = true;
+    int64_t unit = params_.seqlen_q;
+    if (params_.columns.present()) unit = std::min(unit, params_.block_q * params_.column_group);
+    if (params_.blocks.present()) unit = std::min(unit, params_.block_q);
+    const int64_t group_size = params_.num_heads / params_.num_kv_heads;
+    int64_t keys_read = 0;
+    for (int64_t i = kv_head_ * group_size; i < (kv_head_ + 1) * group_size; ++i) {
+      for (int64_t begin = 0; begin < params_.seqlen_q; begin += unit) {
+        const int64_t end = std::min(begin + unit, params_.seqlen_q);
+        for (int64_t row = begin; row < end; row += kernel_.block_m) {
+          const TileIndex tile = {i / params_.num_heads, i % params_.num_heads, row,
+                                  std::min(kernel_.block_m, end - row)};
+          tasks_.push_back({tile, candidate_estimate(params_, tile)});
+          keys_read += tasks_.back().weight;
+          pairs_ += tasks_.back().weight * tile.rows;
+        }
+      }
+    }
+    // What is left for the end is light.
+    std::stable_sort(tasks_.begin(), tasks_.end(),
+                     [](const Task& a, const Task& b) { return a.weight > b.weight; });
+    if (!kernel_.in_place && keys_read > params_.seqlen_kv) num_chunks_ = keys_.num_chunks();
+  }
+
+  int64_t num_multiplications() const { return pairs_ * (params_.head_dim + params_.head_dim_v); }
+  int64_t packed_bytes() const { return keys_.bytes(); }
+  int64_t scratch_bytes() const { return cursor_bytes() + tile_bytes(); }
+
+  // Lets threads in; `memory` holds packed_bytes() until the work is done.
+  void open(std::byte* memory) {
+    memory_ = memory;
+    is_open_ = true;
+  }
+
+  // Takes what is left, but for tiles while others still pack. Returns whether there was anything.
+  bool help(std::byte* scratch) {
+    if (!is_open_) return false;
+    bool helped = false;
+    for (int64_t i; take(next_chunk_, num_chunks_, i); helped = true) {
+      keys_.pack_chunk(i, memory_);
+      ++packed_chunks_;
+    }
+    if (packed_chunks_ < num_chunks_) return helped;
+    for (int64_t i; take(next_task_, num_tasks(), i); helped = true) {
+      run_tile(tasks_[i], i + 1 < num_tasks() ? &tasks_[i + 1] : nullptr, scratch);
+      ++done_tasks_;
+    }
+    return helped;
+  }
+
+  bool is_taken() const { return is_open_ && next_task_ >= num_tasks(); }
+  bool is_done() const { return is_open_ && done_tasks_ == num_tasks(); }
+
+ private:
+  int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
+  int64_t cursor_bytes() const { return KeyCursor::scratch_bytes(params_, kernel_); }
+  int64_t tile_bytes() const { return kernel_.scratch_bytes(params_.head_dim, params_.head_dim_v); }
+
+  static bool take(std::atomic<int64_t>& next, int64_t end, int64_t& i) {
+    return next < end && (i = next++) < end;
+  }
+
+  const std::byte* first_q(const TileIndex& tile) const {
+    const Strides& stride = params_.q_stride;
+    return static_cast<const std::byte*>(params_.q) +
+           (tile.batch * stride.batch + tile.head * stride.head + tile.row * stride.row) *
+               element_size(params_.dtype);
+  }
+
+  // `next` is the task that likely follows, or null.
+  void run_tile(const Task& task, const Task* next, std::byte* scratch) const {
+    const auto [b, h, row, rows] = task.tile;
+    const Strides& out_stride = params_.out_stride;
+    QueryTile tile;
+    tile.q = first_q(task.tile);
+    if (next != nullptr) tile.next_q = first_q(next->tile);
+    tile.out = static_cast<std::byte*>(params_.out) +
+               (b * out_stride.batch + h * out_stride.head + row * out_stride.row) *
+                   element_size(params_.dtype);
+    tile.lse = params_.lse + (b * params_.num_heads + h) * params_.lse_stride + row;
+    tile.q_row_stride = params_.q_stride.row;
+    tile.out_row_stride = out_stride.row;
+    tile.rows = rows;
+    tile.head_dim = params_.head_dim;
+    tile.head_dim_v = params_.head_dim_v;
+    tile.scale = params_.scale;
+    tile.softcap = params_.softcap;
+    tile.sink_logit = params_.sinks != nullptr ? params_.sinks + h : nullptr;
+    KeyCursor cursor(params_, kernel_, task.tile, keys_.source(num_chunks_ > 0 ? memory_ : nullptr),
+                     scratch);
+    kernel_.run_tile(tile, cursor, scratch + cursor_bytes());
+  }
+
+  const AttentionParams& params_;
+  const TileKernel& kernel_;
+  int64_t kv_head_;  // counted over the whole batch
+  PackedKeys keys_;
+  std::vector<Task> tasks_;
+  int64_t pairs_ = 0;
+  int64_t num_chunks_ = 0;  // of keys that are packed
+  bool is_listed_ = false;
+  std::byte* memory_ = nullptr;
+  std::atomic<bool> is_open_{false};
+  std::atomic<int64_t> next_chunk_{0}, packed_chunks_{0}, next_task_{0}, done_tasks_{0};
+};
+
+// Each thread starts one KV head after the other and works it off, so that packed keys stay in its
+// own cache. While no head can be started, as none is left or memory for packed keys has run out,
+// it helps others.
+class HeadQueue {
+ public:
+  HeadQueue(std::span<const AttentionParams> calls, const TileKernel& kernel) : kernel_(kernel) {
+    const int64_t allowed = allowed_bytes(calls);
+    for (const AttentionParams& params : calls) {
+      if (params.num_heads == 0 || params.seqlen_q == 0) continue;
+      for (int64_t i = 0; i < params.batch * params.num_kv_heads; ++i) {
+        HeadWork& head = heads_.emplace_back(params, kernel, i, allowed);
+        slot_bytes_ = std::max(slot_bytes_, head.packed_bytes());
+        scratch_bytes_ = std::max(scratch_bytes_, head.scratch_bytes());
+      }
+    }
+    if (kernel.in_place) slot_bytes_ = 0;
+    most_slots_ = slot_bytes_ == 0 ? num_heads() : std::max<int64_t>(1, allowed / slot_bytes_);
+  }
+
+  void run(const Parallel& threads) {
+    thread_local AlignedBuffer memory;
+    const int64_t num_threads = is_small() ? 1 : threads.num_threads;
+    slots_.resize(std::min({num_threads, num_heads(), most_slots_}));
+    memory.reserve(slots_.size() * slot_bytes_);
+    for (size_t i = 0; i < slots_.size(); ++i) slots_[i].memory = memory.data() + i * slot_bytes_;
+    if (num_threads == 1) {
+      run_thread(0);
+    } else {
+      threads.run(num_threads, [&](int64_t i) { run_thread(i); });
+    }
+    if (memory.capacity() > kKeptBytes) memory.release();
+  }
+
+ private:
+  // Memory for the packed keys of one head.
+  struct Slot {
+    std::byte* memory = nullptr;
+    const HeadWork* user = nullptr;
+  };
+
+  int64_t num_heads() const { return static_cast<int64_t>(heads_.size()); }
+
+  // Other threads wake up in the time that one needs for about a million multiplications.
+  bool is_small() {
+    constexpr int64_t kWorthThreads = 1 << 20;
+    int64_t multiplications = 0;
+    for (HeadWork& head : heads_) {
+      head.list();
+      multiplications += head.num_multiplications();
+      if (multiplications >= kWorthThreads) return false;
+    }
+    return true;
+  }
+
+  void run_thread(int64_t thread) {
+    thread_local AlignedBuffer scratch;
+    const uint32_t saved = kernel_.enter();
+    try {
+      scratch.reserve(scratch_bytes_);
+      while (!has_failed_) {
+        if (HeadWork* head = start_head(thread)) {
+          while (!head->is_taken() && !has_failed_) {
+            if (!head->help(scratch.data())) std::this_thread::yield();
+          }
+        } else if (!help_others(thread, scratch.data())) {
+          break;
+        }
+      }
+    } catch (...) {
+      has_failed_ = true;  // nobody waits for this thread
+      kernel_.leave(saved);
+      throw;
+    }
+    kernel_.leave(saved);
+  }
+
+  // Null if no head is left, or no slot: a thread's own one is free when nobody helps it.
+  HeadWork* start_head(int64_t thread) {
+    HeadWork* head = nullptr;
+    Slot* slot = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      if (next_head_ == num_heads()) return nullptr;
+      for (size_t i = 0; i < slots_.size() && slot == nullptr; ++i) {
+        Slot& candidate = slots_[(thread + i) % slots_.size()];
+        if (candidate.user == nullptr || candidate.user->is_done()) slot = &candidate;
+      }
+      if (slot == nullptr) return nullptr;
+      head = &heads_[next_head_++];
+      slot->user = head;
+    }
+    head->list();
+    head->open(slot->memory);
+    return head;
+  }
+
+  // Whether anything is left to take now or later.
+  bool help_others(int64_t thread, std::byte* scratch) {
+    bool helped = false, is_left = false;
+    for (int64_t i = 0; i < num_heads(); ++i) {
+      HeadWork& head = heads_[(thread + i) % num_heads()];
+      helped |= head.help(scratch);
+      is_left |= !head.is_taken();
+    }
+    if (!helped) std::this_thread::yield();
+    return is_left;
+  }
+
+  const TileKernel& kernel_;
+  std::deque<HeadWork> heads_;
+  int64_t slot_bytes_ = 0, most_slots_ = 1, scratch_bytes_ = 0;
+  std::mutex mutex_;
+  int64_t next_head_ = 0;
+  std::vector<Slot> slots_;
+  std::atomic<bool> has_failed_{false};
+};
+
+}  // namespace
+
+void prefill(std::span<const AttentionParams> calls, Isa isa, const Parallel& threads) {
+  if (calls.empty()) return;
+  HeadQueue(calls, select_kernel(isa, calls.front())).run(threads);
+}
+
+}  // namespace sparse_attn::cpu
