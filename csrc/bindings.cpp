@@ -194,6 +194,12 @@ void* writable(Tensor& tensor, DType dtype) {
   return tensor.mutable_data_ptr();
 }
 
+// Whether a result is larger than what a core's second-level cache usually keeps.
+bool is_streamed(const Tensor& out, DType dtype) {
+  constexpr int64_t kKept = int64_t{2} << 20;
+  return out.numel() * element_size(dtype) >= kKept;
+}
+
 Tensor allocate_out(const Tensor& q, const AttentionParams& params) {
   const int64_t heads = params.num_heads, rows = params.seqlen_q, dim = params.head_dim_v;
   const bool rows_first = q.stride(1) < q.stride(2);
@@ -275,6 +281,7 @@ std::tuple<Tensor, Tensor> attention(
                                 {params.num_heads * params.seqlen_q, params.seqlen_q, 1},
                                 aoti_torch_dtype_float32());
   params.out = writable(out, params.dtype);
+  params.streams_out = is_streamed(out, params.dtype);
   params.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   params.lse_stride = params.seqlen_q;
@@ -425,6 +432,7 @@ std::tuple<Tensor, Tensor> attention_varlen(
   Tensor out = torch::stable::new_empty(q, {total_q, params.num_heads, params.head_dim_v});
   Tensor lse = torch::stable::new_empty(q, {params.num_heads, total_q}, ScalarType::Float);
   void* const out_rows = writable(out, params.dtype);
+  params.streams_out = is_streamed(out, params.dtype);
   params.out_stride = {0, params.head_dim_v, params.num_heads * params.head_dim_v};
   params.lse_stride = total_q;
   const int64_t size = element_size(params.dtype);

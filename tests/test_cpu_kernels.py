@@ -423,6 +423,22 @@ def test_heads_give_the_same_alone_and_on_threads_of_their_own(isa, dtype):
             assert torch.equal(together, torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim_v", (64, 80))
+@pytest.mark.parametrize("rows_first", (False, True))
+def test_a_result_that_is_written_past_the_caches_equals_its_parts(isa, dtype, dim_v, rows_first):
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = make_qkv((1, 16, 1024, 32), 16, 1024, dim_v, dtype, generator)
+    if rows_first:
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = Case(q, k, v, sink=[3], window=[40]).run()
+    assert out.numel() * out.element_size() >= 2**21
+    for h in range(0, 16, 4):
+        heads = slice(h, h + 4)
+        part = Case(q[:, heads], k[:, heads], v[:, heads], sink=[3], window=[40]).run()
+        assert torch.equal(out[:, heads], part[0]) and torch.equal(lse[:, heads], part[1])
+
+
 def test_float32_in_two_terms_where_torch_permits_it():
     q, k, v = torch.randn(3, 2, 2, 300, 48).unbind(0)
     layout = sparse_attn.BlockLayout.sink_window((300, 300), sink=5, window=100)

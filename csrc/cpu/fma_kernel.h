@@ -303,6 +303,15 @@ static void write_rows(const QueryTile& tile, const Panel& panel) {
       const RowEnd end = finish_row(panel.m[r0 + r], panel.l[r0 + r], tile.sink_logit);
       T* out = static_cast<T*>(tile.out) + row * tile.out_row_stride;
       const float* acc = rows + r * stride;
+      if constexpr (std::is_same_v<T, float>) {
+        if (tile.streams_out) {
+          for (int64_t d = 0; d < tile.head_dim_v; d += kLanes) {
+            stream(out + d, load(acc + d) * end.factor);
+          }
+          tile.lse[row] = end.lse;
+          continue;
+        }
+      }
       for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(acc[d] * end.factor, out[d]);
       tile.lse[row] = end.lse;
     }

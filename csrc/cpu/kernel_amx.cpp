@@ -66,17 +66,36 @@ inline Floats load_floats(const Float16* p, __mmask32 mask) {
           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))};
 }
 
+template <class T>
+__m512i narrow(Floats x);
+template <>
+inline __m512i narrow<Float16>(Floats x) {
+  const __m256i low = _mm512_cvtps_ph(x.x0, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i high = _mm512_cvtps_ph(x.x1, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+template <>
+inline __m512i narrow<BFloat16>(Floats x) {
+  return (__m512i)_mm512_cvtne2ps_pbh(x.x1, x.x0);
+}
+
 inline void store_floats(float* p, __mmask32 mask, Floats x) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), x.x0);
   _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(mask >> 16), x.x1);
 }
-inline void store_floats(Float16* p, __mmask32 mask, Floats x) {
-  const __m256i low = _mm512_cvtps_ph(x.x0, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256i high = _mm512_cvtps_ph(x.x1, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm512_mask_storeu_epi16(p, mask, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+template <class T>
+inline void store_floats(T* p, __mmask32 mask, Floats x) {
+  _mm512_mask_storeu_epi16(p, mask, narrow<T>(x));
 }
-inline void store_floats(BFloat16* p, __mmask32 mask, Floats x) {
-  _mm512_mask_storeu_epi16(p, mask, (__m512i)_mm512_cvtne2ps_pbh(x.x1, x.x0));
+
+// Stores all of them past the caches.
+inline void stream_floats(float* p, Floats x) {
+  stream(p, x.x0);
+  stream(p + 16, x.x1);
+}
+template <class T>
+inline void stream_floats(T* p, Floats x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow<T>(x));
 }
 
 // 32 numbers in bfloat16, as one term or the sum of two.
@@ -605,15 +624,20 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
     const float* acc = scratch.acc + r * acc_stride;
     T* out = static_cast<T*>(tile.out) + r * tile.out_row_stride;
     for (int64_t d = 0; d < tile.head_dim_v; d += 32) {
-      const __m512 x0 = _mm512_mul_ps(_mm512_loadu_ps(acc + d), factor);
-      const __m512 x1 = _mm512_mul_ps(_mm512_loadu_ps(acc + d + 16), factor);
-      store_floats(out + d, lanes_within(d, tile.head_dim_v), {x0, x1});
+      const Floats x = {_mm512_mul_ps(_mm512_loadu_ps(acc + d), factor),
+                        _mm512_mul_ps(_mm512_loadu_ps(acc + d + 16), factor)};
+      if (tile.streams_out) {
+        stream_floats(out + d, x);
+      } else {
+        store_floats(out + d, lanes_within(d, tile.head_dim_v), x);
+      }
     }
     tile.lse[r] = end.lse;
   }
 }
 
-// Fetches row r of the tile that follows, and makes room for that of the output.
+// Fetches row r of the tile that follows, and makes room for that of the output where it is not
+// written past the caches.
 template <class T>
 inline void prefetch_row(const QueryTile& tile, int64_t r) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -621,6 +645,7 @@ inline void prefetch_row(const QueryTile& tile, int64_t r) {
     const T* q = static_cast<const T*>(tile.next_q) + r * tile.q_row_stride;
     for (int64_t d = 0; d < tile.head_dim; d += kLine) _mm_prefetch(q + d, _MM_HINT_T1);
   }
+  if (tile.streams_out) return;
   const T* out = static_cast<const T*>(tile.out) + r * tile.out_row_stride;
   for (int64_t d = 0; d < tile.head_dim_v; d += kLine) __builtin_prefetch(out + d, 1, 2);
 }

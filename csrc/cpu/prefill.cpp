@@ -42,6 +42,13 @@ int64_t allowed_bytes(std::span<const AttentionParams> calls) {
   return std::max(kKeptBytes, tensor_bytes / 20 * 9);
 }
 
+// What this thread has written past the caches comes before what it does next.
+void end_streaming() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // One query tile and an estimate of how many keys it reads.
 struct Task {
   TileIndex tile;
@@ -133,6 +140,14 @@ class HeadWork {
                element_size(params_.dtype);
   }
 
+  // Whether all rows of the result, one of which is at `out`, are whole cache lines.
+  bool rows_are_lines(const void* out) const {
+    constexpr int64_t kLine = 64, kVector = 32;
+    const int64_t row_bytes = params_.out_stride.row * element_size(params_.dtype);
+    return reinterpret_cast<uintptr_t>(out) % kLine == 0 && row_bytes % kLine == 0 &&
+           params_.head_dim_v % kVector == 0;
+  }
+
   // `next` is the task that likely follows, or null.
   void run_tile(const Task& task, const Task* next, std::byte* scratch) const {
     const auto [b, h, row, rows] = task.tile;
@@ -146,6 +161,7 @@ class HeadWork {
     tile.lse = params_.lse + (b * params_.num_heads + h) * params_.lse_stride + row;
     tile.q_row_stride = params_.q_stride.row;
     tile.out_row_stride = out_stride.row;
+    tile.streams_out = params_.streams_out && rows_are_lines(tile.out);
     tile.rows = rows;
     tile.head_dim = params_.head_dim;
     tile.head_dim_v = params_.head_dim_v;
@@ -243,6 +259,7 @@ class HeadQueue {
       kernel_.leave(saved);
       throw;
     }
+    end_streaming();
     kernel_.leave(saved);
   }
 

@@ -17,6 +17,19 @@ typedef Vec UnalignedVec __attribute__((aligned(4), may_alias));
 
 SPARSE_ATTN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 SPARSE_ATTN_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+// Stores past the caches, at an aligned address. Other threads see it after end_streaming().
+SPARSE_ATTN_INLINE void stream(float* p, Vec x) {
+#if !defined(__x86_64__)
+  store(p, x);
+#elif SPARSE_ATTN_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(p, x);
+#elif SPARSE_ATTN_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(p, x);
+#else
+  __builtin_ia32_movntps(p, x);
+#endif
+}
+
 SPARSE_ATTN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SPARSE_ATTN_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 

@@ -64,12 +64,24 @@ double from_half(uint16_t x, DType dtype) {
   return x & 0x8000 ? -magnitude : magnitude;
 }
 
+// As torch's: kernels treat whole cache lines in their own ways.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const LineAllocator&) const = default;
+};
+
 // A [batch, heads, rows, dim] tensor in a heap block of exactly the size it needs.
 struct Tensor {
   DType dtype;
   int64_t sizes[4];
   Strides strides;
-  std::vector<char> bytes;
+  std::vector<char, LineAllocator<char>> bytes;
 
   Tensor(DType type, int64_t batch, int64_t heads, int64_t rows, int64_t dim)
       : dtype(type), sizes{batch, heads, rows, dim} {
@@ -193,7 +205,7 @@ struct Problem {
 
   // The result depends neither on the number of threads nor on who runs first.
   void check_threads(Isa isa, const std::string& name) {
-    const std::vector<char> expected = out.bytes;
+    const auto expected = out.bytes;
     const std::vector<float> expected_lse = lse;
     for (int64_t num_threads : {1, 3}) {
       std::fill(out.bytes.begin(), out.bytes.end(), static_cast<char>(0xff));
@@ -442,6 +454,7 @@ Problem random_problem(bool decode) {
                   choose<int64_t>({1, 16, 40, 64}), choose<int64_t>({3, 32, 50}));
   AttentionParams& params = problem.params;
   params.is_causal = random_int(0, 1);
+  params.streams_out = random_int(0, 1);
   params.scale = choose({0.25f, 0.1f, -0.2f});
   params.softcap = choose({0.0f, 0.0f, 3.0f});
   params.block_q = choose<int64_t>({1, 16, 48, 64, 128});
