@@ -614,7 +614,7 @@ void copy_q(const QueryTile& tile, float factor, uint16_t* q) {
   }
 }
 
-template <class T>
+template <class T, bool kStreams>
 void write_rows(const QueryTile& tile, const Scratch& scratch) {
   const int64_t acc_stride = padded_dim(tile.head_dim_v);
   for (int64_t r = 0; r < tile.rows; ++r) {
@@ -626,7 +626,7 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
     for (int64_t d = 0; d < tile.head_dim_v; d += 32) {
       const Floats x = {_mm512_mul_ps(_mm512_loadu_ps(acc + d), factor),
                         _mm512_mul_ps(_mm512_loadu_ps(acc + d + 16), factor)};
-      if (tile.streams_out) {
+      if constexpr (kStreams) {
         stream_floats(out + d, x);
       } else {
         store_floats(out + d, lanes_within(d, tile.head_dim_v), x);
@@ -636,18 +636,12 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
   }
 }
 
-// Fetches row r of the tile that follows, and makes room for that of the output where it is not
-// written past the caches.
+// Fetches row r of the tile that follows.
 template <class T>
 inline void prefetch_row(const QueryTile& tile, int64_t r) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  if (tile.next_q != nullptr) {
-    const T* q = static_cast<const T*>(tile.next_q) + r * tile.q_row_stride;
-    for (int64_t d = 0; d < tile.head_dim; d += kLine) _mm_prefetch(q + d, _MM_HINT_T1);
-  }
-  if (tile.streams_out) return;
-  const T* out = static_cast<const T*>(tile.out) + r * tile.out_row_stride;
-  for (int64_t d = 0; d < tile.head_dim_v; d += kLine) __builtin_prefetch(out + d, 1, 2);
+  if (tile.next_q == nullptr) return;
+  const T* q = static_cast<const T*>(tile.next_q) + r * tile.q_row_stride;
+  for (int64_t d = 0; d < tile.head_dim; d += 64 / sizeof(T)) _mm_prefetch(q + d, _MM_HINT_T1);
 }
 
 // Attention of one query tile over all keys that the cursor hands out.
@@ -698,7 +692,7 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     fence_compiler();
     n = num_ahead;
   }
-  write_rows<T>(tile, scratch);
+  (tile.streams_out ? write_rows<T, true> : write_rows<T, false>)(tile, scratch);
   if (is_strip) configure_tiles();
 }
 
