@@ -25,6 +25,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/infinite_hip.h"
 #include "cpu/kernel.h"
+#include "cpu/top_blocks.h"
 
 namespace sparse_attn {
 
@@ -590,6 +591,32 @@ std::tuple<Tensor, Tensor> infinite_hip_stage(const Tensor& q, const Tensor& k,
   return {found_counts, found};
 }
 
+std::tuple<Tensor, Tensor> top_blocks(const Tensor& scores, int64_t top_k) {
+  const int64_t dim = scores.dim();
+  require(scores.is_cpu() && scores.scalar_type() == ScalarType::Float && scores.is_contiguous() &&
+              dim >= 2,
+          "scores must be a contiguous float32 CPU tensor of at least two dimensions");
+  require(scores.size(-1) <= kMaxLength, "scores has more than ", kMaxLength, " blocks in a row");
+  require(top_k >= 1, "top_k must be at least 1, but is ", top_k);
+  cpu::TopBlocksParams params;
+  params.scores = static_cast<const float*>(scores.const_data_ptr());
+  params.blocks = scores.size(-1);
+  params.top_k = std::min(top_k, params.blocks);
+  std::vector<int64_t> shape;
+  params.rows = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) {
+    shape.push_back(scores.size(i));
+    params.rows *= scores.size(i);
+  }
+  Tensor counts = torch::stable::new_empty(scores, shape, ScalarType::Int);
+  shape.push_back(params.top_k);
+  Tensor indices = torch::stable::new_empty(scores, shape, ScalarType::Int);
+  params.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
+  params.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+  cpu::top_blocks(params, torch_threads());
+  return {counts, indices};
+}
+
 PyObject* cpu_isa(PyObject*, PyObject*) {
   return PyUnicode_FromString(cpu::isa_name(active_isa()));
 }
@@ -656,6 +683,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("attention_varlen", TORCH_BOX(&sparse_attn::attention_varlen));
   m.impl("hip_select", TORCH_BOX(&sparse_attn::hip_select));
   m.impl("infinite_hip_stage", TORCH_BOX(&sparse_attn::infinite_hip_stage));
+  m.impl("top_blocks", TORCH_BOX(&sparse_attn::top_blocks));
 }
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&sparse_attn::kModule); }

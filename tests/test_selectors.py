@@ -1,5 +1,7 @@
 """Selectors against a slow literal reading of what they promise, on structured and on real q, k."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from sparse_attn.selectors import (
     SinkWindow,
     SlidingWindow,
 )
+from sparse_attn.selectors.choose import top_blocks
 
 from .structured import structured_qk
 
@@ -154,6 +157,54 @@ def test_block_topk_in_chunks_is_the_same(monkeypatch):
     whole = BlockTopK(3, 16, 4, 32)(q, k)
     monkeypatch.setattr("sparse_attn.selectors.block_topk._CHUNK_ELEMENTS", 300)
     assert torch.equal(BlockTopK(3, 16, 4, 32)(q, k).kv_indices, whole.kv_indices)
+
+
+def literal_top_blocks(row, top_k):
+    """The blocks of one row of scores: the highest, of equal ones the earlier."""
+    ranked = sorted(range(len(row)), key=lambda n: (-row[n], n))
+    return sorted(n for n in ranked[:top_k] if row[n] > -math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k", [1, 7, 40, 1000])
+@pytest.mark.parametrize("kind", ["normal", "few", "ties", "hidden", "large"])
+def test_top_blocks_are_the_highest_scores(dtype, top_k, kind):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, 17, 300, generator=generator, dtype=dtype)
+    if kind == "few":
+        scores = scores[..., :5]
+    elif kind == "ties":
+        scores = scores.round() * torch.tensor([-0.0, 1.0], dtype=dtype).repeat(150)
+    elif kind == "hidden":
+        scores = scores.masked_fill(scores < 1.2, -math.inf)
+    elif kind == "large":
+        scores = scores.sign() * scores.mul(80).exp2()
+    counts, indices = top_blocks(scores, top_k)
+    width = min(top_k, scores.shape[-1])
+    assert counts.dtype == indices.dtype == torch.int32 and indices.shape[-1] == width
+    if kind == "ties" and dtype == torch.float64:  # torch.topk's choice
+        kept = scores.gather(-1, indices.long()).sort(-1).values
+        assert torch.equal(kept, scores.topk(width).values.flip(-1))
+        return
+    for row, n, found in zip(
+        scores.flatten(0, 2).tolist(),
+        counts.flatten().tolist(),
+        indices.flatten(0, 2).tolist(),
+        strict=True,
+    ):
+        assert found[:n] == literal_top_blocks(row, top_k)
+        assert found[n:] == [scores.shape[-1]] * (width - n)
+
+
+def test_top_blocks_leave_nan_out_and_pass_opcheck():
+    scores = torch.tensor([[math.nan, 2.0, -math.inf, 1.0, math.inf, 0.0]] * 2)
+    counts, indices = top_blocks(scores, 3)
+    assert counts.tolist() == [2, 2] and indices.tolist() == [[1, 4, 6]] * 2
+    assert top_blocks(scores[:, :0], 3)[1].shape == (2, 0)
+    torch.library.opcheck(torch.ops.sparse_attn.top_blocks.default, (scores, 3))
+    for choose in (top_blocks, torch.ops.sparse_attn.top_blocks):
+        with pytest.raises(ValueError, match="top_k must be at least 1"):
+            choose(scores, 0)
 
 
 def test_per_head_gives_each_head_its_own():

@@ -20,6 +20,7 @@
 #include "../../csrc/cpu/forward.h"
 #include "../../csrc/cpu/hip.h"
 #include "../../csrc/cpu/infinite_hip.h"
+#include "../../csrc/cpu/top_blocks.h"
 
 namespace {
 
@@ -757,6 +758,37 @@ void check_refusals(Isa isa) {
   expect_refusal("window[0] = -2", [](Problem& p) { p.window[0] = -2; }, isa);
 }
 
+void check_top_blocks() {
+  const int64_t rows = random_int(0, 300), blocks = random_int(0, 200);
+  const int64_t top_k = std::min(blocks, random_int(1, 100));
+  std::vector<float> scores(rows * blocks);
+  for (float& score : scores) {
+    score = choose({-INFINITY, -1.5f, -0.0f, 0.0f, 1e-40f, 2.0f, INFINITY,
+                    static_cast<float>(random_int(-50, 50))});
+  }
+  std::vector<int32_t> counts(rows), indices(rows * top_k);
+  sparse_attn::cpu::top_blocks({scores.data(), rows, blocks, top_k, counts.data(), indices.data()},
+                               Problem::two_threads());
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* score = scores.data() + row * blocks;
+    std::vector<int32_t> expected;
+    for (int32_t i = 0; i < blocks; ++i) {
+      if (score[i] > -INFINITY) expected.push_back(i);
+    }
+    std::stable_sort(expected.begin(), expected.end(),
+                     [&](int32_t a, int32_t b) { return score[a] > score[b]; });
+    expected.resize(std::min<size_t>(expected.size(), top_k));
+    std::sort(expected.begin(), expected.end());
+    const bool is_right =
+        counts[row] == static_cast<int32_t>(expected.size()) &&
+        std::equal(expected.begin(), expected.end(), indices.begin() + row * top_k);
+    if (is_right) continue;
+    std::printf("top_blocks differs in row %d of %d\n", static_cast<int>(row),
+                static_cast<int>(rows));
+    std::exit(1);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -772,6 +804,7 @@ int main(int argc, char** argv) {
       const std::string name = std::string(isa_name(isa)) + ", problem " + std::to_string(i);
       problem.check(name);
       if (i % 4 == 1) problem.check_threads(isa, name);
+      if (i % 4 == 2) check_top_blocks();
       if (i % 4 == 0) check_hip(isa);
       if (i % 4 == 1) check_infinite_hip(isa);
       if (i % 2 == 0) continue;
