@@ -65,8 +65,7 @@ struct AttentionParams {
   bool is_causal = false;
   bool split_float32 = false;  // float32 may be multiplied as the sum of two bfloat16
   bool for_gradients = false;  // scores are rounded as the backward pass rounds them
-  bool streams_out =
-      false;  // out is too large to be read from the caches, and is written past them
+  bool streams_out = false;    // out is too large for the caches, and may be written past them
 
   // Where key j lies in k or v, in elements from the first row of its KV head.
   int64_t key_offset(const Strides& stride, int64_t j) const {

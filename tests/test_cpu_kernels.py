@@ -423,6 +423,19 @@ def test_heads_give_the_same_alone_and_on_threads_of_their_own(isa, dtype):
             assert torch.equal(together, torch.cat(parts, 1))
 
 
+def test_threads_take_turns_where_memory_holds_the_packed_keys_of_one_head(isa):
+    generator = torch.Generator().manual_seed(9)
+    qkv = make_qkv((1, 3, 70, 256), 3, 66000, 256, torch.bfloat16, generator)
+    counts = torch.full((1, 3, 2), 140, dtype=torch.int32)
+    picks = [torch.randperm(1031, generator=generator)[:140].sort().values for _ in range(6)]
+    case = Case(*qkv, block=(64, 64), window=[66000 // 2], is_causal=True)
+    case.blocks = (counts, torch.stack(picks).int().view(1, 3, 2, 140))
+    alone = case.run()
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(alone, case.run(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim_v", (64, 80))
 @pytest.mark.parametrize("rows_first", (False, True))

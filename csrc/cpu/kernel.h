@@ -49,7 +49,7 @@ struct QueryTile {
   void* out = nullptr;
   float* lse = nullptr;
   int64_t q_row_stride = 0, out_row_stride = 0;
-  bool streams_out = false;  // rows of out are whole cache lines, to be written past the caches
+  bool streams_out = false;  // rows of out, whole cache lines, may be written past the caches
   int64_t rows = 0;
   int64_t head_dim = 0, head_dim_v = 0;
   float scale = 1.0f;

@@ -67,8 +67,8 @@ class HeadWork {
         kv_head_(kv_head),
         keys_(params, kernel, kv_head, most_packed_bytes) {}
 
-  // Lists the tiles, none of which spans two rows of an index list; to be called before the rest,
-  // a second time in vain.
+  // Lists the tiles, none of which spans two rows of an index list; to be called before the rest.
+  // A second call does nothing.
   void list() {
     if (is_listed_) return;
     is_listed_ = true;

@@ -17,6 +17,7 @@ typedef Vec UnalignedVec __attribute__((aligned(4), may_alias));
 
 SPARSE_ATTN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 SPARSE_ATTN_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+
 // Stores past the caches, at an aligned address. Other threads see it after end_streaming().
 SPARSE_ATTN_INLINE void stream(float* p, Vec x) {
 #if !defined(__x86_64__)
