@@ -1,9 +1,9 @@
-// The tile kernel in float32 fused multiply-adds, for any vector width.
+// The tile kernel in fused multiply-adds, for any vector width.
 //
 // The lanes of a vector are rows of the tile; keys and head dims are walked one by one, their
 // elements broadcast. So K and V are read row by row as they lie in memory, and softmax works lane
 // by lane. A panel is a few vectors of rows. float16 and bfloat16 keys become rows of float32 when
-// they are packed.
+// they are packed; where products of bfloat16 pairs exist, keys and head dims are walked in twos.
 #pragma once
 
 #include "softmax_state.h"
@@ -64,35 +64,127 @@ SPARSE_ATTN_INLINE void from_float(float x, Float16& result) {
   result.bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
 }
 
+// What a lane multiplies and adds: words of one number, or of two that follow each other in the
+// dimension that is summed over.
+struct FloatWords {
+  using Number = float;
+  using Word = float;
+  static constexpr int kNumbers = 1;
+
+  SPARSE_ATTN_INLINE Vec broadcast_word(Word x) { return broadcast(x); }
+  SPARSE_ATTN_INLINE Vec multiply_add(Vec x, Vec y, Vec sum) { return x * y + sum; }
+  SPARSE_ATTN_INLINE Vec join(const Vec* numbers) { return numbers[0]; }
+};
+
+#ifdef SPARSE_ATTN_BFLOAT16_PAIRS
+struct BFloat16Pairs {
+  using Number = BFloat16;
+  using Word = uint32_t;
+  static constexpr int kNumbers = 2;
+
+  SPARSE_ATTN_INLINE Vec broadcast_word(Word x) {
+    return (Vec)_mm512_set1_epi32(static_cast<int32_t>(x));
+  }
+  SPARSE_ATTN_INLINE Vec multiply_add(Vec x, Vec y, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+  }
+  // Rounds numbers[0] into the lower half of each word, numbers[1] into the upper one.
+  SPARSE_ATTN_INLINE Vec join(const Vec* numbers) {
+    const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]);
+    alignas(64) static constexpr auto kInTurn = [] {
+      std::array<uint16_t, 2 * kLanes> order{};
+      for (int i = 0; i < 2 * kLanes; ++i) order[i] = i / 2 + i % 2 * kLanes;
+      return order;
+    }();
+    return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(kInTurn.data()), halves);
+  }
+};
+#endif
+
 template <class T>
 static void convert_row(const T* source, int64_t n, float* dest) {
   for (int64_t i = 0; i < n; ++i) dest[i] = to_float(source[i]);
 }
 
-// Packed K and V: 32 rows of float32.
-template <class T>
-static void pack(const void* const* rows, int64_t dim, void* granule) {
-  float* dest = static_cast<float*>(granule);
-  for (int i = 0; i < kGranule; ++i) {
-    convert_row(static_cast<const T*>(rows[i]), dim, dest + i * dim);
+template <class Words>
+static inline int64_t num_words(int64_t n) {
+  return (n + Words::kNumbers - 1) / Words::kNumbers;
+}
+
+// K: 32 rows of words, each of one or two dims.
+template <class T, class Words>
+static void pack_k(const void* const* rows, int64_t dim, void* granule) {
+  auto* dest = static_cast<typename Words::Word*>(granule);
+  for (int i = 0; i < kGranule; ++i, dest += num_words<Words>(dim)) {
+    if constexpr (Words::kNumbers == 1) {
+      convert_row(static_cast<const T*>(rows[i]), dim, dest);
+    } else {
+      if (dim % 2 != 0) dest[dim / 2] = 0;
+      std::memcpy(dest, rows[i], dim * sizeof(T));
+    }
   }
 }
 
-static int64_t granule_bytes(int64_t dim) { return dim * kGranule * 4; }
+// V: rows of words, each of one key or two.
+template <class T, class Words>
+static void pack_v(const void* const* rows, int64_t dim, void* granule) {
+  auto* dest = static_cast<typename Words::Word*>(granule);
+  for (int i = 0; i < kGranule; i += Words::kNumbers, dest += dim) {
+    const T* row = static_cast<const T*>(rows[i]);
+    if constexpr (Words::kNumbers == 1) {
+      convert_row(row, dim, dest);
+    } else {
+      const T* next = static_cast<const T*>(rows[i + 1]);
+      for (int64_t d = 0; d < dim; ++d) {
+        dest[d] = row[d].bits | static_cast<uint32_t>(next[d].bits) << 16;
+      }
+    }
+  }
+}
 
-// scores[kKeys][rows] = k[kKeys][head_dim] q[head_dim][rows]
-template <int kVectors, int kKeys>
-static void score_part(const float* k, int64_t k_stride, const float* q, int64_t head_dim,
-                       float* scores) {
+template <class Words>
+static int64_t k_granule_bytes(int64_t dim) {
+  return kGranule * num_words<Words>(dim) * 4;
+}
+
+template <class Words>
+static int64_t v_granule_bytes(int64_t dim) {
+  return kGranule / Words::kNumbers * dim * 4;
+}
+
+// A granule's rows of words.
+template <class Words>
+struct GranuleWords {
+  using Word = typename Words::Word;
+
+  const Word *k, *v;
+  int64_t k_stride, v_stride;
+  int keys, value_rows;  // keys that fill value_rows: one may not exist, and is masked
+
+  GranuleWords() = default;
+  GranuleWords(const Granule& granule, int64_t head_dim)
+      : k(static_cast<const Word*>(granule.k)),
+        v(static_cast<const Word*>(granule.v)),
+        k_stride(Words::kNumbers == 1 ? granule.k_stride : num_words<Words>(head_dim)),
+        v_stride(granule.v_stride),
+        value_rows(static_cast<int>(num_words<Words>(granule.count))) {
+    keys = value_rows * Words::kNumbers;
+  }
+};
+
+// scores[kKeys][rows] = k[kKeys][words] q[words][rows]
+template <class Words, int kVectors, int kKeys>
+static void score_part(const typename Words::Word* k, int64_t k_stride, const float* q,
+                       int64_t words, float* scores) {
   Vec sum[kKeys][kVectors] = {};
 #pragma GCC unroll 2
-  for (int64_t d = 0; d < head_dim; ++d, q += kPanel) {
+  for (int64_t d = 0; d < words; ++d, q += kPanel) {
     Vec b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(q + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i) {
-      const Vec x = broadcast(k[i * k_stride + d]);
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += x * b[v];
+      const Vec x = Words::broadcast_word(k[i * k_stride + d]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = Words::multiply_add(x, b[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 16
@@ -103,20 +195,21 @@ static void score_part(const float* k, int64_t k_stride, const float* q, int64_t
 
 // acc[kDims][rows] = acc * factor + sum over the keys of v[key][kDims] weights[key][rows], where
 // the sum begins at zero: short sums round less than one long one.
-template <int kVectors, int kDims>
-static void value_part(const Granule* granules, int num_granules, int64_t first_dim,
+template <class Words, int kVectors, int kDims>
+static void value_part(const GranuleWords<Words>* granules, int num_granules, int64_t first_dim,
                        const float* weights, const float* factor, float* acc) {
   Vec sum[kDims][kVectors] = {};
   for (int g = 0; g < num_granules; ++g) {
-    const float* row = static_cast<const float*>(granules[g].v) + first_dim;
+    const auto* row = granules[g].v + first_dim;
 #pragma GCC unroll 2
-    for (int j = 0; j < granules[g].count; ++j, row += granules[g].v_stride, weights += kPanel) {
+    for (int j = 0; j < granules[g].value_rows;
+         ++j, row += granules[g].v_stride, weights += kPanel) {
       Vec b[kVectors];
       for (int v = 0; v < kVectors; ++v) b[v] = load(weights + v * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kDims; ++i) {
-        const Vec x = broadcast(row[i]);
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += x * b[v];
+        const Vec x = Words::broadcast_word(row[i]);
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = Words::multiply_add(x, b[v], sum[i][v]);
       }
     }
   }
@@ -129,18 +222,21 @@ static void value_part(const Granule* granules, int num_granules, int64_t first_
   }
 }
 
-using ScorePart = void (*)(const float*, int64_t, const float*, int64_t, float*);
-using ValuePart = void (*)(const Granule*, int, int64_t, const float*, const float*, float*);
+template <class Words>
+using ScorePart = void (*)(const typename Words::Word*, int64_t, const float*, int64_t, float*);
+template <class Words>
+using ValuePart = void (*)(const GranuleWords<Words>*, int, int64_t, const float*, const float*,
+                           float*);
 
-template <int kVectors, int... kCounts>
-static ScorePart score_function(int64_t keys, std::integer_sequence<int, kCounts...>) {
-  static constexpr ScorePart kFunctions[] = {score_part<kVectors, kCounts + 1>...};
+template <class Words, int kVectors, int... kCounts>
+static ScorePart<Words> score_function(int64_t keys, std::integer_sequence<int, kCounts...>) {
+  static constexpr ScorePart<Words> kFunctions[] = {score_part<Words, kVectors, kCounts + 1>...};
   return kFunctions[keys - 1];
 }
 
-template <int kVectors, int... kCounts>
-static ValuePart value_function(int64_t dims, std::integer_sequence<int, kCounts...>) {
-  static constexpr ValuePart kFunctions[] = {value_part<kVectors, kCounts + 1>...};
+template <class Words, int kVectors, int... kCounts>
+static ValuePart<Words> value_function(int64_t dims, std::integer_sequence<int, kCounts...>) {
+  static constexpr ValuePart<Words> kFunctions[] = {value_part<Words, kVectors, kCounts + 1>...};
   return kFunctions[dims - 1];
 }
 
@@ -157,8 +253,8 @@ SPARSE_ATTN_INLINE void for_parts(int64_t n, int64_t most, F f) {
 
 // What a tile keeps for one panel of rows.
 struct Panel {
-  float* q;       // [head_dim][kPanel]
-  float* scores;  // [kStepKeys][kPanel], weights after the softmax
+  float* q;       // [words of head_dim][kPanel]
+  float* scores;  // [kStepKeys][kPanel]; after the softmax weights, [words of keys][kPanel]
   float* acc;     // [head_dim_v][kPanel]
   float* m;       // [kPanel] running maximum, base 2
   float* l;       // [kPanel] running sum
@@ -168,32 +264,32 @@ struct Panel {
 };
 
 // Scores of all keys of a granule. Their values are fetched to the second-level cache meanwhile.
-template <int kVectors>
-static void score_keys(const Panel& panel, int64_t first_row, const Granule& granule,
+template <class Words, int kVectors>
+static void score_keys(const Panel& panel, int64_t first_row, const GranuleWords<Words>& granule,
                        int64_t first_key, int64_t head_dim) {
-  const float* k = static_cast<const float*>(granule.k);
-  const float* v = static_cast<const float*>(granule.v);
   constexpr int kMost = std::min(16, kSums / kVectors);
-  for_parts(granule.count, kMost, [&](int64_t begin, int64_t count) {
-    for (int64_t j = begin; j < begin + count; ++j) {
-      const float* row = v + j * granule.v_stride;
+  for_parts(granule.keys, kMost, [&](int64_t begin, int64_t count) {
+    const int64_t end = num_words<Words>(begin + count);
+    for (int64_t j = num_words<Words>(begin); j < end; ++j) {
+      const auto* row = granule.v + j * granule.v_stride;
       for (int64_t d = 0; d < panel.head_dim_v; d += 16) __builtin_prefetch(row + d, 0, 2);
     }
-    score_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
-        k + begin * granule.k_stride, granule.k_stride, panel.q + first_row, head_dim,
-        panel.scores + (first_key + begin) * kPanel + first_row);
+    score_function<Words, kVectors>(count, std::make_integer_sequence<int, kMost>())(
+        granule.k + begin * granule.k_stride, granule.k_stride, panel.q + first_row,
+        num_words<Words>(head_dim), panel.scores + (first_key + begin) * kPanel + first_row);
   });
 }
 
-template <int kVectors>
-static void add_values(const Panel& panel, int64_t first_row, const Granule* granules,
+template <class Words, int kVectors>
+static void add_values(const Panel& panel, int64_t first_row, const GranuleWords<Words>* granules,
                        int num_granules, int64_t first_key, const float* factor,
                        int64_t head_dim_v) {
   constexpr int kMost = std::min(16, kSums / kVectors);
+  const float* weights = panel.scores + first_key / Words::kNumbers * kPanel + first_row;
   for_parts(head_dim_v, kMost, [&](int64_t begin, int64_t count) {
-    value_function<kVectors>(count, std::make_integer_sequence<int, kMost>())(
-        granules, num_granules, begin, panel.scores + first_key * kPanel + first_row,
-        factor + first_row, panel.acc + begin * kPanel + first_row);
+    value_function<Words, kVectors>(count, std::make_integer_sequence<int, kMost>())(
+        granules, num_granules, begin, weights, factor + first_row,
+        panel.acc + begin * kPanel + first_row);
   });
 }
 
@@ -219,8 +315,8 @@ static void mask_scores(float* scores, const uint32_t* visible, int num_keys, in
 }
 
 // Turns scores into weights and brings (m, l, factor) up to date. `base2` makes a score a logit in
-// base 2; it is positive.
-template <int kVectors>
+// base 2; it is positive. The number of keys is one of whole words.
+template <class Words, int kVectors>
 static void softmax(const Panel& panel, int64_t num_keys, float base2) {
   constexpr int64_t kChains = 8 / kVectors;
   Vec top[kChains][kVectors];
@@ -249,12 +345,16 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
     store(panel.m + v * kLanes, m_new);
     store(panel.factor + v * kLanes, exp2_nonpositive(m_old - base[v]));
   }
-  for (j = 0; j < num_keys; ++j) {
+  float* words = panel.scores;
+  for (j = 0; j < num_keys; j += Words::kNumbers, words += kPanel) {
     for (int v = 0; v < kVectors; ++v) {
-      float* s = panel.scores + j * kPanel + v * kLanes;
-      const Vec p = exp2_nonpositive(load(s) * base2 - base[v]);
-      store(s, p);
-      sum[v] += p;
+      Vec p[Words::kNumbers];
+      for (int i = 0; i < Words::kNumbers; ++i) {
+        const Vec s = load(panel.scores + (j + i) * kPanel + v * kLanes);
+        p[i] = exp2_nonpositive(s * base2 - base[v]);
+        sum[v] += p[i];
+      }
+      store(words + v * kLanes, Words::join(p));
     }
   }
   for (int v = 0; v < kVectors; ++v) {
@@ -264,21 +364,22 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
 }
 
 // q of one panel, transposed; lanes without a row are zero.
-template <class T>
+template <class T, class Words>
 static void load_q(const QueryTile& tile, const Panel& panel, float factor) {
-  const int64_t stride = padded_dim(tile.head_dim);
-  float rows[kLanes * kMaxHeadDim];
+  const int64_t words = num_words<Words>(tile.head_dim), stride = padded_dim(words);
+  alignas(64) std::byte memory[kLanes * kMaxHeadDim * sizeof(typename Words::Number)] = {};
+  const auto row = [&](int64_t r) { return memory + r * stride * 4; };
   for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
     for (int64_t r = 0; r < count; ++r) {
       const T* q = static_cast<const T*>(tile.q) + (panel.first_row + r0 + r) * tile.q_row_stride;
-      convert_row(q, tile.head_dim, rows + r * stride);
-      std::fill(rows + r * stride + tile.head_dim, rows + (r + 1) * stride, 0.0f);
+      auto* numbers = reinterpret_cast<typename Words::Number*>(row(r));
+      for (int64_t d = 0; d < tile.head_dim; ++d) from_float(to_float(q[d]) * factor, numbers[d]);
     }
-    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+    for (int64_t d = 0; d < words; d += kLanes) {
       Vec x[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        x[i] = i < count ? load(rows + i * stride + d) * factor : Vec{};
+        x[i] = i < count ? load(reinterpret_cast<const float*>(row(i)) + d) : Vec{};
       }
       transpose(x);
       for (int i = 0; i < kLanes; ++i) store(panel.q + (d + i) * kPanel + r0, x[i]);
@@ -318,6 +419,7 @@ static void write_rows(const QueryTile& tile, const Panel& panel) {
   }
 }
 
+// As if words were of one number.
 static int64_t panel_floats(int64_t head_dim, int64_t head_dim_v) {
   return kPanel * (padded_dim(head_dim) + kStepKeys + padded_dim(head_dim_v) + 3);
 }
@@ -345,19 +447,23 @@ static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory)
 }
 
 // The work on some vectors of a panel, for each number of them.
+template <class Words>
 struct PanelSteps {
-  void (*score_keys)(const Panel&, int64_t, const Granule&, int64_t, int64_t);
+  void (*score_keys)(const Panel&, int64_t, const GranuleWords<Words>&, int64_t, int64_t);
   void (*softmax)(const Panel&, int64_t, float);
-  void (*add_values)(const Panel&, int64_t, const Granule*, int, int64_t, const float*, int64_t);
+  void (*add_values)(const Panel&, int64_t, const GranuleWords<Words>*, int, int64_t, const float*,
+                     int64_t);
 };
 
-template <int... kVectors>
-static constexpr std::array<PanelSteps, kPanelVectors> panel_steps(
+template <class Words, int... kVectors>
+static constexpr std::array<PanelSteps<Words>, kPanelVectors> panel_steps(
     std::integer_sequence<int, kVectors...>) {
-  return {{{score_keys<kVectors + 1>, softmax<kVectors + 1>, add_values<kVectors + 1>}...}};
+  return {{{score_keys<Words, kVectors + 1>, softmax<Words, kVectors + 1>,
+            add_values<Words, kVectors + 1>}...}};
 }
 
-static constexpr auto kSteps = panel_steps(std::make_integer_sequence<int, kPanelVectors>());
+template <class Words>
+static constexpr auto kSteps = panel_steps<Words>(std::make_integer_sequence<int, kPanelVectors>());
 
 // The vectors of a panel that hold rows which see any key of a granule.
 struct VectorRange {
@@ -374,8 +480,9 @@ struct VectorRange {
 
 // acc = acc * factor + weights v for all keys of a step. The last granules may be seen by some of
 // the vectors only, and are added to these.
-static void add_step(const Panel& panel, const Granule* granules, int num_granules,
-                     int64_t head_dim_v) {
+template <class Words>
+static void add_step(const Panel& panel, const Granule* granules, const GranuleWords<Words>* words,
+                     int num_granules, int64_t head_dim_v) {
   static const std::array<float, kPanel> kOnes = [] {
     std::array<float, kPanel> ones;
     ones.fill(1.0f);
@@ -384,18 +491,18 @@ static void add_step(const Panel& panel, const Granule* granules, int num_granul
   int common = num_granules;
   while (common > 1 && VectorRange(panel, granules[common - 1].rows).count < panel.vectors)
     --common;
-  kSteps[panel.vectors - 1].add_values(panel, 0, granules, common, 0, panel.factor, head_dim_v);
+  kSteps<Words>[panel.vectors - 1].add_values(panel, 0, words, common, 0, panel.factor, head_dim_v);
   int64_t first_key = 0;
-  for (int g = 0; g < num_granules; first_key += granules[g].count, ++g) {
+  for (int g = 0; g < num_granules; first_key += words[g].keys, ++g) {
     const VectorRange seen(panel, granules[g].rows);
     if (g < common || seen.count == 0) continue;
-    kSteps[seen.count - 1].add_values(panel, seen.begin * kLanes, granules + g, 1, first_key,
-                                      kOnes.data(), head_dim_v);
+    kSteps<Words>[seen.count - 1].add_values(panel, seen.begin * kLanes, words + g, 1, first_key,
+                                             kOnes.data(), head_dim_v);
   }
 }
 
 // Attention of one query tile over all keys that the cursor hands out.
-template <class T>
+template <class T, class Words>
 static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   const ScoreScale scaling = split_scale(tile.scale);
   const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
@@ -404,17 +511,19 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
   const int64_t num_panels = (tile.rows + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < num_panels; ++i) {
     panels[i] = make_panel(tile, i, memory);
-    load_q<T>(tile, panels[i], scaling.q_factor);
+    load_q<T, Words>(tile, panels[i], scaling.q_factor);
   }
   Granule granules[kFmaGranules];
+  GranuleWords<Words> words[kFmaGranules];
   while (const int n = keys.next(granules)) {
     int64_t num_keys = 0;
-    for (int g = 0; g < n; num_keys += granules[g].count, ++g) {
+    for (int g = 0; g < n; num_keys += words[g].keys, ++g) {
+      words[g] = GranuleWords<Words>(granules[g], tile.head_dim);
       for (int64_t i = 0; i < num_panels; ++i) {
         const VectorRange seen(panels[i], granules[g].rows);
         if (seen.count == 0) continue;
-        kSteps[seen.count - 1].score_keys(panels[i], seen.begin * kLanes, granules[g], num_keys,
-                                          tile.head_dim);
+        kSteps<Words>[seen.count - 1].score_keys(panels[i], seen.begin * kLanes, words[g], num_keys,
+                                                 tile.head_dim);
       }
     }
     for (int64_t i = 0; i < num_panels; ++i) {
@@ -423,13 +532,13 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
         cap_scores(panel.scores, num_keys, scaling.scale / tile.softcap, tile.softcap);
       }
       int64_t first_key = 0;
-      for (int g = 0; g < n; first_key += granules[g].count, ++g) {
+      for (int g = 0; g < n; first_key += words[g].keys, ++g) {
         if (granules[g].visible == nullptr) continue;
         mask_scores(panel.scores + first_key * kPanel, granules[g].visible + panel.first_row,
-                    granules[g].count, panel.rows);
+                    words[g].keys, panel.rows);
       }
-      kSteps[panel.vectors - 1].softmax(panel, num_keys, base2);
-      add_step(panel, granules, n, tile.head_dim_v);
+      kSteps<Words>[panel.vectors - 1].softmax(panel, num_keys, base2);
+      add_step(panel, granules, words, n, tile.head_dim_v);
     }
   }
   for (int64_t i = 0; i < num_panels; ++i) write_rows<T>(tile, panels[i]);
@@ -454,21 +563,21 @@ static void leave_kernel(uint32_t saved) {
 #endif
 }
 
-template <class T>
+template <class T, class Words = FloatWords>
 static const TileKernel& fma_kernel() {
   static constexpr TileKernel kKernel = {kFmaBlockM,
                                          kFmaGranules,
                                          std::is_same_v<T, float>,
-                                         granule_bytes,
-                                         granule_bytes,
+                                         k_granule_bytes<Words>,
+                                         v_granule_bytes<Words>,
                                          0,
                                          0,
                                          false,
                                          0,
-                                         pack<T>,
-                                         pack<T>,
+                                         pack_k<T, Words>,
+                                         pack_v<T, Words>,
                                          fma_scratch_bytes,
-                                         run_tile<T>,
+                                         run_tile<T, Words>,
                                          enter_kernel,
                                          leave_kernel};
   return kKernel;

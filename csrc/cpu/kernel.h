@@ -87,6 +87,7 @@ const TileKernel& generic_kernel(DType dtype);
 #if defined(__x86_64__)
 const TileKernel& avx2_kernel(DType dtype);
 const TileKernel& avx512_kernel(DType dtype);
+const TileKernel& avx512_bf16_kernel();  // bfloat16
 const TileKernel& amx_kernel(DType dtype);
 #endif
 

@@ -21,6 +21,7 @@ const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
 #if defined(__x86_64__)
   const bool for_amx = dtype != DType::kFloat32 || (params.split_float32 && !params.for_gradients);
   if (isa == Isa::kAmx && for_amx) return amx_kernel(dtype);
+  if (isa >= Isa::kAvx512Bf16 && dtype == DType::kBFloat16) return avx512_bf16_kernel();
   if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
   if (isa == Isa::kAvx2) return avx2_kernel(dtype);
 #endif

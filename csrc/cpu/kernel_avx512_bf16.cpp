@@ -1,0 +1,30 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "kernel.h"
+#include "key_cursor.h"
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+#define SPARSE_ATTN_ISA avx512_bf16
+#define SPARSE_ATTN_VECTOR_BYTES 64
+#define SPARSE_ATTN_BFLOAT16_PAIRS
+#include "fma_kernel.h"
+
+namespace sparse_attn::cpu {
+
+const TileKernel& avx512_bf16_kernel() {
+  return avx512_bf16::fma_kernel<avx512_bf16::BFloat16, avx512_bf16::BFloat16Pairs>();
+}
+
+}  // namespace sparse_attn::cpu
+#endif
