@@ -27,6 +27,7 @@ alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 const BackwardKernel& select_kernel(Isa isa, DType dtype) {
 #if defined(__x86_64__)
   if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_bf16_backward_kernel();
+  if (isa >= Isa::kAvx512Bf16 && dtype == DType::kBFloat16) return avx512_bf16_backward_kernel();
   if (isa >= Isa::kAvx512) return avx512_backward_kernel(dtype);
   if (isa == Isa::kAvx2) return avx2_backward_kernel(dtype);
 #endif

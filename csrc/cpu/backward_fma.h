@@ -1,8 +1,10 @@
-// The gradient kernel in float32 fused multiply-adds, for any vector width.
+// The gradient kernel in fused multiply-adds, for any vector width; sums are float32.
 //
 // A query tile holds q, dout and dq as [rows][dim]. Scratch memory holds, for each granule of the
 // key tile, k and v as [dim][32 keys] and k as [32 keys][dim], and dk and dv as [keys][dim]. Row
-// strides are dims rounded up to 32.
+// strides are dims rounded up to 32. Factors are words of one number, or of two that follow each
+// other in the dimension which a product sums over: then what takes part in two kinds of products,
+// q, dout and ds, is there in two forms.
 #pragma once
 
 #include "backward_kernel.h"
@@ -21,20 +23,21 @@ static inline int64_t padded_columns(int64_t n) { return (n + 31) / 32 * 32; }
 
 inline constexpr int64_t kMaxBackwardRows = 64;
 
-// c[kRows][2 vectors] = a[kRows][depth] b[depth][2 vectors] (+ c); element (r, i) of `a` is at
+// c[kRows][2 vectors] = a[kRows][depth] b[depth][2 vectors] (+ c); word (r, i) of `a` is at
 // a[r * a_row + i * a_step], so that `a` may be a transposed matrix. What was in c is added last: a
 // long sum is one of short sums, and rounds less.
-template <int kRows>
-static void product_rows(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                         int64_t b_step, int64_t depth, float* c, int64_t c_row, bool accumulate) {
+template <class Words, int kRows>
+static void product_rows(const typename Words::Word* a, int64_t a_row, int64_t a_step,
+                         const typename Words::Word* b, int64_t b_step, int64_t depth, float* c,
+                         int64_t c_row, bool accumulate) {
   Vec sum[kRows][2] = {};
   for (int64_t i = 0; i < depth; ++i, a += a_step, b += b_step) {
-    const Vec b0 = load(b), b1 = load(b + kLanes);
+    const Vec b0 = Words::load_words(b), b1 = Words::load_words(b + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec x = broadcast(a[r * a_row]);
-      sum[r][0] += x * b0;
-      sum[r][1] += x * b1;
+      const Vec x = Words::broadcast_word(a[r * a_row]);
+      sum[r][0] = Words::multiply_add(x, b0, sum[r][0]);
+      sum[r][1] = Words::multiply_add(x, b1, sum[r][1]);
     }
   }
 #pragma GCC unroll 16
@@ -48,30 +51,35 @@ static void product_rows(const float* a, int64_t a_row, int64_t a_step, const fl
   }
 }
 
-using ProductRows = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
-                             int64_t, bool);
+template <class Words>
+using ProductRows = void (*)(const typename Words::Word*, int64_t, int64_t,
+                             const typename Words::Word*, int64_t, int64_t, float*, int64_t, bool);
 
-template <int... kRows>
-static ProductRows product_rows_function(int64_t rows, std::integer_sequence<int, kRows...>) {
-  static constexpr ProductRows kFunctions[] = {product_rows<kRows + 1>...};
+template <class Words, int... kRows>
+static ProductRows<Words> product_rows_function(int64_t rows,
+                                                std::integer_sequence<int, kRows...>) {
+  static constexpr ProductRows<Words> kFunctions[] = {product_rows<Words, kRows + 1>...};
   return kFunctions[rows - 1];
 }
 
-// A matrix whose element (r, i) is at data[r * row + i * step].
+// A matrix whose word (r, i) is at data[r * row + i * step].
+template <class Words>
 struct Matrix {
-  const float* data;
+  const typename Words::Word* data;
   int64_t row, step;
 };
 
 // c[rows][columns] = a b (+ c), with b [depth][columns] and the rows cut into nearly equal parts.
-static void product(const Matrix& a, const float* b, int64_t b_step, int64_t depth, float* c,
-                    int64_t c_row, int64_t rows, int64_t columns, bool accumulate) {
+template <class Words>
+static void product(const Matrix<Words>& a, const typename Words::Word* b, int64_t b_step,
+                    int64_t depth, float* c, int64_t c_row, int64_t rows, int64_t columns,
+                    bool accumulate) {
   for (int64_t column = 0; column < columns; column += 2 * kLanes) {
     int64_t parts = (rows + kMaxMicroRows - 1) / kMaxMicroRows;
     for (int64_t r = 0; r < rows; --parts) {
       const int64_t count = (rows - r + parts - 1) / parts;
-      const ProductRows function =
-          product_rows_function(count, std::make_integer_sequence<int, kMaxMicroRows>());
+      const auto function =
+          product_rows_function<Words>(count, std::make_integer_sequence<int, kMaxMicroRows>());
       function(a.data + r * a.row, a.row, a.step, b + column, b_step, depth, c + r * c_row + column,
                c_row, accumulate);
       r += count;
@@ -79,14 +87,27 @@ static void product(const Matrix& a, const float* b, int64_t b_step, int64_t dep
   }
 }
 
+template <class Words>
 struct PackedQueries {
+  using Word = typename Words::Word;
+
   QueryTileHead head;
-  float *q, *dout, *dq;
+  float* dq;
+  Word *q, *dout;            // words of dims
+  Word *q_rows, *dout_rows;  // words of rows
 
   PackedQueries(const TileShape& shape, std::byte* tile) : head(tile, shape.rows) {
-    q = reinterpret_cast<float*>(tile + QueryTileHead::bytes(shape.rows));
-    dout = q + shape.rows * padded_columns(shape.head_dim);
-    dq = dout + shape.rows * padded_columns(shape.head_dim_v);
+    const int64_t size = shape.rows * padded_columns(shape.head_dim);
+    const int64_t words = size / Words::kNumbers;
+    const int64_t words_v = shape.rows * padded_columns(shape.head_dim_v) / Words::kNumbers;
+    dq = reinterpret_cast<float*>(tile + QueryTileHead::bytes(shape.rows));
+    q_rows = reinterpret_cast<Word*>(dq + size);
+    dout_rows = q_rows + words;
+    q = q_rows;
+    dout = dout_rows;
+    if (Words::kNumbers == 1) return;
+    q = dout_rows + words_v;
+    dout = q + words;
   }
   static int64_t bytes(const TileShape& shape) {
     return QueryTileHead::bytes(shape.rows) +
@@ -94,128 +115,191 @@ struct PackedQueries {
   }
 };
 
+template <class Words>
 struct BackwardScratch {
-  float *k, *k_transposed, *v_transposed, *dk, *dv;
-  float *p, *ds;  // [rows][32 keys]
+  using Word = typename Words::Word;
+
+  float *dk, *dv;
+  Word* k;                            // words of keys
+  Word *k_transposed, *v_transposed;  // words of dims
+  // Of one granule, [rows][32 keys]: scores and dp, then p and ds as words of rows.
+  float *p, *ds;
+  Word* ds_keys;  // words of keys
 
   BackwardScratch(const TileShape& shape, std::byte* memory) {
     const int64_t k_size = kKeyTile * padded_columns(shape.head_dim);
     const int64_t v_size = kKeyTile * padded_columns(shape.head_dim_v);
-    k = reinterpret_cast<float*>(memory);
-    k_transposed = k + k_size;
-    dk = k_transposed + k_size;
-    v_transposed = dk + k_size;
-    dv = v_transposed + v_size;
+    const int64_t step = shape.rows * kGranule;
+    dk = reinterpret_cast<float*>(memory);
+    dv = dk + k_size;
     p = dv + v_size;
-    ds = p + shape.rows * kGranule;
+    ds = p + step;
+    k = reinterpret_cast<Word*>(ds + step);
+    k_transposed = k + k_size / Words::kNumbers;
+    v_transposed = k_transposed + k_size / Words::kNumbers;
+    ds_keys = Words::kNumbers == 1 ? reinterpret_cast<Word*>(ds)
+                                   : v_transposed + v_size / Words::kNumbers;
   }
   static int64_t bytes(const TileShape& shape) {
     return (kKeyTile * (3 * padded_columns(shape.head_dim) + 2 * padded_columns(shape.head_dim_v)) +
-            2 * shape.rows * kGranule) *
+            3 * shape.rows * kGranule) *
            4;
   }
 };
 
-template <class T>
-static void pack_row(const void* source, int64_t dim, float* dest) {
-  convert_row(static_cast<const T*>(source), dim, dest);
-  std::fill(dest + dim, dest + padded_columns(dim), 0.0f);
+// A row as words of dims, followed by zeros.
+template <class T, class Words>
+static void pack_row(const void* source, int64_t dim, typename Words::Word* dest) {
+  copy_words<T, Words>(source, dim, dest);
+  std::fill(dest + num_words<Words>(dim), dest + padded_columns(dim) / Words::kNumbers, 0);
 }
 
-// dest[dim][32 rows]
-template <class T>
-static void pack_transposed(const void* const* rows, int64_t dim, float* dest) {
-  alignas(64) float block[kLanes][kMaxHeadDim];
+// Rows as words of rows, followed by zeros.
+template <class T, class Words>
+static void pack_joined(const void* const* rows, int64_t num_rows, int64_t dim,
+                        typename Words::Word* dest) {
+  for (int64_t r = 0; r < num_rows; r += Words::kNumbers, dest += padded_columns(dim)) {
+    join_rows<T, Words>(rows + r, dim, dest);
+    std::fill(dest + dim, dest + padded_columns(dim), 0);
+  }
+}
+
+// dest[words of dims][32 rows]
+template <class T, class Words>
+static void pack_transposed(const void* const* rows, int64_t dim, typename Words::Word* dest) {
+  alignas(64) typename Words::Word block[kLanes][kMaxHeadDim];
   for (int first = 0; first < kGranule; first += kLanes) {
-    for (int i = 0; i < kLanes; ++i) pack_row<T>(rows[first + i], dim, block[i]);
-    for (int64_t d = 0; d < dim; d += kLanes) {
+    for (int i = 0; i < kLanes; ++i) pack_row<T, Words>(rows[first + i], dim, block[i]);
+    for (int64_t d = 0; d < num_words<Words>(dim); d += kLanes) {
       Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) x[i] = load(block[i] + d);
+      for (int i = 0; i < kLanes; ++i) x[i] = Words::load_words(block[i] + d);
       transpose(x);
-      for (int i = 0; i < kLanes; ++i) store(dest + (d + i) * kGranule + first, x[i]);
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(dest + (d + i) * kGranule + first, &x[i], sizeof(Vec));
+      }
     }
   }
 }
 
-template <class T>
+template <class T, class Words>
 static void pack_queries(const TileShape& shape, const void* const* q, const void* const* dout,
                          const void* const* out, std::byte* tile) {
-  const PackedQueries packed(shape, tile);
+  const PackedQueries<Words> packed(shape, tile);
   const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
-  float out_row[kMaxHeadDim];
+  pack_joined<T, Words>(q, shape.rows, shape.head_dim, packed.q_rows);
+  pack_joined<T, Words>(dout, shape.rows, shape.head_dim_v, packed.dout_rows);
+  float out_row[kMaxHeadDim], dout_row[kMaxHeadDim];
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const float* dout_row = packed.dout + r * dim_v;
-    pack_row<T>(q[r], shape.head_dim, packed.q + r * dim);
-    pack_row<T>(dout[r], shape.head_dim_v, packed.dout + r * dim_v);
-    pack_row<T>(out[r], shape.head_dim_v, out_row);
+    if constexpr (Words::kNumbers > 1) {
+      pack_row<T, Words>(q[r], shape.head_dim, packed.q + r * dim / Words::kNumbers);
+      pack_row<T, Words>(dout[r], shape.head_dim_v, packed.dout + r * dim_v / Words::kNumbers);
+    }
+    pack_row<T, FloatWords>(out[r], shape.head_dim_v, out_row);
+    pack_row<T, FloatWords>(dout[r], shape.head_dim_v, dout_row);
     Vec sum = {};
     for (int64_t d = 0; d < dim_v; d += kLanes) sum += load(out_row + d) * load(dout_row + d);
     packed.head.delta[r] = reduce_add(sum);
   }
 }
 
-template <class T>
+template <class T, class Words>
 static void pack_keys(const TileShape& shape, const void* const* k, const void* const* v,
                       std::byte* memory) {
-  const BackwardScratch scratch(shape, memory);
+  const BackwardScratch<Words> scratch(shape, memory);
   const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
-  for (int64_t j = 0; j < kKeyTile; ++j) pack_row<T>(k[j], shape.head_dim, scratch.k + j * dim);
+  pack_joined<T, Words>(k, kKeyTile, shape.head_dim, scratch.k);
   for (int64_t j = 0; j < kKeyTile; j += kGranule) {
-    pack_transposed<T>(k + j, shape.head_dim, scratch.k_transposed + j * dim);
-    pack_transposed<T>(v + j, shape.head_dim_v, scratch.v_transposed + j * dim_v);
+    pack_transposed<T, Words>(k + j, shape.head_dim,
+                              scratch.k_transposed + j * dim / Words::kNumbers);
+    pack_transposed<T, Words>(v + j, shape.head_dim_v,
+                              scratch.v_transposed + j * dim_v / Words::kNumbers);
   }
   std::fill(scratch.dk, scratch.dk + kKeyTile * dim, 0.0f);
   std::fill(scratch.dv, scratch.dv + kKeyTile * dim_v, 0.0f);
 }
 
-// Turns raw scores into p, and dp into ds, for one row of a granule.
-static void gradient_row(const TileShape& shape, float lse, float delta, uint32_t visible, float* p,
-                         float* ds) {
+// Turns raw scores of one row and a vector of keys into p, and dp into ds.
+SPARSE_ATTN_INLINE void differentiate(const TileShape& shape, float lse, float delta,
+                                      uint32_t visible, Vec& p, Vec& ds) {
   constexpr float kBase2 = kLog2e;
-  for (int j = 0; j < kGranule; j += kLanes) {
-    const Vec s = load(p + j);
-    Vec slope = broadcast(1.0f), logit = s * shape.scale - lse;
-    if (shape.softcap > 0) {
-      const Vec capped = tanh(s * (shape.scale / shape.softcap));
-      slope -= capped * capped;
-      logit = capped * shape.softcap - lse;
+  Vec slope = broadcast(1.0f), logit = p * shape.scale - lse;
+  if (shape.softcap > 0) {
+    const Vec capped = tanh(p * (shape.scale / shape.softcap));
+    slope -= capped * capped;
+    logit = capped * shape.softcap - lse;
+  }
+  p = exp2_nonpositive(keep_visible(logit, visible) * kBase2);
+  ds = p == 0.0f ? Vec{} : p * (ds - delta) * slope;
+}
+
+// The same for the rows [first, first + count) of a query tile and all keys of a granule, whose
+// scores begin with that row. `visit` is called for each row.
+template <class Words>
+static void differentiate_rows(const TileShape& shape, const QueryTileHead& head, int64_t first,
+                               int64_t count, const uint32_t* visible,
+                               const BackwardScratch<Words>& scratch, auto visit) {
+  constexpr int kNumbers = Words::kNumbers;
+  float *p_words = scratch.p, *ds_words = scratch.ds;
+  for (int64_t r = 0; r < count; r += kNumbers, p_words += kGranule, ds_words += kGranule) {
+    Vec ds[kNumbers][kGranule / kLanes];
+    for (int n = 0; n < kNumbers; ++n) visit();
+    for (int j = 0; j < kGranule; j += kLanes) {
+      Vec p_lanes[kNumbers], ds_lanes[kNumbers];
+      for (int n = 0; n < kNumbers; ++n) {
+        const int64_t row = first + r + n;
+        p_lanes[n] = load(scratch.p + (r + n) * kGranule + j);
+        ds_lanes[n] = load(scratch.ds + (r + n) * kGranule + j);
+        differentiate(shape, head.lse[row], head.delta[row],
+                      visible != nullptr ? visible[row] >> j : ~uint32_t{0}, p_lanes[n],
+                      ds_lanes[n]);
+        ds[n][j / kLanes] = ds_lanes[n];
+      }
+      store(p_words + j, Words::join(p_lanes));
+      store(ds_words + j, Words::join(ds_lanes));
     }
-    const Vec weights = exp2_nonpositive(keep_visible(logit, visible >> j) * kBase2);
-    const Vec gradient = weights * (load(ds + j) - delta) * slope;
-    store(p + j, weights);
-    store(ds + j, weights == 0.0f ? Vec{} : gradient);
+    if constexpr (kNumbers > 1) {
+      for (int n = 0; n < kNumbers; ++n) {
+        const auto words = Words::round(ds[n][0], ds[n][1]);
+        std::memcpy(scratch.ds_keys + (r + n) * (kGranule / kNumbers), &words, sizeof(words));
+      }
+    }
   }
 }
 
+template <class Words>
 static void add_pair(const TileShape& shape, const Visibility& visibility, bool first,
                      std::byte* tile, const std::byte* tile_ahead, std::byte* memory) {
-  const PackedQueries queries(shape, tile);
-  const BackwardScratch scratch(shape, memory);
+  using Word = typename Words::Word;
+  constexpr int64_t kNumbers = Words::kNumbers;
+  const PackedQueries<Words> queries(shape, tile);
+  const BackwardScratch<Words> scratch(shape, memory);
   const int64_t dim = padded_columns(shape.head_dim), dim_v = padded_columns(shape.head_dim_v);
+  const Matrix<Words> p_transposed = {reinterpret_cast<const Word*>(scratch.p), 1, kGranule};
+  const Matrix<Words> ds_transposed = {reinterpret_cast<const Word*>(scratch.ds), 1, kGranule};
   if (first) std::fill(queries.dq, queries.dq + shape.rows * dim, 0.0f);
-  Prefetch next_tile(tile_ahead, PackedQueries::bytes(shape));
+  Prefetch next_tile(tile_ahead, PackedQueries<Words>::bytes(shape));
   next_tile.spread_over(visibility.count * shape.rows);
   for (int n = 0; n < visibility.count; ++n) {
     const auto [granule, visible, seeing] = visibility.parts[n];
-    const int64_t key = granule * kGranule, row = seeing.begin;
-    const int64_t rows = std::min<int64_t>(seeing.end, shape.rows) - row;
-    const float *q = queries.q + row * dim, *dout = queries.dout + row * dim_v;
-    product({q, dim, 1}, scratch.k_transposed + key * dim, kGranule, shape.head_dim, scratch.p,
-            kGranule, rows, kGranule, false);
-    product({dout, dim_v, 1}, scratch.v_transposed + key * dim_v, kGranule, shape.head_dim_v,
-            scratch.ds, kGranule, rows, kGranule, false);
-    for (int64_t r = 0; r < rows; ++r) {
-      next_tile.next();
-      gradient_row(shape, queries.head.lse[row + r], queries.head.delta[row + r],
-                   visible != nullptr ? visible[row + r] : ~uint32_t{0}, scratch.p + r * kGranule,
-                   scratch.ds + r * kGranule);
-    }
-    product({scratch.p, 1, kGranule}, dout, dim_v, rows, scratch.dv + key * dim_v, dim_v, kGranule,
-            dim_v, true);
-    product({scratch.ds, 1, kGranule}, q, dim, rows, scratch.dk + key * dim, dim, kGranule, dim,
-            true);
-    product({scratch.ds, kGranule, 1}, scratch.k + key * dim, dim, kGranule, queries.dq + row * dim,
-            dim, rows, dim, true);
+    const int64_t key = granule * kGranule, row = seeing.begin / kNumbers * kNumbers;
+    const int64_t end = std::min<int64_t>(seeing.end, shape.rows);
+    const int64_t row_words = num_words<Words>(end - row), rows = row_words * kNumbers;
+    const Word *q_rows = queries.q_rows + row / kNumbers * dim,
+               *dout_rows = queries.dout_rows + row / kNumbers * dim_v;
+    product<Words>({queries.q + row * dim / kNumbers, dim / kNumbers, 1},
+                   scratch.k_transposed + key * dim / kNumbers, kGranule,
+                   num_words<Words>(shape.head_dim), scratch.p, kGranule, rows, kGranule, false);
+    product<Words>({queries.dout + row * dim_v / kNumbers, dim_v / kNumbers, 1},
+                   scratch.v_transposed + key * dim_v / kNumbers, kGranule,
+                   num_words<Words>(shape.head_dim_v), scratch.ds, kGranule, rows, kGranule, false);
+    differentiate_rows<Words>(shape, queries.head, row, rows, visible, scratch,
+                              [&] { next_tile.next(); });
+    product<Words>(p_transposed, dout_rows, dim_v, row_words, scratch.dv + key * dim_v, dim_v,
+                   kGranule, dim_v, true);
+    product<Words>(ds_transposed, q_rows, dim, row_words, scratch.dk + key * dim, dim, kGranule,
+                   dim, true);
+    product<Words>({scratch.ds_keys, kGranule / kNumbers, 1}, scratch.k + key * dim / kNumbers, dim,
+                   kGranule / kNumbers, queries.dq + row * dim, dim, rows, dim, true);
   }
 }
 
@@ -228,26 +312,32 @@ static void write_gradient_rows(const float* source, int64_t rows, int64_t dim, 
   }
 }
 
-template <class T>
+template <class T, class Words>
 static void write_queries(const TileShape& shape, std::byte* tile, int64_t rows, void* dq) {
-  write_gradient_rows<T>(PackedQueries(shape, tile).dq, rows, shape.head_dim, shape.scale, dq);
+  const PackedQueries<Words> queries(shape, tile);
+  write_gradient_rows<T>(queries.dq, rows, shape.head_dim, shape.scale, dq);
 }
 
-template <class T>
+template <class T, class Words>
 static void write_keys(const TileShape& shape, std::byte* memory, int64_t keys, void* dk,
                        void* dv) {
-  const BackwardScratch scratch(shape, memory);
+  const BackwardScratch<Words> scratch(shape, memory);
   write_gradient_rows<T>(scratch.dk, keys, shape.head_dim, shape.scale, dk);
   write_gradient_rows<T>(scratch.dv, keys, shape.head_dim_v, 1.0f, dv);
 }
 
-template <class T>
+template <class T, class Words = FloatWords>
 static const BackwardKernel& fma_backward_kernel() {
-  static constexpr BackwardKernel kKernel = {kMaxBackwardRows,       PackedQueries::bytes,
-                                             BackwardScratch::bytes, pack_queries<T>,
-                                             pack_keys<T>,           add_pair,
-                                             write_queries<T>,       write_keys<T>,
-                                             enter_kernel,           leave_kernel};
+  static constexpr BackwardKernel kKernel = {kMaxBackwardRows,
+                                             PackedQueries<Words>::bytes,
+                                             BackwardScratch<Words>::bytes,
+                                             pack_queries<T, Words>,
+                                             pack_keys<T, Words>,
+                                             add_pair<Words>,
+                                             write_queries<T, Words>,
+                                             write_keys<T, Words>,
+                                             enter_kernel,
+                                             leave_kernel};
   return kKernel;
 }
 

@@ -56,6 +56,7 @@ const BackwardKernel& generic_backward_kernel(DType dtype);
 #if defined(__x86_64__)
 const BackwardKernel& avx2_backward_kernel(DType dtype);
 const BackwardKernel& avx512_backward_kernel(DType dtype);
+const BackwardKernel& avx512_bf16_backward_kernel();
 const BackwardKernel& amx_bf16_backward_kernel();
 #endif
 

@@ -73,6 +73,7 @@ struct FloatWords {
 
   SPARSE_ATTN_INLINE Vec broadcast_word(Word x) { return broadcast(x); }
   SPARSE_ATTN_INLINE Vec multiply_add(Vec x, Vec y, Vec sum) { return x * y + sum; }
+  SPARSE_ATTN_INLINE Vec load_words(const Word* p) { return load(p); }
   SPARSE_ATTN_INLINE Vec join(const Vec* numbers) { return numbers[0]; }
 };
 
@@ -88,9 +89,14 @@ struct BFloat16Pairs {
   SPARSE_ATTN_INLINE Vec multiply_add(Vec x, Vec y, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
   }
+  SPARSE_ATTN_INLINE Vec load_words(const Word* p) { return (Vec)_mm512_loadu_si512(p); }
+  // Rounds 32 numbers, in their order.
+  SPARSE_ATTN_INLINE __m512i round(Vec first, Vec second) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
   // Rounds numbers[0] into the lower half of each word, numbers[1] into the upper one.
   SPARSE_ATTN_INLINE Vec join(const Vec* numbers) {
-    const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]);
+    const __m512i halves = round(numbers[0], numbers[1]);
     alignas(64) static constexpr auto kInTurn = [] {
       std::array<uint16_t, 2 * kLanes> order{};
       for (int i = 0; i < 2 * kLanes; ++i) order[i] = i / 2 + i % 2 * kLanes;
@@ -111,34 +117,46 @@ static inline int64_t num_words(int64_t n) {
   return (n + Words::kNumbers - 1) / Words::kNumbers;
 }
 
-// K: 32 rows of words, each of one or two dims.
+// One row as words of one or two dims.
 template <class T, class Words>
-static void pack_k(const void* const* rows, int64_t dim, void* granule) {
-  auto* dest = static_cast<typename Words::Word*>(granule);
-  for (int i = 0; i < kGranule; ++i, dest += num_words<Words>(dim)) {
-    if constexpr (Words::kNumbers == 1) {
-      convert_row(static_cast<const T*>(rows[i]), dim, dest);
-    } else {
-      if (dim % 2 != 0) dest[dim / 2] = 0;
-      std::memcpy(dest, rows[i], dim * sizeof(T));
+static void copy_words(const void* row, int64_t dim, typename Words::Word* dest) {
+  if constexpr (Words::kNumbers == 1) {
+    convert_row(static_cast<const T*>(row), dim, dest);
+  } else {
+    if (dim % 2 != 0) dest[dim / 2] = 0;
+    std::memcpy(dest, row, dim * sizeof(T));
+  }
+}
+
+// One or two rows as words of a number of each.
+template <class T, class Words>
+static void join_rows(const void* const* rows, int64_t dim, typename Words::Word* dest) {
+  const T* row = static_cast<const T*>(rows[0]);
+  if constexpr (Words::kNumbers == 1) {
+    convert_row(row, dim, dest);
+  } else {
+    const T* next = static_cast<const T*>(rows[1]);
+    for (int64_t d = 0; d < dim; ++d) {
+      dest[d] = row[d].bits | static_cast<uint32_t>(next[d].bits) << 16;
     }
   }
 }
 
-// V: rows of words, each of one key or two.
+// Packed K: 32 rows of words of dims.
+template <class T, class Words>
+static void pack_k(const void* const* rows, int64_t dim, void* granule) {
+  auto* dest = static_cast<typename Words::Word*>(granule);
+  for (int i = 0; i < kGranule; ++i) {
+    copy_words<T, Words>(rows[i], dim, dest + i * num_words<Words>(dim));
+  }
+}
+
+// Packed V: rows of words of keys.
 template <class T, class Words>
 static void pack_v(const void* const* rows, int64_t dim, void* granule) {
   auto* dest = static_cast<typename Words::Word*>(granule);
   for (int i = 0; i < kGranule; i += Words::kNumbers, dest += dim) {
-    const T* row = static_cast<const T*>(rows[i]);
-    if constexpr (Words::kNumbers == 1) {
-      convert_row(row, dim, dest);
-    } else {
-      const T* next = static_cast<const T*>(rows[i + 1]);
-      for (int64_t d = 0; d < dim; ++d) {
-        dest[d] = row[d].bits | static_cast<uint32_t>(next[d].bits) << 16;
-      }
-    }
+    join_rows<T, Words>(rows + i, dim, dest);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "backward_kernel.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -20,10 +21,17 @@
 #define SPARSE_ATTN_BFLOAT16_PAIRS
 #include "fma_kernel.h"
 
+// The gradients use parts of the forward kernel.
+#include "backward_fma.h"
+
 namespace sparse_attn::cpu {
 
 const TileKernel& avx512_bf16_kernel() {
   return avx512_bf16::fma_kernel<avx512_bf16::BFloat16, avx512_bf16::BFloat16Pairs>();
+}
+
+const BackwardKernel& avx512_bf16_backward_kernel() {
+  return avx512_bf16::fma_backward_kernel<avx512_bf16::BFloat16, avx512_bf16::BFloat16Pairs>();
 }
 
 }  // namespace sparse_attn::cpu
