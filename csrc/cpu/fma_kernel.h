@@ -190,13 +190,13 @@ struct GranuleWords {
   }
 };
 
-// scores[kKeys][rows] = k[kKeys][words] q[words][rows]
-template <class Words, int kVectors, int kKeys>
+// scores[kKeys][rows] = k[kKeys][words] q[words][rows], with kPitch rows in all
+template <class Words, int kVectors, int64_t kPitch, int kKeys>
 static void score_part(const typename Words::Word* k, int64_t k_stride, const float* q,
                        int64_t words, float* scores) {
   Vec sum[kKeys][kVectors] = {};
 #pragma GCC unroll 2
-  for (int64_t d = 0; d < words; ++d, q += kPanel) {
+  for (int64_t d = 0; d < words; ++d, q += kPitch) {
     Vec b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(q + v * kLanes);
 #pragma GCC unroll 16
@@ -207,7 +207,7 @@ static void score_part(const typename Words::Word* k, int64_t k_stride, const fl
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kKeys; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(scores + i * kPanel + v * kLanes, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) store(scores + i * kPitch + v * kLanes, sum[i][v]);
   }
 }
 
@@ -246,9 +246,10 @@ template <class Words>
 using ValuePart = void (*)(const GranuleWords<Words>*, int, int64_t, const float*, const float*,
                            float*);
 
-template <class Words, int kVectors, int... kCounts>
+template <class Words, int kVectors, int64_t kPitch, int... kCounts>
 static ScorePart<Words> score_function(int64_t keys, std::integer_sequence<int, kCounts...>) {
-  static constexpr ScorePart<Words> kFunctions[] = {score_part<Words, kVectors, kCounts + 1>...};
+  static constexpr ScorePart<Words> kFunctions[] = {
+      score_part<Words, kVectors, kPitch, kCounts + 1>...};
   return kFunctions[keys - 1];
 }
 
@@ -292,7 +293,7 @@ static void score_keys(const Panel& panel, int64_t first_row, const GranuleWords
       const auto* row = granule.v + j * granule.v_stride;
       for (int64_t d = 0; d < panel.head_dim_v; d += 16) __builtin_prefetch(row + d, 0, 2);
     }
-    score_function<Words, kVectors>(count, std::make_integer_sequence<int, kMost>())(
+    score_function<Words, kVectors, kPanel>(count, std::make_integer_sequence<int, kMost>())(
         granule.k + begin * granule.k_stride, granule.k_stride, panel.q + first_row,
         num_words<Words>(head_dim), panel.scores + (first_key + begin) * kPanel + first_row);
   });

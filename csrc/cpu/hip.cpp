@@ -16,9 +16,11 @@ namespace sparse_attn::cpu {
 
 const HipKernel& hip_kernel(Isa isa, DType dtype, int64_t num_rows) {
 #if defined(__x86_64__)
-  constexpr int64_t kFewRows = 4;  // tiles multiply 16 in the same time
-  if (isa == Isa::kAmx && dtype == DType::kBFloat16 && num_rows > kFewRows) {
-    return amx_hip_kernel();
+  if (num_rows > kFewHipRows) {
+    if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_hip_kernel();
+    if (isa >= Isa::kAvx512Bf16 && dtype == DType::kBFloat16) return avx512_bf16_hip_rows_kernel();
+    if (isa >= Isa::kAvx512) return avx512_hip_rows_kernel(dtype);
+    if (isa == Isa::kAvx2) return avx2_hip_rows_kernel(dtype);
   }
   if (isa >= Isa::kAvx512) return avx512_hip_kernel(dtype);
   if (isa == Isa::kAvx2) return avx2_hip_kernel(dtype);

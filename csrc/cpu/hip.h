@@ -60,11 +60,17 @@ struct HipKernel {
   void (*leave)(uint32_t saved);
 };
 
+inline constexpr int64_t kFewHipRows = 4;
+
 const HipKernel& generic_hip_kernel(DType dtype);
 #if defined(__x86_64__)
 const HipKernel& avx2_hip_kernel(DType dtype);
 const HipKernel& avx512_hip_kernel(DType dtype);
-const HipKernel& amx_hip_kernel();  // bfloat16
+// Those below are for more than kFewHipRows sampled rows.
+const HipKernel& avx2_hip_rows_kernel(DType dtype);
+const HipKernel& avx512_hip_rows_kernel(DType dtype);
+const HipKernel& avx512_bf16_hip_rows_kernel();  // bfloat16
+const HipKernel& amx_hip_kernel();               // bfloat16
 #endif
 
 // The kernel to use for so many sampled rows, of at most the given instruction set.

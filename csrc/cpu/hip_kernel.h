@@ -1,4 +1,5 @@
-// Scores of HiP's candidates in float32 fused multiply-adds, for any vector width.
+// Scores of HiP's candidates for few sampled rows, in float32 fused multiply-adds, for any vector
+// width: the lanes of a vector are dims.
 #pragma once
 
 #include "decode_kernel.h"

@@ -22,7 +22,7 @@
 #define SPARSE_ATTN_VECTOR_BYTES 64
 #include "decode_kernel.h"
 #include "fma_kernel.h"
-#include "hip_kernel.h"
+#include "hip_rows_kernel.h"
 
 // The gradients use parts of the forward kernel.
 #include "backward_fma.h"
@@ -32,6 +32,7 @@ namespace sparse_attn::cpu {
 const TileKernel& avx512_kernel(DType dtype) { return avx512::fma_kernel(dtype); }
 const DecodeKernel& avx512_decode_kernel(DType dtype) { return avx512::decode_kernel(dtype); }
 const HipKernel& avx512_hip_kernel(DType dtype) { return avx512::hip_kernel(dtype); }
+const HipKernel& avx512_hip_rows_kernel(DType dtype) { return avx512::hip_rows_kernel(dtype); }
 
 const BackwardKernel& avx512_backward_kernel(DType dtype) {
   return avx512::fma_backward_kernel(dtype);

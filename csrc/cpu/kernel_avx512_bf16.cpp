@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "backward_kernel.h"
+#include "hip.h"
 #include "kernel.h"
 #include "key_cursor.h"
 
@@ -20,6 +21,7 @@
 #define SPARSE_ATTN_VECTOR_BYTES 64
 #define SPARSE_ATTN_BFLOAT16_PAIRS
 #include "fma_kernel.h"
+#include "hip_rows_kernel.h"
 
 // The gradients use parts of the forward kernel.
 #include "backward_fma.h"
@@ -32,6 +34,10 @@ const TileKernel& avx512_bf16_kernel() {
 
 const BackwardKernel& avx512_bf16_backward_kernel() {
   return avx512_bf16::fma_backward_kernel<avx512_bf16::BFloat16, avx512_bf16::BFloat16Pairs>();
+}
+
+const HipKernel& avx512_bf16_hip_rows_kernel() {
+  return avx512_bf16::hip_rows_kernel<avx512_bf16::BFloat16, avx512_bf16::BFloat16Pairs>();
 }
 
 }  // namespace sparse_attn::cpu
