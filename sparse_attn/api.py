@@ -262,8 +262,8 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
 
     Without a selector the result is torch's in every case: dense calls that the C++ kernels serve
-    run there, all others (masks, dropout, other ranks and dtypes, GPUs, `torch.func`) go to torch
-    itself.
+    run there, all others (masks, dropout, other ranks and dtypes, GPUs, `torch.func`, and those of
+    less than 16384 scores) go to torch itself.
     With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
     it is refused by name.
 
@@ -300,33 +300,39 @@ def scaled_dot_product_attention(
         >>> banded = scaled_dot_product_attention(q, k, v, is_causal=True, selector=window)
     """
     query, key, value = _autocast(query, key, value)
-    reasons = _sdpa_refusals(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    named = backend != "auto"
-    if selector is None and not named:
-        if (
-            reasons
-            or torch._C._are_functorch_transforms_active()
-            or backends.choose("auto", query, value).backend != "cpu"
-        ):
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-    elif reasons:
+    call = (query, key, value, attn_mask, dropout_p, is_causal)
+    if selector is None and backend == "auto":
+        if not _gains(*call, enable_gqa):
+            return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
+    elif reasons := _sdpa_refusals(*call, enable_gqa):
         asker = "a selector" if selector is not None else f"backend={backend!r}"
         raise ValueError(f"scaled_dot_product_attention with {asker}: {'; '.join(reasons)}")
-    if is_causal:
+    if is_causal and key.shape[2] != query.shape[2]:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if selector is None:
         selector = BlockLayout.dense((query.shape[2], key.shape[2]), device=query.device)
     return sparse_attention(
         query, key, value, selector, is_causal=is_causal, scale=scale, backend=backend
+    )
+
+
+_FEWEST_SCORES = 2**14  # where the call itself no longer outweighs what the kernels gain
+
+
+def _gains(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> bool:
+    """Whether the C++ kernels serve a call of torch's function, in less time than torch."""
+    if attn_mask is not None or dropout_p != 0.0 or torch._C._are_functorch_transforms_active():
+        return False
+    try:
+        op = _op_for(q, k, v, "auto")
+    except (TypeError, ValueError):  # torch takes it, or says what is wrong
+        return False
+    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return (
+        num_scores >= _FEWEST_SCORES
+        and op is torch.ops.sparse_attn.attention.default
+        and (enable_gqa or q.shape[1] == k.shape[1])
+        and not (is_causal and q.shape[2] > k.shape[2])
     )
 
 

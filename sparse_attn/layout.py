@@ -81,34 +81,37 @@ class BlockLayout:
             raise ValueError(f"block_size must be positive, got {tuple(self.block_size)}")
         if self.column_group < 1:
             raise ValueError(f"column_group must be positive, got {self.column_group}")
-        self._check_field("sink", (None,))
-        self._check_field("window", (None,))
-        self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
-        self._check_lists("num_columns", "column_indices", self.num_column_groups)
+        self._check_field("sink", self.sink, (None,))
+        self._check_field("window", self.window, (None,))
+        if self.kv_num_blocks is not None or self.kv_indices is not None:
+            self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
+        if self.num_columns is not None or self.column_indices is not None:
+            self._check_lists("num_columns", "column_indices", self.num_column_groups)
 
-    def _check_field(self, name: str, shape: tuple[int | None, ...]) -> None:
-        value = getattr(self, name)
+    def _check_field(self, name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.dtype != torch.int32:
             raise ValueError(f"{name} must be int32, got {value.dtype}")
         if value.device != self.sink.device:
             raise ValueError(f"{name} is on {value.device}, but sink is on {self.sink.device}")
-        wrong = any(want not in (None, got) for want, got in zip(shape, value.shape, strict=False))
-        if value.dim() != len(shape) or wrong:
+        sizes = value.shape
+        for want, got in zip(shape, sizes, strict=False):
+            wrong = want is not None and want != got
+            if wrong:
+                break
+        if len(sizes) != len(shape) or wrong:
             shown = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"{name} must have shape [{shown}], got {list(value.shape)}")
-        if 0 in value.shape[: 1 if len(shape) == 1 else 2]:
-            raise ValueError(f"{name} has a batch or head size of 0: {list(value.shape)}")
+            raise ValueError(f"{name} must have shape [{shown}], got {list(sizes)}")
+        if 0 in sizes[: 1 if len(shape) == 1 else 2]:
+            raise ValueError(f"{name} has a batch or head size of 0: {list(sizes)}")
 
     def _check_lists(self, counts_name: str, indices_name: str, rows: int) -> None:
         counts, indices = getattr(self, counts_name), getattr(self, indices_name)
-        if counts is None and indices is None:
-            return
         if counts is None or indices is None:
             raise ValueError(f"{counts_name} and {indices_name} must be given together")
-        self._check_field(counts_name, (None, None, rows))
-        self._check_field(indices_name, (*counts.shape, None))
+        self._check_field(counts_name, counts, (None, None, rows))
+        self._check_field(indices_name, indices, (*counts.shape, None))
 
     # --- sizes
 

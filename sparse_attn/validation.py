@@ -137,12 +137,17 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
             "layout_or_selector must be a BlockLayout or a selector that returns one, got "
             f"{type(layout).__name__}"
         )
+    fitted = (q.shape, k.shape[2], q.device)
+    if layout.__dict__.get("_fits") == fitted and not torch.compiler.is_compiling():
+        return
     seqlens = (q.shape[2], k.shape[2])
     if tuple(layout.seqlens) != seqlens:
         raise ValueError(
             f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have {seqlens}"
         )
     _check_layout_fits(layout, q, q.shape[1], q.shape[0])
+    if not torch.compiler.is_compiling():
+        layout.__dict__["_fits"] = fitted  # checking takes longer than the rest of a small call
 
 
 def _check_layout_fits(layout: BlockLayout, q: Tensor, num_heads: int, batch: int) -> None:

@@ -146,3 +146,16 @@ def test_a_call_that_was_right_hides_no_wrong_one():
         sparse_attention(Q, K, K, layout, backend="fastest")
     with pytest.raises(TypeError, match="k must be a tensor"):
         sparse_attention(Q, K.tolist(), K, layout)
+
+
+def test_a_layout_that_fitted_before_is_checked_again():
+    layout = replace(DENSE, sink=torch.zeros(4, dtype=torch.int32))
+    sparse_attention(Q, K, K, layout)
+    for q, k, message in [
+        (Q[:, :2], K, "sink has 4 heads, which does not divide the 2 heads of q"),
+        (Q[:, :, :3], K, "the layout is for seqlens"),
+        (Q, K[:, :, :9], "the layout is for seqlens"),
+        (Q.to("meta"), K.to("meta"), "the layout is on cpu, but q is on meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sparse_attention(q, k, k, layout)

@@ -18,6 +18,29 @@ ours = sparse_attn.scaled_dot_product_attention
 INFO = next(x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
 
 
+@pytest.fixture(autouse=True)
+def kernels_for_small_calls(monkeypatch):
+    monkeypatch.setattr("sparse_attn.api._FEWEST_SCORES", 0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_few_scores_are_torchs(monkeypatch, is_causal):
+    q, k, v = torch.randn(3, 1, 2, 60, 40).unbind(0)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    assert not torch.equal(ours(q, k, v, is_causal=is_causal), expected), "no kernel of ours ran"
+    monkeypatch.undo()
+    assert torch.equal(ours(q, k, v, is_causal=is_causal), expected)
+    longer = torch.randn(1, 2, 100, 40)
+    served = ours(longer, longer, longer, is_causal=is_causal)
+    assert torch.equal(
+        served, ours(longer, longer, longer, is_causal=is_causal, selector=_dense(longer))
+    )
+
+
+def _dense(x):
+    return sparse_attn.BlockLayout.dense((x.shape[2], x.shape[2]))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_every_sample_of_torchs_own_opinfo(dtype, requires_grad):
