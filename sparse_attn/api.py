@@ -224,9 +224,12 @@ def _may_split_float32() -> bool:
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the autocast dtype where autocast is on, as torch does for its own attention."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor):
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Tensor) -> Tensor:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
