@@ -285,9 +285,9 @@ interleaved rounds in one run, and "vs" is the median of their time over ours in
 above 1 we are faster. Density is the share of causal (query, key) pairs that are seen; "vs SDPA *
 density" is 1 where time falls as fast as the work, from SDPA's dense time. The error is the
 greatest against float64 on sampled rows (backward: of the gradients of one head). "Of peak" is the
-rate of arithmetic over that of a large `torch.mm` in the same dtype at the same time, which itself
-need not reach the machine's peak; for decode the rate of reading keys and values over that of
-summing a large array."""
+rate of arithmetic over that of a large `torch.mm` in the same dtype (or float32, if faster) at the
+same time, which itself need not reach the machine's peak; for decode the rate of reading keys and
+values over that of summing a large array."""
 
 
 def header(others: tuple[str, ...]) -> tuple[str, ...]:
@@ -405,7 +405,10 @@ def main() -> None:
     if args.out or whole:
         write(results, args.out or RESULTS, conditions, device)
     if whole and args.out is None and device.name == "cpu":
-        report.replace_section(README, "kernels", summary(results, conditions, device))
+        try:
+            report.replace_section(README, device.stem, summary(results, conditions, device))
+        except ValueError as error:
+            print(f"not in the README: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

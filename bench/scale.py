@@ -17,7 +17,7 @@ import torch
 
 from sparse_attn import BlockLayout, sparse_attention
 
-from . import report
+from . import devices, report
 from .cases import B64, Case, Dense, square
 from .kernels import RESULTS, Problem, WrongResult, check, forward_results, worst_error
 from .memory import peak_growth
@@ -220,9 +220,10 @@ def main() -> None:
         out = args.out or RESULTS
         out.mkdir(parents=True, exist_ok=True)
         text = "\n\n".join(["# Scale", *tables, NOTES, f"Machine: {conditions}"])
-        (out / "scale.md").write_text(f"{text}\n")
-        report.write_rows(out / "scale.csv", LENGTH_HEADER, length_rows)
-        report.write_rows(out / "scale_threads.csv", THREAD_HEADER, thread_rows)
+        stem = f"scale-{devices.cpu_isa()}"
+        (out / f"{stem}.md").write_text(f"{text}\n")
+        report.write_rows(out / f"{stem}.csv", LENGTH_HEADER, length_rows)
+        report.write_rows(out / f"{stem}-threads.csv", THREAD_HEADER, thread_rows)
 
 
 if __name__ == "__main__":

@@ -355,7 +355,9 @@ def test_results_are_written(tmp_path):
         case=SMALL[0], density=0.5, ms={"SDPA": 2.0, "ours": 1.0, "Flex": 3.0},
         ratios={"SDPA": 2.0, "ours": 1.0, "Flex": 3.0}, error=1e-3, rate=5.0, peak=10.0,
     )  # fmt: skip
-    kernels.write([result], tmp_path, "a machine", devices.cpu())
-    assert "| 50 %" in (tmp_path / "cpu.md").read_text()
-    header, row = (tmp_path / "cpu.csv").read_text().splitlines()
+    device = devices.cpu()
+    assert device.stem == f"cpu-{sparse_attn._C.cpu_isa()}".replace("_", "-")
+    kernels.write([result], tmp_path, "a machine", device)
+    assert "| 50 %" in (tmp_path / f"{device.stem}.md").read_text()
+    header, row = (tmp_path / f"{device.stem}.csv").read_text().splitlines()
     assert len(header.split(",")) == len(row.split(",")) == len(kernels.header(("Flex",))) + 3
