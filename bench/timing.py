@@ -98,15 +98,14 @@ def matmul_rate(
     """Floating-point operations a second of `torch.mm` on the whole device, now; the best of some
     ``a @ b`` and ``a @ b.T``. Where torch has no fast product of the dtype, of small matrices.
     """
-    small = min(size, 256)
-    rate = 0.0
-    for n in (small, size):
-        if rate and 2 * n**3 / rate > LONGEST_PRODUCT:
+    times, measured = [0.0], 0
+    for n in (min(size, 256), size):
+        if measured and max(times) * (n / measured) ** 3 > LONGEST_PRODUCT:
             break
         a, b = _matrices(dtype, n, device)
         calls = [functools.partial(torch.mm, a, x) for x in (b, b.mT)]
-        rate = 2 * n**3 / min(stopwatch(call) for call in 3 * calls)
-    return rate
+        times, measured = [stopwatch(call) for call in 4 * calls][2:], n
+    return 2 * measured**3 / min(times)
 
 
 @functools.cache
