@@ -110,8 +110,10 @@ SPARSE_ATTN_INLINE void max_of_keys(const float* scores, Vec* top) {
   }
 }
 
-static inline void prefetch_run(const std::byte* run, int64_t row_bytes, int64_t key_bytes) {
-  for (int i = 0; i < kHipRun; ++i) prefetch_row(run + i * row_bytes, key_bytes);
+static inline void prefetch_key(const void* key, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const std::byte*>(key) + i);
+  }
 }
 
 template <class T, class Words>
@@ -122,7 +124,7 @@ static void score_hip_rows(const std::byte* queries, int64_t num_rows, int64_t h
   alignas(64) float scores[kHipRun * kRowGroup];
   for (int64_t j = 0; j < count; j += kHipRun) {
     if (j + kHipRun < count) {
-      for (int i = 0; i < kHipRun; ++i) prefetch_row(keys[j + kHipRun + i], head_dim * sizeof(T));
+      for (int i = 0; i < kHipRun; ++i) prefetch_key(keys[j + kHipRun + i], head_dim * sizeof(T));
     }
     const HipKeys<T, Words> run(keys + j, head_dim, copy);
     Vec top[kHipRun];
@@ -178,7 +180,9 @@ static void score_runs_of_rows(const std::byte* const* queries, int64_t num_sear
     for (int64_t j = 0; j < count; j += kRuns) {
       const int64_t num_runs = std::min(kRuns, count - j);
       for (int64_t r = 0; r < num_runs; ++r) {
-        if (j + r + 1 < count) prefetch_run(runs[j + r + 1], row_bytes, head_dim * sizeof(T));
+        for (int i = 0; j + r + 1 < count && i < kHipRun; ++i) {
+          prefetch_key(runs[j + r + 1] + i * row_bytes, head_dim * sizeof(T));
+        }
         const HipKeys<T, Words> run(runs[j + r], row_bytes, head_dim, copy);
         for (int64_t t = 0; t < together; ++t) {
           const HipRows<Words> rows(queries[first + t], num_rows, head_dim);
