@@ -1,5 +1,6 @@
-// One pass over pairs of a key tile and a query tile. The task of a key tile owns dk and dv; dq is
-// added to by the key tiles in ascending order, each query tile telling whose turn it is.
+// One pass over pairs of a key tile and a query tile, KV head by KV head. The task of a key tile
+// owns dk and dv; dq is added to by the key tiles in ascending order, each query tile telling whose
+// turn it is.
 #include "backward.h"
 
 #include <algorithm>
@@ -7,13 +8,14 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <numeric>
 #include <thread>
 #include <vector>
 
-#include "aligned_buffer.h"
 #include "backward_kernel.h"
+#include "head_queue.h"
 #include "layout_check.h"
 
 namespace sparse_attn::cpu {
@@ -96,44 +98,84 @@ class Backward {
         query_tiles_(ceil_div(params.seqlen_q, shape_.rows)),
         key_tiles_(ceil_div(params.seqlen_kv, kKeyTile)),
         num_query_tiles_(params.batch * params.num_heads * query_tiles_),
-        num_kv_heads_(params.batch * params.num_kv_heads),
+        tile_bytes_(kernel.query_tile_bytes(shape_)),
         map_(num_query_tiles_, key_tiles_),
         turn_(num_query_tiles_),
-        dsinks_(params.dsinks != nullptr ? num_query_tiles_ : 0),
-        next_key_tile_(num_kv_heads_) {}
-
-  Backward(const Backward&) = delete;
-  Backward& operator=(const Backward&) = delete;
-  ~Backward() {
-    constexpr int64_t kKeptBytes = int64_t{64} << 20;
-    if (memory().capacity() > kKeptBytes) memory().release();
-  }
+        dsinks_(params.dsinks != nullptr ? num_query_tiles_ : 0) {}
 
   void run(const Parallel& parallel) {
-    tile_bytes_ = kernel_.query_tile_bytes(shape_);
-    memory().reserve(num_query_tiles_ * tile_bytes_);
-    tiles_ = memory().data();
     parallel.run(num_query_tiles_, [&](int64_t i) {
-      const uint32_t saved = kernel_.enter();
-      prepare_query_tile(i);
-      kernel_.leave(saved);
+      mark_key_tiles(params_, tile_index(i), map_.row(i));
+      turn_[i] = static_cast<int32_t>(map_.next(i, 0));
     });
-    sort_kv_heads();
-    const int64_t num_tasks = num_kv_heads_ * key_tiles_;
-    parallel.run(std::min(num_tasks, parallel.num_threads), [&](int64_t) {
-      thread_local AlignedBuffer scratch;
-      scratch.reserve(kernel_.scratch_bytes(shape_));
-      const uint32_t saved = kernel_.enter();
-      for (int64_t i = next_kv_head_++; i < num_kv_heads_; i = next_kv_head_++) {
-        run_kv_head(kv_heads_[i], scratch.data());
-      }
-      for (int64_t i = num_kv_heads_; i-- > 0;) run_kv_head(kv_heads_[i], scratch.data());
-      kernel_.leave(saved);
-    });
+    std::deque<HeadWork> heads;
+    for (const auto& [pairs, kv_head] : sorted_kv_heads())
+      heads.emplace_back(*this, kv_head, pairs);
+    const int64_t allowed = num_query_tiles_ * tile_bytes_;
+    HeadQueue<HeadWork>(heads, allowed, kernel_.enter, kernel_.leave).run(parallel);
     sum_dsinks();
   }
 
  private:
+  // The query tiles and the key tiles of a KV head, for HeadQueue: threads prepare the query tiles
+  // together, then take key tiles.
+  class HeadWork {
+   public:
+    HeadWork(Backward& call, int64_t kv_head, int64_t pairs)
+        : call_(call),
+          kv_head_(kv_head),
+          pairs_(pairs),
+          num_query_tiles_(call.group_size_ * call.query_tiles_) {}
+
+    void list() {}
+    int64_t num_multiplications() const {
+      const TileShape& shape = call_.shape_;
+      return pairs_ * shape.rows * kKeyTile * (3 * shape.head_dim + 2 * shape.head_dim_v);
+    }
+    int64_t packed_bytes() const { return num_query_tiles_ * call_.tile_bytes_; }
+    int64_t scratch_bytes() const { return call_.kernel_.scratch_bytes(call_.shape_); }
+
+    void open(std::byte* memory) {
+      memory_ = memory;
+      is_open_ = true;
+    }
+
+    bool help(std::byte* scratch) {
+      if (!is_open_) return false;
+      bool helped = false;
+      for (int64_t i; take(next_query_tile_, num_query_tiles_, i); helped = true) {
+        call_.prepare_query_tile(kv_head_ * num_query_tiles_ + i, tile_memory(i));
+        ++prepared_;
+      }
+      if (prepared_ < num_query_tiles_) return helped;
+      for (int64_t i; take(next_key_tile_, call_.key_tiles_, i); helped = true) {
+        call_.run_key_tile(kv_head_, i, memory_, scratch);
+        ++done_key_tiles_;
+      }
+      return helped;
+    }
+
+    bool is_taken() const {
+      return is_open_ && next_query_tile_ >= num_query_tiles_ && next_key_tile_ >= call_.key_tiles_;
+    }
+    bool is_done() const {
+      return is_open_ && prepared_ == num_query_tiles_ && done_key_tiles_ == call_.key_tiles_;
+    }
+
+   private:
+    static bool take(std::atomic<int64_t>& next, int64_t end, int64_t& i) {
+      return next < end && (i = next++) < end;
+    }
+
+    std::byte* tile_memory(int64_t i) const { return memory_ + i * call_.tile_bytes_; }
+
+    Backward& call_;
+    int64_t kv_head_, pairs_, num_query_tiles_;
+    std::byte* memory_ = nullptr;
+    std::atomic<bool> is_open_{false};
+    std::atomic<int64_t> next_query_tile_{0}, prepared_{0}, next_key_tile_{0}, done_key_tiles_{0};
+  };
+
   static TileShape make_shape(const BackwardParams& params, const BackwardKernel& kernel) {
     TileShape shape;
     // A tile that spans several lists works on the union of their keys.
@@ -147,18 +189,11 @@ class Backward {
     return shape;
   }
 
-  static AlignedBuffer& memory() {
-    thread_local AlignedBuffer buffer;
-    return buffer;
-  }
-
   TileIndex tile_index(int64_t i) const {
     const int64_t row = i % query_tiles_ * shape_.rows, head = i / query_tiles_;
     return {head / params_.num_heads, head % params_.num_heads, row,
             std::min(shape_.rows, params_.seqlen_q - row)};
   }
-
-  std::byte* tile_memory(int64_t i) const { return tiles_ + i * tile_bytes_; }
 
   void* dq_rows(const TileIndex& tile) const {
     const int64_t row = (tile.batch * params_.num_heads + tile.head) * params_.seqlen_q + tile.row;
@@ -166,10 +201,8 @@ class Backward {
            row * params_.head_dim * element_size(params_.dtype);
   }
 
-  void prepare_query_tile(int64_t i) {
+  void prepare_query_tile(int64_t i, std::byte* memory) {
     const TileIndex tile = tile_index(i);
-    mark_key_tiles(params_, tile, map_.row(i));
-    turn_[i] = static_cast<int32_t>(map_.next(i, 0));
     if (turn_[i] == key_tiles_) {
       std::memset(dq_rows(tile), 0, tile.rows * params_.head_dim * element_size(params_.dtype));
     }
@@ -185,10 +218,10 @@ class Backward {
       dout_rows[r] = busy[r] ? dout[tile.row + r] : kZeroRow;
       out_rows[r] = busy[r] ? out[tile.row + r] : kZeroRow;
     }
-    kernel_.pack_queries(shape_, q_rows, dout_rows, out_rows, tile_memory(i));
+    kernel_.pack_queries(shape_, q_rows, dout_rows, out_rows, memory);
 
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    const QueryTileHead head(tile_memory(i), shape_.rows);
+    const QueryTileHead head(memory, shape_.rows);
     const int64_t first =
         (tile.batch * params_.num_heads + tile.head) * params_.seqlen_q + tile.row;
     double dsink = 0;
@@ -209,21 +242,16 @@ class Backward {
     if (params_.dsinks != nullptr) dsinks_[i] = dsink;
   }
 
-  // KV heads with the most work come first.
-  void sort_kv_heads() {
-    std::vector<int64_t> work(num_kv_heads_);
+  // How many pairs of tiles see each other, and the KV head; most pairs first.
+  std::vector<std::pair<int64_t, int64_t>> sorted_kv_heads() const {
+    std::vector<std::pair<int64_t, int64_t>> heads(params_.batch * params_.num_kv_heads);
+    for (size_t i = 0; i < heads.size(); ++i) heads[i].second = static_cast<int64_t>(i);
     for (int64_t i = 0; i < num_query_tiles_; ++i) {
-      work[i / (query_tiles_ * group_size_)] += map_.count(i);
+      heads[i / (query_tiles_ * group_size_)].first += map_.count(i);
     }
-    kv_heads_.resize(num_kv_heads_);
-    std::iota(kv_heads_.begin(), kv_heads_.end(), 0);
-    std::stable_sort(kv_heads_.begin(), kv_heads_.end(),
-                     [&](int64_t a, int64_t b) { return work[a] > work[b]; });
-  }
-
-  void run_kv_head(int64_t kv_head, std::byte* scratch) {
-    std::atomic<int64_t>& next = next_key_tile_[kv_head];
-    for (int64_t t = next++; t < key_tiles_; t = next++) run_key_tile(kv_head, t, scratch);
+    std::stable_sort(heads.begin(), heads.end(),
+                     [](const auto& a, const auto& b) { return a.first > b.first; });
+    return heads;
   }
 
   // The first query tile of [begin, end) that sees the key tile; `end` if none.
@@ -232,11 +260,13 @@ class Backward {
     return begin;
   }
 
-  void run_key_tile(int64_t kv_head, int64_t key_tile, std::byte* scratch) {
+  // `tiles` holds the head's query tiles.
+  void run_key_tile(int64_t kv_head, int64_t key_tile, std::byte* tiles, std::byte* scratch) {
     const int64_t first_key = key_tile * kKeyTile;
     const int64_t keys = std::min(kKeyTile, params_.seqlen_kv - first_key);
     const int64_t first = kv_head * group_size_ * query_tiles_;
     const int64_t last = first + group_size_ * query_tiles_;
+    const auto tile_memory = [&](int64_t i) { return tiles + (i - first) * tile_bytes_; };
     Visibility visibility;
     pack_keys(kv_head, first_key, first, last, scratch, visibility);
     int64_t following = next_seeing(first, last, key_tile);
@@ -310,15 +340,10 @@ class Backward {
   const int64_t query_tiles_;      // in one query head
   const int64_t key_tiles_;        // in one KV head
   const int64_t num_query_tiles_;  // in the whole batch
-  const int64_t num_kv_heads_;     // in the whole batch
-  int64_t tile_bytes_ = 0;
-  std::byte* tiles_ = nullptr;
+  const int64_t tile_bytes_;
   TileMap map_;
   std::vector<std::atomic<int32_t>> turn_;  // the key tile that may add to dq next
   std::vector<double> dsinks_;
-  std::vector<int64_t> kv_heads_;
-  std::atomic<int64_t> next_kv_head_{0};
-  std::vector<std::atomic<int64_t>> next_key_tile_;
 };
 
 }  // namespace

@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
-#include <mutex>
-#include <thread>
 #include <vector>
 
-#include "aligned_buffer.h"
+#include "head_queue.h"
 #include "kernel.h"
 #include "key_cursor.h"
 #include "packed_keys.h"
@@ -28,10 +26,6 @@ const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
   return generic_kernel(dtype);
 }
 
-// What each calling thread keeps of the memory for packed keys, as fresh pages cost more than
-// packing.
-constexpr int64_t kKeptBytes = int64_t{64} << 20;
-
 // Memory for packed keys stays below half of what the tensors of the calls take.
 int64_t allowed_bytes(std::span<const AttentionParams> calls) {
   int64_t tensor_bytes = 0;
@@ -41,13 +35,6 @@ int64_t allowed_bytes(std::span<const AttentionParams> calls) {
                     (params.num_heads * params.seqlen_q + params.num_kv_heads * params.seqlen_kv);
   }
   return std::max(kKeptBytes, tensor_bytes / 20 * 9);
-}
-
-// What this thread has written past the caches comes before what it does next.
-void end_streaming() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
 }
 
 // One query tile and an estimate of how many keys it reads.
@@ -68,8 +55,7 @@ class HeadWork {
         kv_head_(kv_head),
         keys_(params, kernel, kv_head, most_packed_bytes) {}
 
-  // Lists the tiles, none of which spans two rows of an index list; to be called before the rest.
-  // A second call does nothing.
+  // Lists the tiles, none of which spans two rows of an index list.
   void list() {
     if (is_listed_) return;
     is_listed_ = true;
@@ -97,16 +83,15 @@ class HeadWork {
   }
 
   int64_t num_multiplications() const { return pairs_ * (params_.head_dim + params_.head_dim_v); }
-  int64_t packed_bytes() const { return keys_.bytes(); }
+  int64_t packed_bytes() const { return kernel_.in_place ? 0 : keys_.bytes(); }
   int64_t scratch_bytes() const { return cursor_bytes() + tile_bytes(); }
 
-  // Lets threads in; `memory` holds packed_bytes() until the work is done.
   void open(std::byte* memory) {
     memory_ = memory;
     is_open_ = true;
   }
 
-  // Takes what is left, but for tiles while others still pack. Returns whether there was anything.
+  // Takes what is left, but for tiles while others still pack.
   bool help(std::byte* scratch) {
     if (!is_open_) return false;
     bool helped = false;
@@ -187,129 +172,20 @@ class HeadWork {
   std::atomic<int64_t> next_chunk_{0}, packed_chunks_{0}, next_task_{0}, done_tasks_{0};
 };
 
-// Each thread starts one KV head after the other and works it off, so that packed keys stay in its
-// own cache. While no head can be started, as none is left or memory for packed keys has run out,
-// it helps others.
-class HeadQueue {
- public:
-  HeadQueue(std::span<const AttentionParams> calls, const TileKernel& kernel) : kernel_(kernel) {
-    const int64_t allowed = allowed_bytes(calls);
-    for (const AttentionParams& params : calls) {
-      if (params.num_heads == 0 || params.seqlen_q == 0) continue;
-      for (int64_t i = 0; i < params.batch * params.num_kv_heads; ++i) {
-        HeadWork& head = heads_.emplace_back(params, kernel, i, allowed);
-        slot_bytes_ = std::max(slot_bytes_, head.packed_bytes());
-        scratch_bytes_ = std::max(scratch_bytes_, head.scratch_bytes());
-      }
-    }
-    if (kernel.in_place) slot_bytes_ = 0;
-    most_slots_ = slot_bytes_ == 0 ? num_heads() : std::max<int64_t>(1, allowed / slot_bytes_);
-  }
-
-  void run(const Parallel& threads) {
-    thread_local AlignedBuffer memory;
-    const int64_t num_threads = is_small() ? 1 : threads.num_threads;
-    slots_.resize(std::min({num_threads, num_heads(), most_slots_}));
-    memory.reserve(slots_.size() * slot_bytes_);
-    for (size_t i = 0; i < slots_.size(); ++i) slots_[i].memory = memory.data() + i * slot_bytes_;
-    if (num_threads == 1) {
-      run_thread(0);
-    } else {
-      threads.run(num_threads, [&](int64_t i) { run_thread(i); });
-    }
-    if (memory.capacity() > kKeptBytes) memory.release();
-  }
-
- private:
-  // Memory for the packed keys of one head.
-  struct Slot {
-    std::byte* memory = nullptr;
-    const HeadWork* user = nullptr;
-  };
-
-  int64_t num_heads() const { return static_cast<int64_t>(heads_.size()); }
-
-  // Other threads wake up in the time that one needs for about a million multiplications.
-  bool is_small() {
-    constexpr int64_t kWorthThreads = 1 << 20;
-    int64_t multiplications = 0;
-    for (HeadWork& head : heads_) {
-      head.list();
-      multiplications += head.num_multiplications();
-      if (multiplications >= kWorthThreads) return false;
-    }
-    return true;
-  }
-
-  void run_thread(int64_t thread) {
-    thread_local AlignedBuffer scratch;
-    const uint32_t saved = kernel_.enter();
-    try {
-      scratch.reserve(scratch_bytes_);
-      while (!has_failed_) {
-        if (HeadWork* head = start_head(thread)) {
-          while (!head->is_taken() && !has_failed_) {
-            if (!head->help(scratch.data())) std::this_thread::yield();
-          }
-        } else if (!help_others(thread, scratch.data())) {
-          break;
-        }
-      }
-    } catch (...) {
-      has_failed_ = true;  // nobody waits for this thread
-      kernel_.leave(saved);
-      throw;
-    }
-    end_streaming();
-    kernel_.leave(saved);
-  }
-
-  // Null if no head is left, or no slot: a thread's own one is free when nobody helps it.
-  HeadWork* start_head(int64_t thread) {
-    HeadWork* head = nullptr;
-    Slot* slot = nullptr;
-    {
-      const std::lock_guard lock(mutex_);
-      if (next_head_ == num_heads()) return nullptr;
-      for (size_t i = 0; i < slots_.size() && slot == nullptr; ++i) {
-        Slot& candidate = slots_[(thread + i) % slots_.size()];
-        if (candidate.user == nullptr || candidate.user->is_done()) slot = &candidate;
-      }
-      if (slot == nullptr) return nullptr;
-      head = &heads_[next_head_++];
-      slot->user = head;
-    }
-    head->list();
-    head->open(slot->memory);
-    return head;
-  }
-
-  // Whether anything is left to take now or later.
-  bool help_others(int64_t thread, std::byte* scratch) {
-    bool helped = false, is_left = false;
-    for (int64_t i = 0; i < num_heads(); ++i) {
-      HeadWork& head = heads_[(thread + i) % num_heads()];
-      helped |= head.help(scratch);
-      is_left |= !head.is_taken();
-    }
-    if (!helped) std::this_thread::yield();
-    return is_left;
-  }
-
-  const TileKernel& kernel_;
-  std::deque<HeadWork> heads_;
-  int64_t slot_bytes_ = 0, most_slots_ = 1, scratch_bytes_ = 0;
-  std::mutex mutex_;
-  int64_t next_head_ = 0;
-  std::vector<Slot> slots_;
-  std::atomic<bool> has_failed_{false};
-};
-
 }  // namespace
 
 void prefill(std::span<const AttentionParams> calls, Isa isa, const Parallel& threads) {
   if (calls.empty()) return;
-  HeadQueue(calls, select_kernel(isa, calls.front())).run(threads);
+  const TileKernel& kernel = select_kernel(isa, calls.front());
+  const int64_t allowed = allowed_bytes(calls);
+  std::deque<HeadWork> heads;
+  for (const AttentionParams& params : calls) {
+    if (params.num_heads == 0 || params.seqlen_q == 0) continue;
+    for (int64_t i = 0; i < params.batch * params.num_kv_heads; ++i) {
+      heads.emplace_back(params, kernel, i, allowed);
+    }
+  }
+  HeadQueue<HeadWork>(heads, allowed, kernel.enter, kernel.leave).run(threads);
 }
 
 }  // namespace sparse_attn::cpu
