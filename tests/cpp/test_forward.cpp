@@ -387,7 +387,7 @@ struct Gradients {
     for (float& x : dlse) x = normal(generator);
   }
 
-  void run(Isa isa) {
+  void run(Isa isa, const Parallel& threads) {
     problem.describe();
     BackwardParams backward;
     static_cast<AttentionParams&>(backward) = params;
@@ -400,7 +400,20 @@ struct Gradients {
     if (!problem.sinks.empty()) {
       backward.dsinks = reinterpret_cast<float*>(dsinks.bytes.data());
     }
-    sparse_attn::cpu::backward(backward, isa, Problem::two_threads());
+    sparse_attn::cpu::backward(backward, isa, threads);
+  }
+
+  // The result depends neither on the number of threads nor on who runs first.
+  void check_threads(Isa isa, const std::string& name) {
+    const auto results = [&] { return std::vector{dq.bytes, dk.bytes, dv.bytes, dsinks.bytes}; };
+    const auto expected = results();
+    for (int64_t num_threads : {1, 3}) {
+      run(isa, Problem::one_after_the_other(num_threads));
+      if (results() == expected) continue;
+      std::printf("gradients of %s differ when %d threads run one after the other\n", name.c_str(),
+                  static_cast<int>(num_threads));
+      std::exit(1);
+    }
   }
 
   void expect_row(int64_t b, int64_t h, int64_t i) {
@@ -809,8 +822,9 @@ int main(int argc, char** argv) {
       if (i % 4 == 1) check_infinite_hip(isa);
       if (i % 2 == 0) continue;
       Gradients gradients(problem);
-      gradients.run(isa);
+      gradients.run(isa, Problem::two_threads());
       gradients.check(name);
+      if (i % 4 == 1) gradients.check_threads(isa, name);
     }
     std::printf("%s: %d random problems agree, broken layouts are refused\n", isa_name(isa),
                 num_problems);
