@@ -243,8 +243,11 @@ def _layout(
 ) -> BlockLayout:
     """The layout itself, or what the selector makes of q and k."""
     if not isinstance(source, BlockLayout) and callable(source):
-        with torch.no_grad():
-            source = source(q.detach(), k.detach(), is_causal=is_causal, scale=scale)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                source = source(q.detach(), k.detach(), is_causal=is_causal, scale=scale)
+        else:
+            source = source(q, k, is_causal=is_causal, scale=scale)
     validation.check_layout(source, q, k)
     return source
 
