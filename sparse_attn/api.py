@@ -204,7 +204,11 @@ def _op_for(q: Tensor, k: Tensor, v: Tensor, backend: str):
         shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
         seen = (backend, ops._C, *shapes, *dtypes, q.device, k.device, v.device)
         op = _ops.get(seen)
-    except (AttributeError, TypeError):  # no tensors, or sizes that are symbols
+    except (
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ):  # no tensors, symbols as sizes, nested tensors
         seen = op = None
     if op is None:
         validation.check_qkv(q, k, v)

@@ -361,3 +361,9 @@ def test_results_are_written(tmp_path):
     assert "| 50 %" in (tmp_path / f"{device.stem}.md").read_text()
     header, row = (tmp_path / f"{device.stem}.csv").read_text().splitlines()
     assert len(header.split(",")) == len(row.split(",")) == len(kernels.header(("Flex",))) + 3
+
+
+@pytest.mark.parametrize("seconds, size", [(1e-3, 512), (0.5, 256)])
+def test_slow_products_are_left_early(seconds, size):
+    rate = timing.matmul_rate(torch.float32, 512, stopwatch=lambda call: seconds)
+    assert rate == 2 * size**3 / seconds

@@ -37,6 +37,17 @@ def test_few_scores_are_torchs(monkeypatch, is_causal):
     )
 
 
+def test_nested_tensors_are_torchs():
+    x = torch.nested.nested_tensor([torch.randn(2, 5, 8), torch.randn(2, 7, 8)])
+    expected = F.scaled_dot_product_attention(x, x, x)
+    for a, b in zip(ours(x, x, x).unbind(), expected.unbind(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="q is a nested tensor"):
+        ours(x, x, x, selector=selectors.Dense())
+    with pytest.raises(ValueError, match="q is a nested tensor"):
+        sparse_attn.sparse_attention(x, x, x, selectors.Dense())
+
+
 def _dense(x):
     return sparse_attn.BlockLayout.dense((x.shape[2], x.shape[2]))
 

@@ -12,6 +12,7 @@
 #include <limits>
 #include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "backward_kernel.h"
@@ -137,43 +138,25 @@ class Backward {
 
     void open(std::byte* memory) {
       memory_ = memory;
-      is_open_ = true;
+      phases_.open(num_query_tiles_, call_.key_tiles_);
     }
 
     bool help(std::byte* scratch) {
-      if (!is_open_) return false;
-      bool helped = false;
-      for (int64_t i; take(next_query_tile_, num_query_tiles_, i); helped = true) {
-        call_.prepare_query_tile(kv_head_ * num_query_tiles_ + i, tile_memory(i));
-        ++prepared_;
-      }
-      if (prepared_ < num_query_tiles_) return helped;
-      for (int64_t i; take(next_key_tile_, call_.key_tiles_, i); helped = true) {
-        call_.run_key_tile(kv_head_, i, memory_, scratch);
-        ++done_key_tiles_;
-      }
-      return helped;
+      const auto prepare = [&](int64_t i) {
+        call_.prepare_query_tile(kv_head_ * num_query_tiles_ + i, memory_ + i * call_.tile_bytes_);
+      };
+      const auto run = [&](int64_t i) { call_.run_key_tile(kv_head_, i, memory_, scratch); };
+      return phases_.help(prepare, run);
     }
 
-    bool is_taken() const {
-      return is_open_ && next_query_tile_ >= num_query_tiles_ && next_key_tile_ >= call_.key_tiles_;
-    }
-    bool is_done() const {
-      return is_open_ && prepared_ == num_query_tiles_ && done_key_tiles_ == call_.key_tiles_;
-    }
+    bool is_taken() const { return phases_.is_taken(); }
+    bool is_done() const { return phases_.is_done(); }
 
    private:
-    static bool take(std::atomic<int64_t>& next, int64_t end, int64_t& i) {
-      return next < end && (i = next++) < end;
-    }
-
-    std::byte* tile_memory(int64_t i) const { return memory_ + i * call_.tile_bytes_; }
-
     Backward& call_;
     int64_t kv_head_, pairs_, num_query_tiles_;
     std::byte* memory_ = nullptr;
-    std::atomic<bool> is_open_{false};
-    std::atomic<int64_t> next_query_tile_{0}, prepared_{0}, next_key_tile_{0}, done_key_tiles_{0};
+    TwoPhases phases_;  // query tiles, key tiles
   };
 
   static TileShape make_shape(const BackwardParams& params, const BackwardKernel& kernel) {

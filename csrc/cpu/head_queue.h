@@ -22,6 +22,52 @@ namespace sparse_attn::cpu {
 // packing.
 inline constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
+// Two kinds of numbered tasks, which any number of threads take: those of the second kind when all
+// of the first are done.
+class TwoPhases {
+ public:
+  // Lets threads in.
+  void open(int64_t num_first, int64_t num_second) {
+    first_.num = num_first;
+    second_.num = num_second;
+    is_open_ = true;
+  }
+
+  // Calls first(i) and second(i) for what is left to take now; whether there was anything.
+  template <class First, class Second>
+  bool help(First first, Second second) {
+    if (!is_open_) return false;
+    const bool helped = first_.take_all(first);
+    if (!first_.is_done()) return helped;
+    return second_.take_all(second) || helped;
+  }
+
+  bool is_taken() const { return is_open_ && first_.is_taken() && second_.is_taken(); }
+  bool is_done() const { return is_open_ && first_.is_done() && second_.is_done(); }
+
+ private:
+  struct Phase {
+    int64_t num = 0;
+    std::atomic<int64_t> next{0}, done{0};
+
+    bool is_taken() const { return next >= num; }
+    bool is_done() const { return done == num; }
+
+    template <class Task>
+    bool take_all(Task& task) {
+      bool took = false;
+      for (int64_t i; next < num && (i = next++) < num; took = true) {
+        task(i);
+        ++done;
+      }
+      return took;
+    }
+  };
+
+  std::atomic<bool> is_open_{false};
+  Phase first_, second_;
+};
+
 // `Work` is that of one KV head:
 //   list()                 to be called before the rest; a second call does nothing
 //   num_multiplications()

@@ -60,6 +60,7 @@ struct HipKernel {
   void (*leave)(uint32_t saved);
 };
 
+// Kernels that multiply groups of 16 rows take as long for fewer.
 inline constexpr int64_t kFewHipRows = 4;
 
 const HipKernel& generic_hip_kernel(DType dtype);

@@ -1,5 +1,5 @@
 // Scores of HiP's candidates with sampled rows in the lanes of vectors, 16 of them in a group; keys
-// and their words are walked one by one. For more rows than fit the registers of hip_kernel.h.
+// and their words are walked one by one. For more than kFewHipRows rows.
 #pragma once
 
 #include "hip_kernel.h"
@@ -55,7 +55,8 @@ struct HipKeys {
   HipKeys(const std::byte* run, int64_t row_bytes, int64_t head_dim, Word* copy)
       : first(reinterpret_cast<const Word*>(run)),
         stride(row_bytes / static_cast<int64_t>(sizeof(Word))) {
-    if (kInPlace && head_dim % Words::kNumbers == 0 && row_bytes % sizeof(Word) == 0) return;
+    const bool aligned = (reinterpret_cast<uintptr_t>(run) | row_bytes) % sizeof(Word) == 0;
+    if (kInPlace && head_dim % Words::kNumbers == 0 && aligned) return;
     first = copy;
     stride = padded_dim(head_dim);
     for (int i = 0; i < kHipRun; ++i) fill(run + i * row_bytes, head_dim, copy + i * stride);

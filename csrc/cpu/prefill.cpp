@@ -1,7 +1,6 @@
 #include "prefill.h"
 
 #include <algorithm>
-#include <atomic>
 #include <deque>
 #include <vector>
 
@@ -88,36 +87,24 @@ class HeadWork {
 
   void open(std::byte* memory) {
     memory_ = memory;
-    is_open_ = true;
+    phases_.open(num_chunks_, num_tasks());
   }
 
-  // Takes what is left, but for tiles while others still pack.
   bool help(std::byte* scratch) {
-    if (!is_open_) return false;
-    bool helped = false;
-    for (int64_t i; take(next_chunk_, num_chunks_, i); helped = true) {
-      keys_.pack_chunk(i, memory_);
-      ++packed_chunks_;
-    }
-    if (packed_chunks_ < num_chunks_) return helped;
-    for (int64_t i; take(next_task_, num_tasks(), i); helped = true) {
+    const auto pack = [&](int64_t i) { keys_.pack_chunk(i, memory_); };
+    const auto run = [&](int64_t i) {
       run_tile(tasks_[i], i + 1 < num_tasks() ? &tasks_[i + 1] : nullptr, scratch);
-      ++done_tasks_;
-    }
-    return helped;
+    };
+    return phases_.help(pack, run);
   }
 
-  bool is_taken() const { return is_open_ && next_task_ >= num_tasks(); }
-  bool is_done() const { return is_open_ && done_tasks_ == num_tasks(); }
+  bool is_taken() const { return phases_.is_taken(); }
+  bool is_done() const { return phases_.is_done(); }
 
  private:
   int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
   int64_t cursor_bytes() const { return KeyCursor::scratch_bytes(params_, kernel_); }
   int64_t tile_bytes() const { return kernel_.scratch_bytes(params_.head_dim, params_.head_dim_v); }
-
-  static bool take(std::atomic<int64_t>& next, int64_t end, int64_t& i) {
-    return next < end && (i = next++) < end;
-  }
 
   const std::byte* first_q(const TileIndex& tile) const {
     const Strides& stride = params_.q_stride;
@@ -168,8 +155,7 @@ class HeadWork {
   int64_t num_chunks_ = 0;  // of keys that are packed
   bool is_listed_ = false;
   std::byte* memory_ = nullptr;
-  std::atomic<bool> is_open_{false};
-  std::atomic<int64_t> next_chunk_{0}, packed_chunks_{0}, next_task_{0}, done_tasks_{0};
+  TwoPhases phases_;  // chunks of keys, tiles
 };
 
 }  // namespace
