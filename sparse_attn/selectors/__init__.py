@@ -1,21 +1,32 @@
 """Selectors: callables that look at q and k and say which keys each head attends to."""
 
-from .base import PerHead, Selector, Union
+from .anchor_attention import AnchorAttention
+from .base import PerHead, PrefillDecode, Selector, Union
 from .block_topk import BlockTopK
+from .flex_prefill import FlexPrefill
 from .hip import HiP
 from .infinite_hip import InfiniteHiP
 from .mask_cache import MaskCache
+from .quest import Quest
 from .static import Dense, SinkWindow, SlidingWindow
+from .vertical_slash import VerticalSlash
+from .x_attention import XAttention
 
 __all__ = [
+    "AnchorAttention",
     "BlockTopK",
     "Dense",
+    "FlexPrefill",
     "HiP",
     "InfiniteHiP",
     "MaskCache",
     "PerHead",
+    "PrefillDecode",
+    "Quest",
     "Selector",
     "SinkWindow",
     "SlidingWindow",
     "Union",
+    "VerticalSlash",
+    "XAttention",
 ]

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..layout import BlockLayout
 from ..layout_algebra import assemble_heads
 
+_SAMPLES = 16  # keys by which a sequence is known again
+
 
 class Selector:
     """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass.
@@ -102,6 +104,38 @@ class PerHead(Selector):
         return pairs + ([(rest, self.default)] if rest else [])
 
 
+@dataclass(frozen=True)
+class PrefillDecode(Selector):
+    """One selector for prompts and another for the few rows of a decoding step.
+
+    Args:
+        prefill: selector for calls with more than `decode_rows` query rows.
+        decode: selector for calls with fewer.
+        decode_rows: most query rows of a decoding step. Default 16.
+
+    Example:
+        >>> both = PrefillDecode(prefill=SinkWindow(sink=64, window=4096), decode=Dense())
+    """
+
+    prefill: Selector
+    decode: Selector
+    decode_rows: int = 16
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        selector = self.decode if q.shape[2] <= self.decode_rows else self.prefill
+        return selector(q, k, is_causal=is_causal, scale=scale)
+
+
+def refuse_not_causal(selector: Selector, is_causal: bool) -> None:
+    """Raises a ValueError unless attention is causal."""
+    if not is_causal:
+        raise ValueError(
+            f"{type(selector).__name__} is defined for causal attention, got is_causal=False"
+        )
+
+
 def seqlens(q: Tensor, k: Tensor) -> tuple[int, int]:
     """``(seqlen_q, seqlen_kv)`` of q and k."""
     return q.shape[2], k.shape[2]
@@ -118,3 +152,27 @@ def pool_mean(x: Tensor, block: int) -> Tensor:
         return pooled
     tail = x[:, :, whole * block :].mean(2, keepdim=True, dtype=torch.float32)
     return torch.cat([pooled, tail], 2)
+
+
+def block_rows(
+    seqlens: tuple[int, int], block_size: int, start: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Positions of the first and of the last row of the query blocks ``start .. start + count``,
+    as far as they exist: two int64 ``[count, 1]``.
+    """
+    seqlen_q, seqlen_kv = seqlens
+    stop = min(start + count, -(-seqlen_q // block_size))
+    first = torch.arange(start, stop, device=device)[:, None] * block_size
+    last = (first + block_size - 1).clamp(max=seqlen_q - 1)
+    return first + seqlen_kv - seqlen_q, last + seqlen_kv - seqlen_q
+
+
+def sample_keys(k: Tensor, seqlen: int) -> Tensor:
+    """Some of the first `seqlen` keys, by which a sequence is known again."""
+    return k[:, :, : seqlen : max(1, seqlen // _SAMPLES)].clone()
+
+
+def same_keys(now: Tensor, before: Tensor) -> bool:
+    """Whether two samples are of the same keys."""
+    same_kind = now.dtype == before.dtype and now.device == before.device
+    return same_kind and torch.equal(now, before)

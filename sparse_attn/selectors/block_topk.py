@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .base import Selector, pool_mean, seqlens
-from .choose import top_blocks
+from .base import Selector, block_rows, pool_mean, seqlens
+from .choose import join_lists, top_blocks
+from .probes import products
 from .static import _at_least
 
 _CHUNK_ELEMENTS = 2**22
@@ -57,15 +58,14 @@ class BlockTopK(Selector):
         )
         if k.shape[2] == 0 or q.shape[2] == 0:
             return base
-        queries = pool_mean(q, self.block_size).unflatten(1, (k.shape[1], -1))
-        keys = pool_mean(k, self.block_size).unsqueeze(2)
-        rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[3]))
+        queries, keys = pool_mean(q, self.block_size), pool_mean(k, self.block_size)
+        rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[2]))
         lists = []
-        for start in range(0, queries.shape[3], rows):
-            scores = (queries[:, :, :, start : start + rows] @ keys.mT).flatten(1, 2)
+        for start in range(0, queries.shape[2], rows):
+            scores = products(queries[:, :, start : start + rows], keys)
             hidden = ~self._candidates(q, k, start, scores.shape[2], is_causal)
             lists.append(top_blocks(scores.masked_fill(hidden, -torch.inf), self.top_k))
-        counts, indices = (torch.cat(parts, 2) for parts in zip(*lists, strict=True))
+        counts, indices = join_lists(lists)
         block_size = (self.block_size, self.block_size)
         return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
 
@@ -73,13 +73,10 @@ class BlockTopK(Selector):
         """Which key blocks the query blocks ``start .. start + rows`` may choose: bool ``[rows,
         Mkv]``.
         """
-        seqlen_q, seqlen_kv = seqlens(q, k)
-        off, size = seqlen_kv - seqlen_q, self.block_size
-        m = torch.arange(start, start + rows, device=q.device)[:, None]
+        seqlen_kv, size = k.shape[2], self.block_size
+        first_row, last_row = block_rows(seqlens(q, k), size, start, rows, q.device)
         first_key = torch.arange(0, seqlen_kv, size, device=q.device)
         last_key = (first_key + size - 1).clamp(max=seqlen_kv - 1)
-        first_row = off + m * size
-        last_row = off + (m * size + size - 1).clamp(max=seqlen_q - 1)
         in_window = last_row - first_key < self.window
         if not is_causal:
             in_window = in_window & (last_key - first_row < self.window)

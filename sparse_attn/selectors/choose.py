@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout_algebra import ascending
 from ..ops import library
 
 
@@ -28,6 +29,80 @@ def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     if scores.dtype == torch.float32:
         return torch.ops.sparse_attn.top_blocks.default(scores.contiguous(), top_k)
     return _top_blocks(scores, top_k)
+
+
+def covering_blocks(
+    scores: Tensor, share: float, forced: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The fewest blocks of highest score, in each row, that hold `share` of the row's total.
+
+    Blocks join by descending score, the forced ones first, while those before them hold less than
+    ``share * total``; so the block that crosses the line is kept. Of equal scores the earlier one
+    joins first.
+
+    Args:
+        scores: float ``[..., Mq, Mkv]``, at least 0; -inf or NaN for blocks that are never chosen.
+        share: of the sum of a row's scores, in (0, 1].
+        forced: bool, broadcastable to `scores`: blocks that are kept in any case, unless they are
+            never chosen. Default none.
+
+    Returns:
+        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [..., Mq], kv_indices [..., Mq, width])``,
+        ascending in each row, `width` that of the longest.
+    """
+    allowed = scores > -torch.inf
+    mass = scores.where(allowed, 0).double()
+    order = scores.where(allowed, -1)
+    if forced is not None:
+        forced = forced & allowed
+        order = order.masked_fill(forced, torch.inf)
+    order = order.sort(dim=-1, descending=True, stable=True).indices
+    joined = mass.gather(-1, order)
+    before = joined.cumsum(-1) - joined
+    keep = (before < share * mass.sum(-1, keepdim=True)) & allowed.gather(-1, order)
+    if forced is not None:
+        keep = keep | forced.expand_as(allowed).gather(-1, order)
+    return ascending(order.where(keep, scores.shape[-1]).int(), scores.shape[-1])
+
+
+def join_lists(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Lists ``(counts [B, H, m], indices [B, H, m, width])`` of consecutive query blocks as one;
+    the shorter ones get zeros behind their counts.
+    """
+    width = max(indices.shape[-1] for _, indices in parts)
+    padded = [torch.nn.functional.pad(x, (0, width - x.shape[-1])) for _, x in parts]
+    return torch.cat([counts for counts, _ in parts], 2), torch.cat(padded, 2)
+
+
+def blocks_at_distances(
+    distances: Tensor, seqlens: tuple[int, int], block_size: int
+) -> tuple[Tensor, Tensor]:
+    """For each query block, the key blocks with a key at one of the distances behind one of its
+    rows: diagonals of the attention matrix, rounded outwards to whole blocks.
+
+    Args:
+        distances: int ``[B, H, n]``, each at least 0: row ``p`` is to see key ``p - distance``.
+        seqlens: ``(seqlen_q, seqlen_kv)``.
+        block_size: rows of a query block and keys of a key block.
+
+    Returns:
+        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [B, H, Mq], kv_indices [B, H, Mq, width])``,
+        ascending; blocks behind the last row of the query block are left out.
+    """
+    seqlen_q, seqlen_kv = seqlens
+    off, num_q_blocks = seqlen_kv - seqlen_q, -(-seqlen_q // block_size)
+    # Relative to its number, each query block reads the same blocks: those of rows off, off + 1 ..
+    first = (off - distances).div(block_size, rounding_mode="floor")
+    last = (off - distances + block_size - 1).div(block_size, rounding_mode="floor")
+    shift = num_q_blocks + seqlen_kv // block_size + 1  # makes them positive
+    relative = ascending((torch.cat([first, last], -1) + shift).int(), 2 * shift)[1] - shift
+    m = torch.arange(num_q_blocks, dtype=torch.int32, device=distances.device)[:, None]
+    blocks = relative[:, :, None] + m
+    last_block = ((m + 1) * block_size + off).clamp(max=seqlen_kv).sub(1) // block_size
+    outside = (blocks < 0).sum(-1, keepdim=True)
+    counts = ((blocks >= 0) & (blocks <= last_block)).sum(-1, dtype=torch.int32)
+    slots = torch.arange(blocks.shape[-1], device=distances.device) + outside
+    return counts, blocks.gather(-1, slots.clamp(max=max(blocks.shape[-1] - 1, 0)))
 
 
 def _top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

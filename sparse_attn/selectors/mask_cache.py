@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .base import Selector
+from .base import Selector, same_keys, sample_keys
 from .hip import HiP
 from .infinite_hip import InfiniteHiP, Lists
 from .static import _at_least
-
-_SAMPLES = 16
 
 
 @dataclass
@@ -78,7 +76,7 @@ class MaskCache(Selector):
         seqlen = k.shape[2]
         first = self._first_due(q, k)
         if first == 0:
-            self._shape, self._keys = q.shape, _samples(k, seqlen)
+            self._shape, self._keys = q.shape, sample_keys(k, seqlen)
         if first < self._num_stages:
             self._run(first, q, k, scale)
             self._made[first:] = [seqlen] * (self._num_stages - first)
@@ -121,11 +119,4 @@ class MaskCache(Selector):
             return False
         if k.shape[2] <= self._made[-1] or k.shape[2] - seqlen >= self._intervals[0]:
             return False
-        now = _samples(k, seqlen)
-        same_kind = now.dtype == self._keys.dtype and now.device == self._keys.device
-        return same_kind and torch.equal(now, self._keys)
-
-
-def _samples(k: Tensor, seqlen: int) -> Tensor:
-    """Some of the first `seqlen` keys."""
-    return k[:, :, : seqlen : max(1, seqlen // _SAMPLES)].clone()
+        return same_keys(sample_keys(k, seqlen), self._keys)

@@ -15,6 +15,11 @@ def _at_least(name: str, value: int, low: int) -> None:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
+def _share(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+
+
 @dataclass(frozen=True)
 class Dense(Selector):
     """Every key: ordinary attention.

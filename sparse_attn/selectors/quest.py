@@ -1,0 +1,117 @@
+"""Pages whose bounds promise large products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..layout import BlockLayout
+from .base import Selector, block_rows, same_keys, sample_keys, seqlens
+from .choose import join_lists, top_blocks
+from .probes import products
+from .static import _at_least
+
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass
+class Quest(Selector):
+    """For each row and head the pages of keys that may hold the greatest products, by the bounds of
+    each page (Quest, arXiv 2406.10774), for decoding.
+
+    With ``low`` and ``high`` the least and the greatest value of each channel in a page of
+    `page_size` keys, a page scores::
+
+        sum over channels c of max(q[c] * low[c], q[c] * high[c])
+
+    which no product of q with a key of the page exceeds. A row sees the page that it stands in and,
+    of the whole pages before it (of all others if not causal), the best; together ``budget //
+    page_size``.
+
+    The bounds of whole pages are kept from one call to the next, as long as k begins with the same
+    keys (some of them are compared): so one object serves one attention layer. They take
+    ``2 / page_size`` of the memory of k. The paper keeps the first two layers dense, and prefill:
+    ``patch(model, {layer: PrefillDecode(Dense(), Quest()) for layer in range(2, n)})``. Rows
+    choose one by one, so for a prompt the time of choosing is quadratic.
+
+    Args:
+        budget: number of keys, at least `page_size`. Default 1024.
+        page_size: keys of a page. Default 16.
+        shared: whether the query heads of a KV head share their pages: the sum of their scores
+            chooses. Default False.
+
+    Example:
+        >>> k = torch.randn(1, 2, 300, 64)
+        >>> layout = Quest(budget=64)(torch.randn(1, 8, 1, 64), k)
+        >>> layout.kv_num_blocks.flatten().tolist()
+        [4, 4, 4, 4, 4, 4, 4, 4]
+    """
+
+    budget: int = 1024
+    page_size: int = 16
+    shared: bool = False
+    _bounds: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _keys: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _at_least("page_size", self.page_size, 1)
+        _at_least("budget", self.budget, self.page_size)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        base = BlockLayout.sink_window(seqlens(q, k), device=q.device)
+        if k.shape[2] == 0 or q.shape[2] == 0:
+            return base
+        if scale is not None and scale < 0:
+            q = -q
+        queries = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+        bounds = [self._whole_pages(k)]
+        if not is_causal and k.shape[2] % self.page_size:
+            tail = k[:, :, k.shape[2] // self.page_size * self.page_size :]
+            bounds.append(_page_bounds(tail, tail.shape[2]))
+        pages = torch.arange(-(-k.shape[2] // self.page_size), device=q.device)
+        rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * len(pages)))
+        lists = []
+        for start in range(0, q.shape[2], rows):
+            position, _ = block_rows(seqlens(q, k), 1, start, rows, q.device)
+            own = position.div(self.page_size, rounding_mode="floor")
+            some = queries[:, :, start : start + rows]
+            scores = torch.cat([products(some, x) for x in bounds], -1).float()
+            if self.shared:
+                scores = scores.unflatten(1, (k.shape[1], -1)).sum(2)
+            scores = pad(scores, (0, len(pages) - scores.shape[3]))
+            if is_causal:
+                scores = scores.masked_fill_(pages > own, -torch.inf)
+            scores = scores.masked_fill_(pages == own, torch.inf)
+            lists.append(top_blocks(scores, self.budget // self.page_size))
+        counts, indices = join_lists(lists)
+        block_size = (1, self.page_size)
+        return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
+
+    def _whole_pages(self, k: Tensor) -> Tensor:
+        """The bounds of all whole pages of k, ``[B, Hkv, pages, 2 * D]``; known ones are reused."""
+        seqlen = k.shape[2] // self.page_size * self.page_size
+        if torch.compiler.is_compiling():
+            return _page_bounds(k[:, :, :seqlen], self.page_size)
+        known = 0
+        if self._bounds is not None:
+            known = self._bounds.shape[2] * self.page_size
+            if known > seqlen or not same_keys(sample_keys(k, known), self._keys):
+                known = 0
+        if known == 0 or known < seqlen:
+            new = _page_bounds(k[:, :, known:seqlen], self.page_size)
+            self._bounds = new if known == 0 else torch.cat([self._bounds, new], 2)
+            self._keys = sample_keys(k, seqlen)
+        return self._bounds
+
+
+def _page_bounds(k: Tensor, page_size: int) -> Tensor:
+    """The greatest and the least value of each channel in each page: ``[B, H, S, D]`` to ``[B, H,
+    S / page_size, 2 * D]``.
+    """
+    pages = k.unflatten(2, (-1, page_size))
+    return torch.cat([pages.amax(3), pages.amin(3)], -1)
