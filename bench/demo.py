@@ -69,7 +69,7 @@ def layouts_of(model, subject: Subject, ids: torch.Tensor) -> dict[int, BlockLay
     """What `subject` keeps in the layers to draw."""
     kept = {}
 
-    def observe(module, q, k, seconds, kwargs):
+    def observe(module, q, k, v, seconds, kwargs):
         if module.layer_idx in DRAWN_LAYERS:
             kept[module.layer_idx] = layer_layout(subject, q, k, kwargs)
 

@@ -7,33 +7,27 @@ measured, and the tables are made from there.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from time import perf_counter
 
 import torch
 from torch.nn import functional as F
 
-from sparse_attn import selectors, sparse_attention
+from sparse_attn import quality, selectors, sparse_attention
 from sparse_attn.selectors import BlockTopK, HiP, InfiniteHiP, MaskCache, SinkWindow
 
-from . import report, texts
-from .measure import Subject, attending, measure, observed_attention
-from .pretrained import load
+from . import smollm2, texts
+from .measure import Subject, attending, measure
+from .sections import Cells, Page, Row, Section
 from .timing import paired_ratio, paired_times
 
 KEPT = Path(__file__).parent / "results" / "hip.json"
 PAGE = Path(__file__).parents[1] / "docs" / "hip.md"
-TOKENS = 8192
-DEPTHS = (0.25, 0.5, 0.7, 0.9)
 LONG_DEPTHS, LONG_SCORED = (0.25, 0.5), 4096  # of 32768 tokens
-LAYERS = (1, 10, 20)
 
 HIP = HiP(k=512)
 FEWER_ROWS = HiP(k=512, stride_q=8)
@@ -107,31 +101,6 @@ def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
 # --- quality
 
 
-load = functools.cache(load)
-
-
-def quality(selector, first_layer: int = 0) -> list[str]:
-    """What SmolLM2 still does; layers before `first_layer` are dense."""
-    tokenizer, model = load("smollm2")
-    layers = range(first_layer, model.config.num_hidden_layers)
-    subject = Subject("", selector if not first_layer else dict.fromkeys(layers, selector))
-    prompts = [texts.reading(tokenizer, TOKENS), texts.second_copy(tokenizer, TOKENS * 3 // 4)]
-    prompts += [texts.passkey(tokenizer, TOKENS, depth) for depth in DEPTHS]
-    for prompt in prompts:
-        measure(model, subject, prompt, timed=False, densities=False)
-    return [
-        f"{math.exp(subject.losses['reading']):.2f}",
-        f"{subject.losses['second copy']:.2f}",
-        found(subject, DEPTHS),
-    ]
-
-
-def found(subject: Subject, depths: tuple[float, ...]) -> str:
-    """The passkeys that were found, of one for each depth."""
-    right = [f"{d:g}" for d, ok in zip(depths, subject.answers.values(), strict=True) if ok]
-    return f"{len(right)}/{len(depths)}" + (f" ({', '.join(right)})" if right else "")
-
-
 @torch.inference_mode()
 def decode_milliseconds(model, ids: torch.Tensor, cache, selector, steps: int = 32) -> float:
     """Of a step, with selections of HiP that last for 8."""
@@ -148,9 +117,9 @@ def decode_milliseconds(model, ids: torch.Tensor, cache, selector, steps: int = 
 
 def model_times(selector) -> list[str]:
     """Seconds of SmolLM2's prefill, and milliseconds of a step that decodes; the best of two."""
-    tokenizer, model = load("smollm2")
+    tokenizer, model = smollm2.load("smollm2")
     subject = Subject("", selector)
-    ids = texts.reading(tokenizer, TOKENS).ids
+    ids = texts.reading(tokenizer, smollm2.TOKENS).ids
     prefill, decode = [], []
     for _ in range(2):
         with torch.inference_mode(), attending(model, subject):
@@ -163,7 +132,7 @@ def model_times(selector) -> list[str]:
 
 def long_text(selector) -> list[str]:
     """What Gemma 3 does with 32768 tokens: the perplexity of the last ones, passkeys, and times."""
-    tokenizer, model = load("gemma3")
+    tokenizer, model = smollm2.load("gemma3")
     subject = Subject("", selector)
     for depth in LONG_DEPTHS:
         prompt = texts.passkey(tokenizer, 32768, depth)
@@ -172,56 +141,27 @@ def long_text(selector) -> list[str]:
         cache = measure(model, subject, prompt, timed=True, densities=False)
     return [
         f"{math.exp(next(iter(subject.losses.values()))):.2f}",
-        found(subject, LONG_DEPTHS),
+        smollm2.found(subject, LONG_DEPTHS),
         f"{min(subject.prefill):.0f}",
         f"{decode_milliseconds(model, prompt.ids, cache, selector):.0f}",
     ]
-
-
-@functools.cache
-def real_queries_and_keys() -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """q and k of some layers of SmolLM2 on `TOKENS` tokens of English."""
-    tokenizer, model = load("smollm2")
-    seen = {}
-
-    def observe(module, q, k, seconds, kwargs):
-        if module.layer_idx in LAYERS:
-            seen[module.layer_idx] = (q.clone(), k.clone())
-
-    with torch.inference_mode(), observed_attention(model, observe):
-        model.model(texts.reading(tokenizer, TOKENS).ids)
-    return seen
 
 
 def recall(hip: HiP, layer: int, head: int) -> list[str]:
     """Softmax mass that a head's rows see, mean over the second half of them: through sink and
     window, with the blocks that HiP finds, and with as many blocks of the greatest mass.
     """
-    q, k = real_queries_and_keys()[layer]
-    one_q = q[:, head : head + 1]
-    one_k = k[:, head // (q.shape[1] // k.shape[1])][:, None]
-    layout = hip(one_q, one_k)
-    base = SinkWindow(hip.sink, hip.window)(one_q, one_k)
-    results = []
-    for start in range(TOKENS // 2, TOKENS, hip.block_q):
-        stop = start + hip.block_q
-        scores = one_q[0, 0, start:stop].float() @ one_k[0, 0].float().T * q.shape[-1] ** -0.5
-        position = torch.arange(start, stop)[:, None]
-        scores = scores.masked_fill(torch.arange(TOKENS) > position, -torch.inf)
-        mass = scores.softmax(-1)
-        near = base.visible(start, stop)[0, 0]
-        chosen = layout.visible(start, stop)[0, 0]
-        far = (mass * ~near).unflatten(1, (-1, hip.block_k)).sum((0, 2))
-        count = int(layout.kv_num_blocks[0, 0, start // hip.block_q])
-        best = far.topk(count).values.sum() / hip.block_q
-        window = (mass * near).sum(-1).mean()
-        results.append([window, (mass * chosen).sum(-1).mean(), window + best])
-    return [f"{mean(float(x) for x in column):.3f}" for column in zip(*results, strict=True)]
+    q, k, _ = smollm2.queries_keys_values()[layer]
+    q, k = q[:, head : head + 1], k[:, head // (q.shape[1] // k.shape[1])][:, None]
+    window, found = (
+        quality.measure(q, k, k, selector, rows=range(smollm2.TOKENS // 2, smollm2.TOKENS))
+        for selector in (SinkWindow(hip.sink, hip.window), hip)
+    )
+    shown = (window.recall, found.recall, found.recall + found.oracle_gap)
+    return [f"{x.item():.3f}" for x in shown]
 
 
 # --- the tables
-
-Row = Callable[[], list[str]]
 
 
 def named(hip) -> str:
@@ -252,51 +192,54 @@ SUBJECTS = {
 
 def _quality_rows() -> dict[str, Row]:
     others = {named(hip): hip for hip in (HiP(k=512, stride_q=2), FEWER_ROWS, FEWER_KEYS)}
-    rows = {name: functools.partial(quality, s) for name, s in (SUBJECTS | others).items()}
+    rows = {
+        name: functools.partial(smollm2.retrieval, s) for name, s in (SUBJECTS | others).items()
+    }
     for hip in (HiP(k=256), HIP):
-        rows[f"{named(hip)}, 3 layers dense"] = functools.partial(quality, hip, 3)
+        rows[f"{named(hip)}, 3 layers dense"] = functools.partial(smollm2.retrieval, hip, 3)
     return rows
 
 
-SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, Row]]] = {
-    "prefill": (("tokens", "SDPA ms", *(f"`{named(hip)}`" for hip in SPEED)), {}),
-    "selection": (("tokens", "ms", "us a query block", "lists"), {}),
-    "decode": (("keys", "SDPA ms", "HiP ms", "vs SDPA"), {}),
-    "quality": (("selector", "perplexity", "loss on second copy", "passkeys found (depth)"), {}),
-    "times": (("selector", "prefill s", "decode ms a token"), {}),
-    "gemma": (
-        ("selector", "perplexity", "passkeys found (depth)", "prefill s", "decode ms a token"),
-        {},
-    ),
-    "recall": (("layer and head", "sink and window", "with HiP's blocks", "with the best"), {}),
-}
-
-
-def _fill_sections() -> None:
+def sections() -> dict[str, Section]:
+    """The tables of the page."""
     sizes = {4096: 2, 8192: 2, 32768: 2, 131072: 1}
-    SECTIONS["prefill"][1].update(
-        {str(seqlen): functools.partial(prefill, seqlen, heads) for seqlen, heads in sizes.items()}
-    )
-    SECTIONS["selection"][1].update(
-        {str(2**n): functools.partial(selection, HIP, 2**n) for n in range(12, 19)}
-    )
-    SECTIONS["decode"][1].update(_decoding_rows())
-    SECTIONS["quality"][1].update(_quality_rows())
     times = {"torch's SDPA": None} | SUBJECTS
-    SECTIONS["times"][1].update({x: functools.partial(model_times, s) for x, s in times.items()})
-    SECTIONS["gemma"][1].update({x: functools.partial(long_text, s) for x, s in SUBJECTS.items()})
-    SECTIONS["recall"][1].update(
-        {
-            f"layer {layer} head {head}": functools.partial(recall, HIP, layer, head)
-            for layer in LAYERS
-            for head in range(9)
-        }
-    )
+    heads = [(layer, head) for layer in smollm2.LAYERS for head in range(9)]
+    return {
+        "prefill": Section(
+            ("tokens", "SDPA ms", *(f"`{named(hip)}`" for hip in SPEED)),
+            {str(n): functools.partial(prefill, n, count) for n, count in sizes.items()},
+        ),
+        "selection": Section(
+            ("tokens", "ms", "us a query block", "lists"),
+            {str(2**n): functools.partial(selection, HIP, 2**n) for n in range(12, 19)},
+            exponents,
+        ),
+        "decode": Section(("keys", "SDPA ms", "HiP ms", "vs SDPA"), _decoding_rows()),
+        "quality": Section(
+            ("selector", "perplexity", "loss on second copy", "passkeys found (depth)"),
+            _quality_rows(),
+        ),
+        "times": Section(
+            ("selector", "prefill s", "decode ms a token"),
+            {name: functools.partial(model_times, s) for name, s in times.items()},
+        ),
+        "gemma": Section(
+            ("selector", "perplexity", "passkeys found (depth)", "prefill s", "decode ms a token"),
+            {name: functools.partial(long_text, s) for name, s in SUBJECTS.items()},
+        ),
+        "recall": Section(
+            ("layer and head", "sink and window", "with HiP's blocks", "with the best"),
+            {f"layer {n} head {h}": functools.partial(recall, HIP, n, h) for n, h in heads},
+        ),
+    }
 
 
-def exponents(kept: dict[str, list[str]]) -> str:
+def exponents(kept: Cells) -> str:
     """The slope of log time over log length, in whole and over the longer half."""
     points = sorted((int(name), float(cells[0])) for name, cells in kept.items())
+    if len(points) < 2:
+        return ""
 
     def slope(first: int) -> str:
         (start, begin), (stop, end) = points[first], points[-1]
@@ -306,39 +249,5 @@ def exponents(kept: dict[str, list[str]]) -> str:
     return f"Measured exponents: {slope(0)}, {slope(len(points) // 2)}."
 
 
-def stored() -> dict[str, dict[str, list[str]]]:
-    """Cells of the rows measured so far, by section and name."""
-    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
-
-
-def write(kept: dict[str, dict[str, list[str]]]) -> None:
-    """The tables of the page."""
-    for section, (header, rows) in SECTIONS.items():
-        cells = [[name, *kept[section][name]] for name in rows if name in kept.get(section, {})]
-        text = report.markdown_table(cells, header) if cells else "Not measured."
-        if section == "selection" and len(cells) > 1:
-            text += f"\n\n{exponents(kept[section])}"
-        report.replace_section(PAGE, section, text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows named so")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.exp(torch.ones(2**16))  # the first threaded call of a process may be less accurate
-    _fill_sections()
-    for section, (_, rows) in SECTIONS.items():
-        for name, row in rows.items():
-            if not all(word in f"{section} {name}" for word in args.only):
-                continue
-            cells = row()
-            print(section, name, *cells, sep=" | ", flush=True)
-            kept = stored()  # other runs may have added to it
-            kept.setdefault(section, {})[name] = cells
-            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    write(stored())
-
-
 if __name__ == "__main__":
-    main()
+    Page(PAGE, KEPT, sections()).run(__doc__)

@@ -60,7 +60,7 @@ def attending(model, subject: Subject):
 
 @contextmanager
 def observed_attention(model, observe: Callable) -> Iterator[None]:
-    """Call `observe(module, q, k, seconds, kwargs)` after each attention call of the model."""
+    """Call `observe(module, q, k, v, seconds, kwargs)` after each attention call of the model."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = model.config._attn_implementation
@@ -69,7 +69,7 @@ def observed_attention(model, observe: Callable) -> Iterator[None]:
     def observed(module, q, k, v, mask, **kwargs):
         start = perf_counter()
         result = function(module, q, k, v, mask, **kwargs)
-        observe(module, q, k, perf_counter() - start, kwargs)
+        observe(module, q, k, v, perf_counter() - start, kwargs)
         return result
 
     ALL_ATTENTION_FUNCTIONS[name] = observed
@@ -96,7 +96,7 @@ def measure(model, subject: Subject, prompt: Prompt, timed: bool, densities: boo
     """
     seconds: list[float] = []
 
-    def observe(module, q, k, elapsed, kwargs):
+    def observe(module, q, k, v, elapsed, kwargs):
         seconds.append(elapsed)
         if densities:
             subject.densities.append(layer_layout(subject, q, k, kwargs).density())

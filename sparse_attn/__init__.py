@@ -1,6 +1,6 @@
 """Sparse long-context attention: one op, one mask type, many ways to choose the mask."""
 
-from . import autograd, selectors
+from . import autograd, quality, retrieval, selectors
 from .api import (
     explain,
     scaled_dot_product_attention,
@@ -20,6 +20,8 @@ __all__ = [
     "explain",
     "merge_states",
     "patch",
+    "quality",
+    "retrieval",
     "scaled_dot_product_attention",
     "selectors",
     "sparse_attention",

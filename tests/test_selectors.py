@@ -11,12 +11,14 @@ from sparse_attn.selectors import (
     FlexPrefill,
     HiP,
     InfiniteHiP,
+    LocalStride,
     MaskCache,
     PerHead,
     PrefillDecode,
     Quest,
     SinkWindow,
     SlidingWindow,
+    TriShape,
     VerticalSlash,
     XAttention,
 )
@@ -42,9 +44,11 @@ TABLE = {
     "FlexPrefill": FlexPrefill(mass=0.5, block_size=16, min_budget=16),
     "AnchorAttention": AnchorAttention(theta=2.0, block_size=16, step=2),
     "Quest": Quest(budget=32, page_size=8),
+    "TriShape": TriShape(sink=5, window=40, last=30),
+    "LocalStride": LocalStride(local=2, stride=4, block_size=16),
 }
 # Defined for causal attention only, and for prompts whose last rows choose for all.
-CAUSAL_ONLY = {"VerticalSlash", "FlexPrefill", "AnchorAttention"}
+CAUSAL_ONLY = {"VerticalSlash", "FlexPrefill", "AnchorAttention", "LocalStride"}
 LOOKING_AHEAD = {"VerticalSlash", "FlexPrefill"}
 every_selector = pytest.mark.parametrize("selector", TABLE.values(), ids=TABLE)
 
@@ -92,7 +96,9 @@ def test_batches_and_gqa_are_independent(selector):
     q, k = (torch.cat(x) for x in zip(*pairs, strict=True))
     together = selector(q, k).to_dense(num_heads=4).expand(2, -1, -1, -1)
     for b, (one_q, one_k) in enumerate(pairs):
-        alone = selector(one_q, one_k.repeat_interleave(2, 1)).to_dense(num_heads=4)
+        if not isinstance(selector, LocalStride):  # it chooses by the number of the KV head
+            one_k = one_k.repeat_interleave(2, 1)
+        alone = selector(one_q, one_k).to_dense(num_heads=4)
         assert torch.equal(together[b], alone[0])
 
 
@@ -105,11 +111,60 @@ def test_union_with_a_window_adds_it(selector):
 
 
 @every_selector
+def test_a_selection_compiles_in_one_graph(selector):
+    torch._dynamo.reset()  # as every selector compiles the same function anew
+    q, k, _ = structured_qk(96)
+    compiled = torch.compile(
+        lambda q, k: sparse_attention(q, k, k, selector), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(q, k), sparse_attention(q, k, k, selector))
+
+
+@every_selector
 def test_gradients_flow_through_the_selection(selector):
     q, k, _ = structured_qk(64)
     q, k, v = q.requires_grad_(), k.requires_grad_(), k.clone().detach().requires_grad_()
     sparse_attention(q, k, v, selector).square().sum().backward()
     assert all(torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0 for x in (q, k, v))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("seqlens", [(300, 300), (70, 300), (1, 300), (300, 200)], ids=str)
+def test_tri_shape_shows_all_keys_to_the_last_rows(seqlens, is_causal):
+    q, k, _ = structured_qk(300)
+    q, k = q[:, :, : seqlens[0]], k[:, :, : seqlens[1]]
+    mask = TriShape(sink=3, window=20, last=50)(q, k, is_causal=is_causal)
+    mask = mask.to_dense(is_causal=is_causal)[0, 0]
+    window = SinkWindow(sink=3, window=20)(q, k).to_dense(is_causal=is_causal)[0, 0]
+    dense = Dense()(q, k).to_dense(is_causal=is_causal)[0, 0]
+    first = max(0, seqlens[0] - 50) // 64 * 64
+    assert torch.equal(mask[:first], window[:first])
+    assert torch.equal(mask[first:], dense[first:])
+
+
+def test_tri_shape_is_small_for_long_contexts():
+    q, k = torch.empty(1, 1, 2**17, 1), torch.empty(1, 1, 2**17, 1)
+    assert TriShape()(q, k).kv_indices.shape[-1] <= 64
+
+
+@pytest.mark.parametrize(
+    "seqlens", [(300, 300), (70, 300), (60, 300), (1, 300), (300, 200)], ids=str
+)
+@pytest.mark.parametrize(("stride", "offset"), [(4, 0), (8, 3), (1, 0), (100, 1)])
+def test_local_stride_is_its_docstring(seqlens, stride, offset):
+    q, k, _ = structured_qk(300)
+    q, k = q[:, :, : seqlens[0]], k[:, :, : seqlens[1]]
+    selector = LocalStride(local=2, stride=stride, offset=offset, block_size=16)
+    mask = selector(q, k).to_dense(num_heads=4)[0]
+    off = seqlens[1] - seqlens[0]
+    for h in range(4):
+        for i in range(seqlens[0]):
+            own, expected = (off + i) // 16, []
+            for key in range(off + i + 1):
+                j = key // 16
+                strided = (j + h // 2 * max(1, stride // 2) + offset) % stride == 0
+                expected.append(own - j < 2 or strided)
+            assert mask[h, i].tolist() == expected + [False] * (seqlens[1] - len(expected))
 
 
 def literal_block_topk(q, k, selector, is_causal, b, h):

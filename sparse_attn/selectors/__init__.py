@@ -8,7 +8,7 @@ from .hip import HiP
 from .infinite_hip import InfiniteHiP
 from .mask_cache import MaskCache
 from .quest import Quest
-from .static import Dense, SinkWindow, SlidingWindow
+from .static import Dense, LocalStride, SinkWindow, SlidingWindow, TriShape
 from .vertical_slash import VerticalSlash
 from .x_attention import XAttention
 
@@ -19,6 +19,7 @@ __all__ = [
     "FlexPrefill",
     "HiP",
     "InfiniteHiP",
+    "LocalStride",
     "MaskCache",
     "PerHead",
     "PrefillDecode",
@@ -26,6 +27,7 @@ __all__ = [
     "Selector",
     "SinkWindow",
     "SlidingWindow",
+    "TriShape",
     "Union",
     "VerticalSlash",
     "XAttention",

@@ -65,10 +65,13 @@ class AnchorAttention(Selector):
         base = BlockLayout.sink_window(seqlens(q, k), sink=size, device=q.device)
         if k.shape[2] == 0 or q.shape[2] == 0:
             return base
-        first, last = block_rows(seqlens(q, k), size, 0, q.shape[2], q.device)
-        zones = first[:: self.step].clamp(min=0) // size  # the block with which each group's begins
-        own = zones.repeat_interleave(self.step, 0)[: len(first)]
-        counts, columns = self._stripes(q, k, (zones[:, 0] * size).tolist(), scale)
+        off = k.shape[2] - q.shape[2]
+        starts = range(off, k.shape[2], size * self.step)  # of the groups' rows
+        zones = [max(0, start) // size * size for start in starts]
+        own = torch.tensor(zones, device=q.device).repeat_interleave(self.step)[:, None] // size
+        _, last = block_rows(seqlens(q, k), size, 0, q.shape[2], q.device)
+        own = own[: len(last)]
+        counts, columns = self._stripes(q, k, zones, scale)
         return replace(
             base,
             block_size=(size, size),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, pool_mean, refuse_not_causal, seqlens
@@ -73,78 +74,66 @@ class FlexPrefill(Selector):
         if q.shape[2] <= max(2 * size, self.min_budget) or k.shape[2] == 0:
             return BlockLayout.dense(lengths, device=q.device)
         vertical, slash = (x / size for x in last_rows_mass(q, k, size, scale))
+        by_block, by_distance = (_sum_runs(x, size) for x in (vertical, slash))
         rows = q[:, :, -size:].mean(2, keepdim=True, dtype=torch.float32)
         queries = torch.cat([pool_mean(q, size), rows], 2)
         pooled = products(queries, pool_mean(k, size)) * softmax_scale(q, scale)
         first, last = block_rows(lengths, size, 0, pooled.shape[2], q.device)
-        future = torch.arange(pooled.shape[3], device=q.device) * size > last
+        blocks = torch.arange(pooled.shape[3], device=q.device)
+        future = blocks * size > last
         pooled[:, :, :-1].masked_fill_(future, -torch.inf)
         pooled = pooled.softmax(-1).nan_to_num_(0.0)
-        keep = future.new_empty((*pooled.shape[:2], *future.shape))
-        for b in range(q.shape[0]):
-            for h in range(q.shape[1]):
-                estimate, by_block = pooled[b, h, -1], _sum_runs(vertical[b, h], size)
-                aware = _distance(estimate, by_block) < self.tau
-                budgets = [
-                    self.min_budget // size if aware else self._budget(x[b, h])
-                    for x in (vertical, slash)
-                ]
-                by_distance = _sum_runs(slash[b, h], size)
-                keep[b, h] = self._lines(by_block, by_distance, budgets, first, last)
-                if aware:
-                    keep[b, h] |= _best_pairs(pooled[b, h, :-1], self.mass)
+        aware = _distance(pooled[:, :, -1], by_block) < self.tau
+        keys, distances = (
+            _best(scores, self._budget(mass, aware))
+            for scores, mass in ((by_block, vertical), (by_distance, slash))
+        )
+        keep = keys[:, :, None].expand(-1, -1, len(first), -1)
+        for position in (first, last):  # of a query block that straddles two key blocks
+            distance = position.div(size, rounding_mode="floor") - blocks
+            known = distances[:, :, distance.clamp(0, distances.shape[2] - 1)]
+            keep = keep | (known & (distance >= 0))
+        keep[aware] |= _best_pairs(pooled[:, :, :-1][aware], self.mass)
         return BlockLayout.from_dense(keep & ~future, block_size=(size, size), seqlens=lengths)
 
-    def _budget(self, mass: Tensor) -> int:
-        """How many blocks the fewest keys (or distances) that hold the share amount to."""
-        covered = mass.sort(descending=True).values.cumsum(0) <= self.mass
-        blocks = (int(covered.sum()) + 1) // self.block_size + 1
-        blocks = max(blocks, self.min_budget // self.block_size)
-        most = self.max_budget
-        return blocks if most is None else min(blocks, most // self.block_size)
-
-    def _lines(
-        self, vertical: Tensor, slash: Tensor, budgets: list[int], first: Tensor, last: Tensor
-    ) -> Tensor:
-        """Which key blocks lie on the best vertical lines or diagonals: bool ``[Mq, Mkv]``.
-
-        Args:
-            vertical: the score of each key block, ``[Mkv]``.
-            slash: the score of each distance in blocks, ``[Mkv]``.
-            budgets: how many to keep of both.
-            first: positions of the query blocks' first rows, ``[Mq, 1]``.
-            last: those of their last rows. A query block that does not begin with a key block has
-                two diagonals at each distance.
+    def _budget(self, mass: Tensor, aware: Tensor) -> Tensor:
+        """How many blocks the fewest keys (or distances) that hold the share amount to: ``[B, H,
+        1]``; the least for heads that are query-aware.
         """
-        best = torch.zeros(2, len(vertical), dtype=torch.bool, device=vertical.device)
-        for chosen, scores, count in zip(best, (vertical, slash), budgets, strict=True):
-            scores = scores.clone()
-            scores[0] = torch.inf
-            chosen[scores.topk(min(count, len(scores))).indices] = True
-        keep, distances = best
-        blocks = torch.arange(len(keep), device=keep.device)
-        for rows in (first, last):
-            distance = rows.div(self.block_size, rounding_mode="floor") - blocks
-            keep = keep | (distances[distance.clamp(0, len(distances) - 1)] & (distance >= 0))
-        return keep
+        least = self.min_budget // self.block_size
+        covered = mass.sort(descending=True).values.cumsum(-1) <= self.mass
+        blocks = ((covered.sum(-1, keepdim=True) + 1) // self.block_size + 1).clamp(min=least)
+        if self.max_budget is not None:
+            blocks = blocks.clamp(max=self.max_budget // self.block_size)
+        return blocks.masked_fill(aware[..., None], least)
 
 
 def _sum_runs(x: Tensor, size: int) -> Tensor:
-    """Sums of ``x [n]`` over runs of `size`; the last one may be shorter."""
-    return torch.nn.functional.pad(x, (0, -len(x) % size)).unflatten(0, (-1, size)).sum(1)
+    """Sums of ``x [..., n]`` over runs of `size`; the last one may be shorter."""
+    return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
 
 
-def _distance(p: Tensor, q: Tensor) -> float:
-    """Square root of the Jensen-Shannon divergence, in nats, of two distributions."""
+def _distance(p: Tensor, q: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence, in nats, of distributions ``[..., n]``."""
     middle = (p + q) / 2
-    twice = sum(x.xlogy(x).sum() - x.xlogy(middle).sum() for x in (p, q))
-    return max(0.0, float(twice) / 2) ** 0.5
+    twice = sum((x.xlogy(x) - x.xlogy(middle)).sum(-1) for x in (p, q))
+    return (twice / 2).clamp(min=0).sqrt()
+
+
+def _best(scores: Tensor, count: Tensor) -> Tensor:
+    """The first of ``scores [B, H, n]`` and the others of greatest score, ``count [B, H, 1]`` in
+    all: bool.
+    """
+    ranked = scores.index_fill(-1, torch.tensor(0, device=scores.device), torch.inf)
+    ranks = ranked.argsort(-1, descending=True).argsort(-1)
+    return ranks < count
 
 
 def _best_pairs(mass: Tensor, share: float) -> Tensor:
-    """The fewest entries of ``mass [Mq, Mkv]`` that hold a share of it, and one more: bool."""
-    values, order = mass.flatten().sort(descending=True)
-    count = int((values.cumsum(0) <= share * len(mass)).sum()) + 1
-    keep = torch.zeros(mass.numel(), dtype=torch.bool, device=mass.device)
-    keep[order[:count]] = True
-    return keep.view(mass.shape)
+    """The fewest entries of each ``mass [heads, Mq, Mkv]``, whose rows sum to 1, that hold a share
+    of it, and one more: bool.
+    """
+    values, order = mass.flatten(1).sort(descending=True)
+    covered = values.cumsum(1) <= share * mass.shape[1]
+    kept = torch.arange(values.shape[1], device=mass.device) <= covered.sum(1, keepdim=True)
+    return torch.zeros_like(kept).scatter_(1, order, kept).view(mass.shape)

@@ -1,0 +1,109 @@
+"""The table of docs/selectors.md: how fast selectors are on a real prompt, and what they lose.
+
+``python -m bench.selectors`` measures everything, ``python -m bench.selectors --only WORD ...`` the
+rows whose names hold all the words. Each row is kept in ``bench/results/selectors.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+
+import torch
+from torch.nn import functional as F
+
+from sparse_attn import quality, sparse_attention
+from sparse_attn.selectors import (
+    AnchorAttention,
+    BlockTopK,
+    Dense,
+    FlexPrefill,
+    HiP,
+    InfiniteHiP,
+    SinkWindow,
+    VerticalSlash,
+    XAttention,
+)
+
+from . import smollm2
+from .sections import Page, Section
+
+KEPT = Path(__file__).parent / "results" / "selectors.json"
+PAGE = Path(__file__).parents[1] / "docs" / "selectors.md"
+ROUNDS = 3
+
+SUBJECTS = {
+    "Dense()": Dense(),
+    "SinkWindow(64, 1024)": SinkWindow(sink=64, window=1024),
+    "BlockTopK(64, 16)": BlockTopK(top_k=64, block_size=16),
+    "HiP(k=512)": HiP(k=512),
+    "InfiniteHiP()": InfiniteHiP(),
+    "VerticalSlash(500, 700)": VerticalSlash(vertical=500, slash=700),
+    "VerticalSlash(1000, 1000)": VerticalSlash(vertical=1000, slash=1000),
+    "XAttention()": XAttention(),
+    "XAttention(stride=16)": XAttention(stride=16),
+    "XAttention(mass=0.95)": XAttention(mass=0.95),
+    "FlexPrefill()": FlexPrefill(),
+    "FlexPrefill(mass=0.95)": FlexPrefill(mass=0.95),
+    "AnchorAttention(theta=6)": AnchorAttention(theta=6.0),
+    "AnchorAttention()": AnchorAttention(),
+}
+
+
+@torch.inference_mode()
+def speed(selector) -> tuple[float, float]:
+    """How many times faster attention with the selector is than torch's SDPA, choosing included, on
+    three layers, and the share of choosing; medians of interleaved rounds.
+    """
+    ratios, shares = [], []
+    for q, k, v in smollm2.queries_keys_values().values():
+        for _ in range(ROUNDS + 1):  # the first warms up
+            begin = perf_counter()
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            middle = perf_counter()
+            layout = selector(q, k)
+            chosen = perf_counter()
+            sparse_attention(q, k, v, layout)
+            end = perf_counter()
+            ratios.append((middle - begin) / (end - middle))
+            shares.append((chosen - middle) / (end - middle))
+        del ratios[-ROUNDS - 1], shares[-ROUNDS - 1]
+    return median(ratios), median(shares)
+
+
+def losses(selector) -> list[float]:
+    """Density and recall over all rows, the recall that 5 % of the rows lie below, the gap to the
+    best blocks, and the error of the output: means over the heads of three layers.
+    """
+    found = [quality.measure(*qkv, selector) for qkv in smollm2.queries_keys_values().values()]
+    names = ("density", "recall", "recall_p5", "oracle_gap", "error")
+    return [mean(getattr(x, name).mean().item() for x in found) for name in names]
+
+
+def row(selector) -> list[str]:
+    """All cells of a selector."""
+    ratio, share = speed(selector)
+    density, *others = losses(selector)
+    cells = [f"{ratio:.1f}x", f"{share:.0%}", f"{density:.1%}", *(f"{x:.3f}" for x in others)]
+    return cells + smollm2.retrieval(selector)
+
+
+HEADER = (
+    "selector",
+    "vs SDPA",
+    "choosing",
+    "density",
+    "recall",
+    "5 % below",
+    "to the best",
+    "error",
+    "perplexity",
+    "loss on second copy",
+    "passkeys found (depth)",
+)
+
+if __name__ == "__main__":
+    rows = {name: functools.partial(row, selector) for name, selector in SUBJECTS.items()}
+    Page(PAGE, KEPT, {"prompts": Section(HEADER, rows)}).run(__doc__)

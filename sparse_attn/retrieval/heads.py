@@ -1,0 +1,91 @@
+"""From scores of heads to selectors of layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..selectors import Dense, PerHead, Selector, SinkWindow
+
+
+def top_heads(scores: Tensor, share: float) -> Tensor:
+    """The heads of greatest score, over all layers together.
+
+    Args:
+        scores: ``[layers, heads]``.
+        share: of all heads, from 0 to 1; ``round(share * layers * heads)`` are taken, of equal ones
+            the earlier.
+
+    Returns:
+        Tensor: bool ``[layers, heads]``.
+
+    Raises:
+        ValueError: if share is out of range.
+
+    Example:
+        >>> top_heads(torch.tensor([[0.1, 0.7], [0.9, 0.2]]), share=0.5)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    return greatest(scores, round(share * scores.numel()))
+
+
+def greatest(scores: Tensor, count: int) -> Tensor:
+    """Which are the `count` greatest of `scores`, of equal ones the earlier: bool."""
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    best = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    best[order[:count]] = True
+    return best.view(scores.shape)
+
+
+def shared_by_groups(heads: Tensor, num_heads: int) -> Tensor:
+    """What holds of KV heads, or of some of the query heads of each, as said of all query heads.
+
+    Args:
+        heads: bool ``[layers, n]``: of `num_heads` query heads, or of KV heads, a divisor of them.
+        num_heads: number of query heads.
+
+    Returns:
+        Tensor: bool ``[layers, num_heads]``.
+
+    Raises:
+        ValueError: if n does not divide `num_heads`.
+    """
+    if num_heads % heads.shape[1]:
+        raise ValueError(f"{heads.shape[1]} KV heads do not divide {num_heads} query heads")
+    return heads.repeat_interleave(num_heads // heads.shape[1], 1)
+
+
+def head_selectors(
+    full: Tensor, *, retrieval: Selector | None = None, streaming: Selector | None = None
+) -> dict[int, Selector]:
+    """Selectors for `patch`: one way of attending for retrieval heads, another for all others.
+
+    Args:
+        full: bool ``[layers, heads]``: which query heads are retrieval heads.
+        retrieval: their selector. Default `Dense()`.
+        streaming: that of the others. Default ``SinkWindow(sink=64, window=256)``, as in
+            DuoAttention (arXiv 2410.10819).
+
+    Returns:
+        dict[int, Selector]: one selector for each layer.
+
+    Example:
+        >>> from sparse_attn.retrieval import head_selectors
+        >>> head_selectors(torch.tensor([[True, True], [False, True]]))
+        {0: Dense(), 1: PerHead(selectors={(1,): Dense()}, default=SinkWindow(sink=64, window=256))}
+    """
+    if full.dim() != 2 or full.dtype != torch.bool:
+        raise ValueError(f"full must be bool [layers, heads], got {full.dtype} {list(full.shape)}")
+    retrieval = Dense() if retrieval is None else retrieval
+    streaming = SinkWindow(sink=64, window=256) if streaming is None else streaming
+    selectors = {}
+    for layer, row in enumerate(full):
+        named = tuple(row.nonzero()[:, 0].tolist())
+        if len(named) in (0, len(row)):
+            selectors[layer] = retrieval if named else streaming
+        else:
+            selectors[layer] = PerHead({named: retrieval}, default=streaming)
+    return selectors
