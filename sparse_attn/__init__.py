@@ -1,6 +1,6 @@
 """Sparse long-context attention: one op, one mask type, many ways to choose the mask."""
 
-from . import autograd, quality, retrieval, selectors
+from . import autograd, landmark, quality, retrieval, selectors
 from .api import (
     explain,
     scaled_dot_product_attention,
@@ -9,6 +9,7 @@ from .api import (
 )
 from .backends import Explanation
 from .hf import patch
+from .landmark import landmark_attention
 from .layout import BlockLayout
 from .state import merge_states
 
@@ -18,6 +19,8 @@ __all__ = [
     "BlockLayout",
     "Explanation",
     "explain",
+    "landmark",
+    "landmark_attention",
     "merge_states",
     "patch",
     "quality",

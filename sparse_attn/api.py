@@ -76,7 +76,7 @@ def sparse_attention(
         >>> sparse_attention(q, k, v, selectors.SinkWindow(sink=4, window=64)).shape
         torch.Size([1, 4, 256, 64])
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     op = _op_for(q, k, v, backend)
     scale = validation.check_scalars(q, scale, softcap)
     validation.check_sinks(sinks, q)
@@ -159,7 +159,7 @@ def sparse_attention_varlen(
         >>> out.shape
         torch.Size([12, 4, 64])
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     packing = varlen.Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
     validation.check_packed(q, k, v, packing)
     scale = validation.check_scalars(q, scale, softcap)
@@ -226,7 +226,7 @@ def _may_split_float32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the autocast dtype where autocast is on, as torch does for its own attention."""
     if not isinstance(q, Tensor):
         return q, k, v
@@ -309,7 +309,7 @@ def scaled_dot_product_attention(
         >>> window = selectors.SlidingWindow(window=64)
         >>> banded = scaled_dot_product_attention(q, k, v, is_causal=True, selector=window)
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     call = (query, key, value, attn_mask, dropout_p, is_causal)
     if selector is None and backend == "auto":
         if not _gains(*call, enable_gqa):
@@ -391,6 +391,6 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> backen
         >>> explain(q, k, v).backend
         'reference'
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     validation.check_qkv(q, k, v)
     return backends.choose(backend, q, v)

@@ -74,8 +74,8 @@ def _order(backend: str, q: Tensor) -> tuple[str, ...]:
     return _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
 
 
-def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention"):
-    """The torch op that serves a call of `op`.
+def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention", ending: str = ""):
+    """The torch op that serves a call of `op`; with the ending ``"_backward"``, its gradient.
 
     Raises:
         ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
@@ -83,7 +83,7 @@ def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention"):
     """
     for name in _order(backend, q):
         if name in _REASONS and not _REASONS[name](q, v):
-            served = getattr(torch.ops.sparse_attn, op + _SUFFIXES[name], None)
+            served = getattr(torch.ops.sparse_attn, op + _SUFFIXES[name] + ending, None)
             if served is not None:  # not every backend has every op
                 return served.default
     raise ValueError(

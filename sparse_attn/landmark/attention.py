@@ -1,0 +1,284 @@
+"""Landmark attention, put together from calls of the op pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends, ops, validation
+from ..api import autocast
+from ..layout import BlockLayout
+from ..reference import compute_dtype, empty_out
+
+_CHUNK = 16  # landmarks whose scores are computed at once
+
+
+def landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in which the last token of each block, its landmark, decides how much the
+    block's tokens weigh (Mohtashami and Jaggi, arXiv 2305.16300).
+
+    Position ``j`` lies in block ``j // block_size``; row ``i`` stands at ``p = i + seqlen_kv -
+    seqlen_q``. With ``s = scale * q @ k.T``, the row's own block ``b``, and ``lm(n)`` the landmark
+    of block ``n``::
+
+        gamma = softmax of s over the tokens of block b up to p, no landmark, and lm(n), n < b
+        weight of a token j of block b      = gamma[j]
+        weight of a token j of block n < b  = gamma[lm(n)] * softmax of s over block n, no landmark
+        weight of a landmark                = 0
+
+    So weights of a row sum to 1, values of landmarks are never read, and a landmark's own row does
+    not see itself. An unfinished last block has no landmark.
+
+    Each block is a call of the op pair for the rows after it, on any of its backends, and the
+    outputs are added up, ``gamma[lm(n)]`` times each; gradients compute them again. Time is that of
+    dense attention and of adding up, memory ``O(S)``.
+
+    Args:
+        q: ``[batch, num_heads, seqlen_q, head_dim]``, float32, bfloat16, float16 or float64.
+        k: ``[batch, num_kv_heads, seqlen_kv, head_dim]``, landmarks included.
+        v: ``[batch, num_kv_heads, seqlen_kv, head_dim_v]``.
+        block_size: tokens of a block, its landmark included, at least 2.
+        top_k: for each row and head only so many earlier blocks are seen, those of the greatest
+            landmark scores (all that equal the least of them too), as the paper does while
+            generating; the choice is a constant for gradients. Default None: all.
+        scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
+        return_lse: whether to return the log of gamma's denominator too. Default False.
+        backend: "auto", "cpu", "triton" or "reference". Default "auto".
+
+    Returns:
+        Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows before the
+        first key. With ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for
+        float64) ``[batch, num_heads, seqlen_q]``. Both are differentiable with respect to q, k, v.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for a backend that cannot run the call, with its
+        reasons.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4, 200, 64).unbind(0)
+        >>> landmark_attention(q, k, v, block_size=51).shape
+        torch.Size([1, 4, 200, 64])
+    """
+    q, k, v = autocast(q, k, v)
+    validation.check_qkv(q, k, v)
+    scale = validation.check_scalars(q, scale, 0.0)
+    for name, value, low in (("block_size", block_size, 2), ("top_k", top_k, 1)):
+        if value is not None and (not isinstance(value, int) or value < low):
+            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+    forward = backends.op_for(backend, q, v)
+    backward = backends.op_for(backend, q, v, ending="_backward")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    dense = BlockLayout.dense((q.shape[2], k.shape[2]), device=q.device)
+    blocks = _Blocks(block_size, top_k, scale, forward, backward, dense)
+    out, lse = _LandmarkAttention.apply(q, k, v, blocks)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that see some keys in one call of the op: their own block, causally, or an earlier one,
+    whose landmark then stands for its log-sum-exp.
+    """
+
+    rows: slice
+    keys: slice
+    landmark: int | None = None
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How a call is cut into parts, and the ops that run them."""
+
+    block_size: int
+    top_k: int | None
+    scale: float
+    forward: Callable
+    backward: Callable
+    dense: BlockLayout  # it says the same for all lengths
+
+    def own(self, q: Tensor, k: Tensor) -> Iterator[_Part]:
+        """Each row once, with the tokens of its own block."""
+        off, size = k.shape[2] - q.shape[2], self.block_size
+        first = max(0, off)
+        while first < k.shape[2]:
+            begin = first // size * size
+            landmark = begin + size - 1
+            stop = min(landmark, k.shape[2])
+            if first < stop:
+                yield _Part(slice(first - off, stop - off), slice(begin, stop))
+            if landmark < k.shape[2]:
+                yield _Part(slice(landmark - off, landmark - off + 1), slice(begin, landmark))
+            first = landmark + 1
+
+    def earlier(self, q: Tensor, k: Tensor) -> Iterator[list[_Part]]:
+        """The rows after each block, some blocks at a time."""
+        off, size = k.shape[2] - q.shape[2], self.block_size
+        last = (k.shape[2] - 1) // size  # the block of the last row
+        for start in range(0, last, _CHUNK):
+            yield [
+                _Part(
+                    slice(max(0, (n + 1) * size - off), q.shape[2]),
+                    slice(n * size, (n + 1) * size - 1),
+                    (n + 1) * size - 1,
+                )
+                for n in range(start, min(start + _CHUNK, last))
+            ]
+
+    def scores(self, q: Tensor, k: Tensor, parts: list[_Part]) -> Tensor:
+        """The landmarks' scores ``[B, H, Sq, parts]``, -inf in rows that are not after the block.
+
+        Args:
+            q: the queries, in the dtype of scores.
+            k: the keys.
+            parts: of one list of `earlier`.
+        """
+        marks = k[:, :, [part.landmark for part in parts]].to(q.dtype)
+        scores = q.unflatten(1, (k.shape[1], -1)) @ (self.scale * marks)[:, :, None].mT
+        scores = scores.flatten(1, 2)
+        for n, part in enumerate(parts):
+            scores[:, :, : part.rows.start, n] = -torch.inf
+        return scores
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` of a part."""
+        tensors = (q[:, :, part.rows], k[:, :, part.keys], v[:, :, part.keys])
+        return self.forward(*tensors, *self._layout(part), for_gradients=True)
+
+    def gradients(
+        self, dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out, lse, part: _Part
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a part's q, k and v from those of its out and lse."""
+        tensors = (q[:, :, part.rows], k[:, :, part.keys], v[:, :, part.keys])
+        return self.backward(dout, dlse, *tensors, out, lse, *self._layout(part))[:3]
+
+    def _layout(self, part: _Part) -> tuple:
+        return ops.layout_args(self.dense, None, self.scale, 0.0, part.landmark is None)
+
+
+class _LandmarkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: _Blocks):
+        dtype = compute_dtype(q.dtype)
+        queries = q.to(dtype)
+        total = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
+        own_lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+        for part in blocks.own(q, k):
+            out, own_lse[:, :, part.rows] = blocks.attend(q, k, v, part)
+            total[:, :, part.rows] = out.to(dtype)
+        lse, least = _normalise(blocks, queries, k, own_lse)
+        total *= _weights(own_lse, lse)[..., None]
+        for parts in blocks.earlier(q, k):
+            gamma = _gamma(blocks, queries, k, parts, lse, least)
+            for n, part in enumerate(parts):
+                weight = gamma[:, :, part.rows, n]
+                if part.rows.start < q.shape[2] and _matters(blocks, weight):
+                    out, _ = blocks.attend(q, k, v, part)
+                    total[:, :, part.rows] += out * weight[..., None]
+        out = empty_out(q, v).copy_(total)
+        ctx.blocks = blocks
+        ctx.save_for_backward(q, k, v, out, lse, least)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor, dlse: Tensor):
+        q, k, v, result, lse, least = ctx.saved_tensors
+        blocks, dtype = ctx.blocks, lse.dtype
+        queries, dout = q.to(dtype), dout.to(dtype)
+        delta = (dout * result).sum(-1) - dlse
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+
+        def add(part: _Part, weight: Tensor, out: Tensor, part_lse: Tensor) -> Tensor:
+            """Adds the gradients through a part of some weight, and returns that of its logit."""
+            grad = dout[:, :, part.rows]
+            dlogit = weight * ((grad * out).sum(-1) - delta[:, :, part.rows])
+            own = part.landmark is None
+            gradients = blocks.gradients(
+                (grad * weight[..., None]).to(q.dtype),
+                dlogit if own else torch.zeros_like(dlogit),
+                q,
+                k,
+                v,
+                out,
+                part_lse,
+                part,
+            )
+            dq[:, :, part.rows] += gradients[0]
+            dk[:, :, part.keys] += gradients[1]
+            dv[:, :, part.keys] += gradients[2]
+            return dlogit
+
+        for part in blocks.own(q, k):
+            out, own_lse = blocks.attend(q, k, v, part)
+            add(part, _weights(own_lse, lse[:, :, part.rows]), out, own_lse)
+        for parts in blocks.earlier(q, k):
+            gamma = _gamma(blocks, queries, k, parts, lse, least)
+            dscores = torch.zeros_like(gamma)
+            for n, part in enumerate(parts):
+                weight = gamma[:, :, part.rows, n]
+                if part.rows.start < q.shape[2] and _matters(blocks, weight):
+                    out, part_lse = blocks.attend(q, k, v, part)
+                    dscores[:, :, part.rows, n] = add(part, weight, out, part_lse)
+            marks = [part.landmark for part in parts]
+            grouped = (blocks.scale * dscores).unflatten(1, (k.shape[1], -1))
+            dq += (grouped @ k[:, :, None, marks].to(dtype)).flatten(1, 2)
+            dmarks = grouped.flatten(2, 3).mT @ queries.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+            dk[:, :, marks] += dmarks
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _normalise(
+    blocks: _Blocks, q: Tensor, k: Tensor, own_lse: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The log of gamma's denominator, and the least landmark score that each row keeps, or None."""
+    best = q.new_empty(*q.shape[:3], 0)
+    lse = own_lse
+    for parts in blocks.earlier(q, k):
+        scores = blocks.scores(q, k, parts)
+        if blocks.top_k is None:
+            lse = torch.logaddexp(lse, scores.logsumexp(-1))
+        else:
+            best = torch.cat([best, scores], -1)
+            best = best.topk(min(blocks.top_k, best.shape[-1]), -1).values
+    if blocks.top_k is None or best.shape[-1] == 0:
+        return lse, None
+    least = best[..., -1]
+    for parts in blocks.earlier(q, k):
+        lse = torch.logaddexp(lse, _kept(blocks.scores(q, k, parts), least).logsumexp(-1))
+    return lse, least
+
+
+def _kept(scores: Tensor, least: Tensor | None) -> Tensor:
+    """The scores of the landmarks that each row keeps, -inf for others."""
+    return scores if least is None else scores.masked_fill(scores < least[..., None], -torch.inf)
+
+
+def _gamma(
+    blocks: _Blocks, q: Tensor, k: Tensor, parts: list[_Part], lse: Tensor, least: Tensor | None
+) -> Tensor:
+    """The weights of some blocks ``[B, H, Sq, parts]``."""
+    return _weights(_kept(blocks.scores(q, k, parts), least), lse[..., None])
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """``exp(logits - lse)``, 0 where both are -inf."""
+    return (logits - lse.clamp(min=torch.finfo(lse.dtype).min)).exp()
+
+
+def _matters(blocks: _Blocks, weight: Tensor) -> bool:
+    """Whether a block has to be computed: with `top_k`, no row may want it."""
+    return blocks.top_k is None or bool(weight.any())
