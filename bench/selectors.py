@@ -1,4 +1,4 @@
-"""The table of docs/selectors.md: how fast selectors are on a real prompt, and what they lose.
+"""The tables of docs/selectors.md: how fast selectors are on a real prompt, and what they lose.
 
 ``python -m bench.selectors`` measures everything, ``python -m bench.selectors --only WORD ...`` the
 rows whose names hold all the words. Each row is kept in ``bench/results/selectors.json``.
@@ -22,6 +22,8 @@ from sparse_attn.selectors import (
     FlexPrefill,
     HiP,
     InfiniteHiP,
+    PrefillDecode,
+    Quest,
     SinkWindow,
     VerticalSlash,
     XAttention,
@@ -32,7 +34,7 @@ from .sections import Page, Section
 
 KEPT = Path(__file__).parent / "results" / "selectors.json"
 PAGE = Path(__file__).parents[1] / "docs" / "selectors.md"
-ROUNDS = 3
+ROUNDS, STEPS = 3, 17
 
 SUBJECTS = {
     "Dense()": Dense(),
@@ -90,6 +92,40 @@ def row(selector) -> list[str]:
     return cells + smollm2.retrieval(selector)
 
 
+def decode_speed(make, keys: int) -> list[str]:
+    """Milliseconds of a decoding step with torch's SDPA and with a selector, 32 query heads of 128
+    on 8 KV heads, over steps that each add a key, and the ratio of the two.
+    """
+    q, k, v = (
+        torch.randn(1, heads, keys + STEPS, 128, dtype=torch.bfloat16) for heads in (32, 8, 8)
+    )
+    selector, times = make(), {"sdpa": [], "ours": []}
+    for n in range(keys, keys + STEPS):
+        step = q[:, :, n - 1 : n], k[:, :, :n], v[:, :, :n]
+        begin = perf_counter()
+        F.scaled_dot_product_attention(*step, enable_gqa=True)
+        middle = perf_counter()
+        sparse_attention(*step, selector)
+        times["sdpa"].append(middle - begin)
+        times["ours"].append(perf_counter() - middle)
+    sdpa, ours = (1e3 * mean(x[1:]) for x in times.values())  # the first step looks at all keys
+    return [f"{sdpa:.1f}", f"{ours:.2f}", f"{sdpa / ours:.1f}x"]
+
+
+def decode_row(make) -> list[str]:
+    """Recall, the 5 % below, and error of the last rows, density, and passkeys found if a prompt is
+    dense and its answer written with the selector.
+    """
+    rows = range(smollm2.TOKENS - 256, smollm2.TOKENS)
+    kept = smollm2.queries_keys_values().values()
+    found = [quality.measure(*qkv, make(), rows=rows) for qkv in kept]
+    names = ("density", "recall", "recall_p5", "oracle_gap", "error")
+    density, *others = (mean(getattr(x, name).mean().item() for x in found) for name in names)
+    layers = range(smollm2.load("smollm2")[1].config.num_hidden_layers)
+    selector = {layer: PrefillDecode(Dense(), make()) for layer in layers}
+    return [f"{density:.1%}", *(f"{x:.3f}" for x in others), smollm2.retrieval(selector)[-1]]
+
+
 HEADER = (
     "selector",
     "vs SDPA",
@@ -104,6 +140,40 @@ HEADER = (
     "passkeys found (depth)",
 )
 
+DECODERS = {
+    "Quest(budget=256)": functools.partial(Quest, budget=256),
+    "Quest(budget=512)": functools.partial(Quest, budget=512),
+    "Quest(budget=1024)": functools.partial(Quest, budget=1024),
+    "Quest(budget=1024, shared=True)": functools.partial(Quest, budget=1024, shared=True),
+}
+DECODE_HEADER = (
+    "selector",
+    "density",
+    "recall",
+    "5 % below",
+    "to the best",
+    "error",
+    "passkeys found (depth)",
+)
+
+
+def sections() -> dict[str, Section]:
+    """The tables of the page."""
+    speeds = {
+        f"{name}, {keys} keys": functools.partial(decode_speed, make, keys)
+        for keys in (32768, 131072)
+        for name, make in list(DECODERS.items())[2:]
+    }
+    return {
+        "prompts": Section(
+            HEADER, {name: functools.partial(row, selector) for name, selector in SUBJECTS.items()}
+        ),
+        "decoding": Section(
+            DECODE_HEADER, {name: functools.partial(decode_row, x) for name, x in DECODERS.items()}
+        ),
+        "steps": Section(("case", "SDPA ms", "ms", "vs SDPA"), speeds),
+    }
+
+
 if __name__ == "__main__":
-    rows = {name: functools.partial(row, selector) for name, selector in SUBJECTS.items()}
-    Page(PAGE, KEPT, {"prompts": Section(HEADER, rows)}).run(__doc__)
+    Page(PAGE, KEPT, sections()).run(__doc__)

@@ -15,6 +15,7 @@ from ..layout import BlockLayout
 from ..reference import compute_dtype, empty_out
 
 _CHUNK = 16  # landmarks whose scores are computed at once
+_TILE_ELEMENTS, _FEWEST_ROWS = 2**19, 256  # of the sums of rows that are computed together
 
 
 def landmark_attention(
@@ -159,7 +160,15 @@ class _Blocks:
         return self.forward(*tensors, *self._layout(part), for_gradients=True)
 
     def gradients(
-        self, dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out, lse, part: _Part
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part: _Part,
+        dout: Tensor,
+        dlse: Tensor,
+        out: Tensor,
+        lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a part's q, k and v from those of its out and lse."""
         tensors = (q[:, :, part.rows], k[:, :, part.keys], v[:, :, part.keys])
@@ -173,22 +182,11 @@ class _LandmarkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: _Blocks):
         dtype = compute_dtype(q.dtype)
-        queries = q.to(dtype)
-        total = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
-        own_lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-        for part in blocks.own(q, k):
-            out, own_lse[:, :, part.rows] = blocks.attend(q, k, v, part)
-            total[:, :, part.rows] = out.to(dtype)
-        lse, least = _normalise(blocks, queries, k, own_lse)
-        total *= _weights(own_lse, lse)[..., None]
-        for parts in blocks.earlier(q, k):
-            gamma = _gamma(blocks, queries, k, parts, lse, least)
-            for n, part in enumerate(parts):
-                weight = gamma[:, :, part.rows, n]
-                if part.rows.start < q.shape[2] and _matters(blocks, weight):
-                    out, _ = blocks.attend(q, k, v, part)
-                    total[:, :, part.rows] += out * weight[..., None]
-        out = empty_out(q, v).copy_(total)
+        out = empty_out(q, v)
+        lse, least = torch.empty(2, *q.shape[:3], dtype=dtype, device=q.device)
+        for rows, keys in _tiles(q, k, v):
+            tensors = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            out[:, :, rows], lse[:, :, rows], least[:, :, rows] = _attend(blocks, *tensors)
         ctx.blocks = blocks
         ctx.save_for_backward(q, k, v, out, lse, least)
         return out, lse
@@ -196,79 +194,126 @@ class _LandmarkAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor, dlse: Tensor):
-        q, k, v, result, lse, least = ctx.saved_tensors
-        blocks, dtype = ctx.blocks, lse.dtype
-        queries, dout = q.to(dtype), dout.to(dtype)
-        delta = (dout * result).sum(-1) - dlse
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-
-        def add(part: _Part, weight: Tensor, out: Tensor, part_lse: Tensor) -> Tensor:
-            """Adds the gradients through a part of some weight, and returns that of its logit."""
-            grad = dout[:, :, part.rows]
-            dlogit = weight * ((grad * out).sum(-1) - delta[:, :, part.rows])
-            own = part.landmark is None
-            gradients = blocks.gradients(
-                (grad * weight[..., None]).to(q.dtype),
-                dlogit if own else torch.zeros_like(dlogit),
-                q,
-                k,
-                v,
-                out,
-                part_lse,
-                part,
+        q, k, v, out, lse, least = ctx.saved_tensors
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+        for rows, keys in _tiles(q, k, v):
+            grad = dout[:, :, rows].to(lse.dtype)
+            delta = (grad * out[:, :, rows]).sum(-1) - dlse[:, :, rows]
+            dq[:, :, rows] = _add_gradients(
+                ctx.blocks,
+                (q[:, :, rows], k[:, :, keys], v[:, :, keys]),
+                (lse[:, :, rows], least[:, :, rows]),
+                (grad, delta),
+                (dk[:, :, keys], dv[:, :, keys]),
             )
-            dq[:, :, part.rows] += gradients[0]
-            dk[:, :, part.keys] += gradients[1]
-            dv[:, :, part.keys] += gradients[2]
-            return dlogit
-
-        for part in blocks.own(q, k):
-            out, own_lse = blocks.attend(q, k, v, part)
-            add(part, _weights(own_lse, lse[:, :, part.rows]), out, own_lse)
-        for parts in blocks.earlier(q, k):
-            gamma = _gamma(blocks, queries, k, parts, lse, least)
-            dscores = torch.zeros_like(gamma)
-            for n, part in enumerate(parts):
-                weight = gamma[:, :, part.rows, n]
-                if part.rows.start < q.shape[2] and _matters(blocks, weight):
-                    out, part_lse = blocks.attend(q, k, v, part)
-                    dscores[:, :, part.rows, n] = add(part, weight, out, part_lse)
-            marks = [part.landmark for part in parts]
-            grouped = (blocks.scale * dscores).unflatten(1, (k.shape[1], -1))
-            dq += (grouped @ k[:, :, None, marks].to(dtype)).flatten(1, 2)
-            dmarks = grouped.flatten(2, 3).mT @ queries.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-            dk[:, :, marks] += dmarks
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def _normalise(
-    blocks: _Blocks, q: Tensor, k: Tensor, own_lse: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The log of gamma's denominator, and the least landmark score that each row keeps, or None."""
-    best = q.new_empty(*q.shape[:3], 0)
-    lse = own_lse
+def _tiles(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows whose sums stay in the caches, and the keys up to the last of them."""
+    off, each = k.shape[2] - q.shape[2], q.shape[0] * q.shape[1] * v.shape[3]
+    rows = max(_FEWEST_ROWS, _TILE_ELEMENTS // each)
+    for start in range(0, q.shape[2], rows):
+        stop = min(start + rows, q.shape[2])
+        yield slice(start, stop), slice(0, max(0, stop + off))
+
+
+def _attend(blocks: _Blocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and lse of some rows, of which the last sees the last key, and the least score of a
+    landmark that each row keeps.
+    """
+    dtype = compute_dtype(q.dtype)
+    queries = q.to(dtype)
+    total = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
+    own_lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    for part in blocks.own(q, k):
+        total[:, :, part.rows], own_lse[:, :, part.rows] = blocks.attend(q, k, v, part)
+    lse, least = _normalise(blocks, queries, k, own_lse)
+    total *= _weights(own_lse, lse)[..., None]
     for parts in blocks.earlier(q, k):
-        scores = blocks.scores(q, k, parts)
-        if blocks.top_k is None:
-            lse = torch.logaddexp(lse, scores.logsumexp(-1))
-        else:
-            best = torch.cat([best, scores], -1)
+        gamma = _gamma(blocks, queries, k, parts, lse, least)
+        for n, part in enumerate(parts):
+            weight = gamma[:, :, part.rows, n]
+            if _matters(blocks, weight):
+                out, _ = blocks.attend(q, k, v, part)
+                total[:, :, part.rows] += out * weight[..., None]
+    return total, lse, least
+
+
+def _add_gradients(
+    blocks: _Blocks,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    softmax: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The gradient of some rows' q; those of k and v are added to `sums`.
+
+    Args:
+        blocks: how the call is cut into parts.
+        tensors: q, k and v, as in `_attend`.
+        softmax: lse and the least scores, from there.
+        grads: dout, and ``rowsum(dout * out) - dlse``.
+        sums: what dk and dv are added to.
+    """
+    (q, k, v), (lse, least), (dout, delta), (dk, dv) = tensors, softmax, grads, sums
+    queries, dq = q.to(lse.dtype), torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+
+    def add(part: _Part, weight: Tensor, out: Tensor, part_lse: Tensor) -> Tensor:
+        """Adds the gradients through a part of some weight, and returns that of its logit."""
+        grad = dout[:, :, part.rows]
+        dlogit = weight * ((grad * out).sum(-1) - delta[:, :, part.rows])
+        dlse = dlogit if part.landmark is None else torch.zeros_like(dlogit)
+        results = (grad * weight[..., None]).to(q.dtype), dlse, out, part_lse
+        for total, where, x in zip(
+            (dq, dk, dv),
+            (part.rows, part.keys, part.keys),
+            blocks.gradients(q, k, v, part, *results),
+            strict=True,
+        ):
+            total[:, :, where] += x
+        return dlogit
+
+    for part in blocks.own(q, k):
+        out, own_lse = blocks.attend(q, k, v, part)
+        add(part, _weights(own_lse, lse[:, :, part.rows]), out, own_lse)
+    for parts in blocks.earlier(q, k):
+        gamma = _gamma(blocks, queries, k, parts, lse, least)
+        dscores = torch.zeros_like(gamma)
+        for n, part in enumerate(parts):
+            weight = gamma[:, :, part.rows, n]
+            if _matters(blocks, weight):
+                dscores[:, :, part.rows, n] = add(part, weight, *blocks.attend(q, k, v, part))
+        marks = [part.landmark for part in parts]
+        grouped = (blocks.scale * dscores).unflatten(1, (k.shape[1], -1))
+        dq += (grouped @ k[:, :, None, marks].to(lse.dtype)).flatten(1, 2)
+        rows = queries.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        dk[:, :, marks] += grouped.flatten(2, 3).mT @ rows
+    return dq
+
+
+def _normalise(blocks: _Blocks, q: Tensor, k: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of gamma's denominator, and the least landmark score that each row keeps."""
+    lse, best = own_lse, q.new_empty(*q.shape[:3], 0)
+    least = torch.full_like(own_lse, -torch.inf)
+    if blocks.top_k is not None:
+        for parts in blocks.earlier(q, k):
+            best = torch.cat([best, blocks.scores(q, k, parts)], -1)
             best = best.topk(min(blocks.top_k, best.shape[-1]), -1).values
-    if blocks.top_k is None or best.shape[-1] == 0:
-        return lse, None
-    least = best[..., -1]
+            least = best[..., -1]
     for parts in blocks.earlier(q, k):
         lse = torch.logaddexp(lse, _kept(blocks.scores(q, k, parts), least).logsumexp(-1))
     return lse, least
 
 
-def _kept(scores: Tensor, least: Tensor | None) -> Tensor:
+def _kept(scores: Tensor, least: Tensor) -> Tensor:
     """The scores of the landmarks that each row keeps, -inf for others."""
-    return scores if least is None else scores.masked_fill(scores < least[..., None], -torch.inf)
+    return scores.masked_fill(scores < least[..., None], -torch.inf)
 
 
 def _gamma(
-    blocks: _Blocks, q: Tensor, k: Tensor, parts: list[_Part], lse: Tensor, least: Tensor | None
+    blocks: _Blocks, q: Tensor, k: Tensor, parts: list[_Part], lse: Tensor, least: Tensor
 ) -> Tensor:
     """The weights of some blocks ``[B, H, Sq, parts]``."""
     return _weights(_kept(blocks.scores(q, k, parts), least), lse[..., None])
