@@ -132,6 +132,23 @@ def test_gradcheck():
         )
 
 
+@pytest.mark.parametrize("seqlens", [(40, 40), (33, 60), (40, 25)], ids=str)
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_tiles_of_rows_change_nothing(seqlens, top_k, monkeypatch):
+    tensors = [x.requires_grad_() for x in inputs(seqlens)]
+
+    def run():
+        results = landmark_attention(*tensors, block_size=8, top_k=top_k, return_lse=True)
+        seen = results[1] > -torch.inf
+        loss = results[0].square().sum() + results[1][seen].square().sum()
+        return (*results, *torch.autograd.grad(loss, tensors))
+
+    whole = run()
+    monkeypatch.setattr("sparse_attn.landmark.attention._FEWEST_ROWS", 7)
+    monkeypatch.setattr("sparse_attn.landmark.attention._TILE_ELEMENTS", 0)
+    torch.testing.assert_close(run(), whole)
+
+
 def test_one_block_is_ordinary_attention():
     q, k, v = inputs((20, 20), torch.float32)
     out = landmark_attention(q, k, v, block_size=21)
