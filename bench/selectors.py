@@ -25,6 +25,7 @@ from sparse_attn.selectors import (
     PrefillDecode,
     Quest,
     SinkWindow,
+    SpargeAttn,
     VerticalSlash,
     XAttention,
 )
@@ -49,6 +50,8 @@ SUBJECTS = {
     "XAttention(mass=0.95)": XAttention(mass=0.95),
     "FlexPrefill()": FlexPrefill(),
     "FlexPrefill(mass=0.95)": FlexPrefill(mass=0.95),
+    "SpargeAttn()": SpargeAttn(),
+    "SpargeAttn(top=0.25)": SpargeAttn(top=0.25),
     "AnchorAttention(theta=6)": AnchorAttention(theta=6.0),
     "AnchorAttention()": AnchorAttention(),
 }

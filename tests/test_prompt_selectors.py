@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from sparse_attn import BlockLayout
-from sparse_attn.selectors import AnchorAttention, FlexPrefill, VerticalSlash, XAttention
+from sparse_attn.selectors import (
+    AnchorAttention,
+    FlexPrefill,
+    SpargeAttn,
+    VerticalSlash,
+    XAttention,
+)
 
 from .structured import structured_qk
 
@@ -171,7 +177,44 @@ def literal_anchor_attention(selector, q, k):
     return mask.tril(off)
 
 
+def literal_sparge_attn(selector, q, k, is_causal=True):
+    seqlen_q, seqlen_kv = len(q), len(k)
+    block_q, block_k, off = selector.block_q, selector.block_k, seqlen_kv - seqlen_q
+    q, k = q.double(), k.double()
+
+    def coherent(rows):
+        pairs = [(x, y) for x in rows for y in rows]
+        cosines = [torch.cosine_similarity(x, y, 0).item() for x, y in pairs]
+        return sum(cosines) / len(cosines) > selector.similarity
+
+    clear = [coherent(x) for x in k.split(block_k)]
+    means = [x.mean(0) for x in k.split(block_k)]
+    mask = torch.zeros(seqlen_q, seqlen_kv, dtype=torch.bool)
+    for m, rows in enumerate(q.split(block_q)):
+        first, last = off + m * block_q, off + m * block_q + len(rows) - 1
+        seen = [n for n in range(len(means)) if not is_causal or n * block_k <= last]
+        clear_seen = [n for n in seen if clear[n]]
+        kept = set(seen) if not coherent(rows) else {n for n in seen if not clear[n]}
+        kept |= {n for n in seen if first < (n + 1) * block_k and n * block_k <= last}
+        if clear_seen:
+            logits = torch.stack([means[n] @ rows.mean(0) for n in clear_seen])
+            share = (logits * q.shape[1] ** -0.5).softmax(0).tolist()
+            ranked = sorted(range(len(share)), key=lambda i: -share[i])
+            count = int(selector.top * len(means))
+            if selector.mass is not None:
+                held = [sum(share[i] for i in ranked[: n + 1]) for n in range(len(ranked))]
+                count = sum(x <= selector.mass for x in held)
+            kept |= {clear_seen[i] for i in ranked[: max(1, count)]}
+        for n in kept:
+            mask[m * block_q : m * block_q + len(rows), n * block_k : (n + 1) * block_k] = True
+    return mask.tril(off) if is_causal else mask
+
+
 LITERAL = {
+    SpargeAttn(top=0.3, similarity=0.19, block_q=32, block_k=16): literal_sparge_attn,
+    SpargeAttn(mass=0.6, similarity=0.19, block_q=8, block_k=16): literal_sparge_attn,
+    SpargeAttn(top=0.3, similarity=0.6, block_q=16, block_k=16): literal_sparge_attn,
+    SpargeAttn(top=0.01, similarity=-1.0, block_q=16, block_k=16): literal_sparge_attn,
     VerticalSlash(vertical=33, slash=105, last_q=20, block_size=16): literal_vertical_slash,
     XAttention(mass=0.5, stride=4, block_size=16): literal_x_attention,
     FlexPrefill(mass=0.4, tau=0.0, block_size=16, min_budget=16): literal_flex_prefill,
@@ -199,10 +242,18 @@ def test_a_selection_on_real_queries_and_keys_is_its_paper(selector, literal, re
         _check(selector, literal, q[:, ::3, :200], k[:, :, :200])
 
 
-def _check(selector, literal, q, k):
-    mask = selector(q, k).validate().to_dense(num_heads=q.shape[1])
+@pytest.mark.parametrize("selector", [x for x in LITERAL if isinstance(x, SpargeAttn)], ids=str)
+@pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
+def test_sparge_attn_that_is_not_causal(selector, seqlens):
+    q, k, _ = structured_qk(160)
+    q, k = q[:, :, : seqlens[0]], k[:, :, : seqlens[1]]
+    _check(selector, literal_sparge_attn, q, k, is_causal=False)
+
+
+def _check(selector, literal, q, k, **causal):
+    mask = selector(q, k, **causal).validate().to_dense(num_heads=q.shape[1], **causal)
     for h in range(q.shape[1]):
-        expected = literal(selector, q[0, h], k[0, h // (q.shape[1] // k.shape[1])])
+        expected = literal(selector, q[0, h], k[0, h // (q.shape[1] // k.shape[1])], **causal)
         assert torch.equal(mask[-1, h], expected), f"head {h}"
 
 
@@ -215,6 +266,21 @@ def test_anchor_attention_without_stripes_and_with_all(theta):
     else:
         expected = literal_anchor_attention(AnchorAttention(theta, 16, 2), q[0, 0], k[0, 0])
         assert torch.equal(layout.to_dense(num_heads=4)[0, 0], expected)
+
+
+def test_the_literal_cases_of_sparge_attn_have_blocks_of_both_kinds():
+    q, k, _ = structured_qk(160)
+    for x, size, similarity in ((k, 16, 0.19), (q, 16, 0.6)):
+        coherent = SpargeAttn(similarity=similarity)._coherent(x, size)
+        assert coherent.any() and not coherent.all()
+
+
+def test_sparge_attn_in_chunks_is_the_same(monkeypatch):
+    q, k, _ = structured_qk(256)
+    selector = SpargeAttn(mass=0.5, similarity=0.19, block_q=16, block_k=16)
+    whole = selector(q, k)
+    monkeypatch.setattr("sparse_attn.selectors.sparge_attn._CHUNK_ELEMENTS", 300)
+    assert torch.equal(selector(q, k).to_dense(num_heads=4), whole.to_dense(num_heads=4))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from .hip import HiP
 from .infinite_hip import InfiniteHiP
 from .mask_cache import MaskCache
 from .quest import Quest
+from .sparge_attn import SpargeAttn
 from .static import Dense, LocalStride, SinkWindow, SlidingWindow, TriShape
 from .vertical_slash import VerticalSlash
 from .x_attention import XAttention
@@ -27,6 +28,7 @@ __all__ = [
     "Selector",
     "SinkWindow",
     "SlidingWindow",
+    "SpargeAttn",
     "TriShape",
     "Union",
     "VerticalSlash",
