@@ -113,6 +113,16 @@ def test_union_with_a_window_adds_it(selector):
 
 
 @every_selector
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_make_no_invalid_layout(selector, value):
+    q, k, _ = structured_qk(128)
+    k[:, :, 50] = value
+    selector(q, k).validate()
+    q[:, :, 50] = value
+    selector(q, k).validate()
+
+
+@every_selector
 def test_a_selection_compiles_in_one_graph(selector):
     torch._dynamo.reset()  # as every selector compiles the same function anew
     q, k, _ = structured_qk(96)
