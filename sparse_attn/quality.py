@@ -51,7 +51,7 @@ def measure(
     scale: float | None = None,
     rows: range | None = None,
 ) -> Quality:
-    """Compares attention over a selection with attention to all keys, exactly, in float32.
+    """Compares attention over a selection with attention to all keys, in float32.
 
     Equivalent, for one head, to ``P = softmax(scale * q @ k.T)``, ``recall = (P * mask).sum(-1)``
     and ``out = (P * mask / recall) @ v``, but no array of S x S is made.
@@ -91,9 +91,9 @@ def measure(
     block_q = layout.block_size[0]
     chunk = max(1, chunk // block_q) * block_q
     stops = [*range((rows.start // chunk + 1) * chunk, rows.stop, chunk), rows.stop]
-    parts = []
+    parts, keys, values = [], k.float(), v.float()
     for start, stop in zip([rows.start, *stops], stops, strict=False):
-        parts.append(_measure_rows(q, k, v, layout, range(start, stop), is_causal, scale))
+        parts.append(_measure_rows(q, keys, values, layout, range(start, stop), is_causal, scale))
     seen, pairs, recall, best, lost, norm = zip(*parts, strict=True)
     recall = torch.cat(recall, -1)
     lowest = recall.sort(-1).values
@@ -130,11 +130,11 @@ def _measure_rows(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """For some rows, float64 ``[B, H]``: visible pairs, all pairs, recall of each row ``[B, H,
-    rows]``, the sum of the best recalls, squared norms of the output's change and of the output.
+    rows]``, the sum of the best recalls, squared norms of the output's change and of the output; k
+    and v are float32.
     """
-    heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    keys, values = (x.float().repeat_interleave(group, 1) for x in (k, v))
-    scores = q[:, :, rows.start : rows.stop].float() @ keys.mT * scale
+    heads = q.shape[1]
+    scores = _by_group(q[:, :, rows.start : rows.stop].float(), k.mT) * scale
     position = torch.arange(rows.start, rows.stop, device=q.device) + k.shape[2] - q.shape[2]
     every = torch.arange(k.shape[2], device=q.device) <= position[:, None]
     if not is_causal:
@@ -143,8 +143,8 @@ def _measure_rows(
     mask = layout.visible(rows.start, rows.stop, is_causal=is_causal, num_heads=heads)
     kept = mass * mask
     recall = kept.sum(-1)
-    dense = mass @ values
-    out = kept @ values / recall.clamp(min=torch.finfo(recall.dtype).tiny)[..., None]
+    dense = _by_group(mass, v)
+    out = _by_group(kept, v) / recall.clamp(min=torch.finfo(recall.dtype).tiny)[..., None]
     none = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
     return (
         none + mask.sum((-2, -1)),
@@ -154,6 +154,12 @@ def _measure_rows(
         (out - dense).double().square().sum((-2, -1)),
         dense.double().square().sum((-2, -1)),
     )
+
+
+def _by_group(x: Tensor, y: Tensor) -> Tensor:
+    """``x [B, H, M, N] @ y [B, Hkv, N, P]``, each of y for a group of heads."""
+    grouped = x.reshape(x.shape[0], y.shape[1], -1, x.shape[3]) @ y
+    return grouped.view(*x.shape[:3], y.shape[3])
 
 
 def _best_recall(mass: Tensor, layout: BlockLayout, rows: range, is_causal: bool) -> Tensor:

@@ -242,5 +242,11 @@ def test_landmarks_stand_at_the_ends_of_whole_blocks(tokens, block_size):
 
 
 def test_a_block_needs_a_token_besides_its_landmark():
-    with pytest.raises(ValueError, match="block_size must be at least 2, got 1"):
-        insert_landmarks(torch.arange(3), 9, block_size=1)
+    ids = torch.arange(3)
+    for make in (
+        lambda: insert_landmarks(ids, 9, block_size=1),
+        lambda: landmark_labels(ids, block_size=1),
+        lambda: is_landmark(3, 1),
+    ):
+        with pytest.raises(ValueError, match="block_size must be at least 2, got 1"):
+            make()

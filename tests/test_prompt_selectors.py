@@ -50,7 +50,9 @@ def literal_vertical_slash(selector, q, k):
             by_key[j] += weight
             by_distance[p - j] += weight
     keys = best(by_key, selector.vertical, range(30))
-    distances = best(by_distance, selector.slash, range(100))
+    distances = best(
+        [200.0 - d if d < 100 else x for d, x in enumerate(by_distance)], selector.slash
+    )
     blocks = {
         (m, (p - d) // size)
         for m in range(-(-seqlen_q // size))
@@ -216,6 +218,7 @@ LITERAL = {
     SpargeAttn(top=0.3, similarity=0.6, block_q=16, block_k=16): literal_sparge_attn,
     SpargeAttn(top=0.01, similarity=-1.0, block_q=16, block_k=16): literal_sparge_attn,
     VerticalSlash(vertical=33, slash=105, last_q=20, block_size=16): literal_vertical_slash,
+    VerticalSlash(vertical=30, slash=50, last_q=5, block_size=1): literal_vertical_slash,
     XAttention(mass=0.5, stride=4, block_size=16): literal_x_attention,
     FlexPrefill(mass=0.4, tau=0.0, block_size=16, min_budget=16): literal_flex_prefill,
     FlexPrefill(mass=0.6, tau=1.0, block_size=16, min_budget=32): literal_flex_prefill,

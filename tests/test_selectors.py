@@ -279,6 +279,7 @@ def test_per_head_gives_each_head_its_own():
         (lambda: SpargeAttn(mass=0.0), r"mass must lie in \(0, 1\], got 0.0"),
         (lambda: SpargeAttn(similarity=-2), r"similarity must lie in \[-1, 1\], got -2"),
         (lambda: SpargeAttn(block_k=0), "block_k must be an int of at least 1, got 0"),
+        (lambda: PrefillDecode(Dense(), Dense(), 0), "decode_rows must be an int of at least 1"),
         (lambda: Quest(budget=8), "budget must be an int of at least 16, got 8"),
         (lambda: Quest(page_size=0), "page_size must be an int of at least 1, got 0"),
     ],

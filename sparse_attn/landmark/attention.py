@@ -84,7 +84,8 @@ def landmark_attention(
     backward = backends.op_for(backend, q, v, ending="_backward")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     dense = BlockLayout.dense((q.shape[2], k.shape[2]), device=q.device)
-    blocks = _Blocks(block_size, top_k, scale, forward, backward, dense)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    blocks = _Blocks(block_size, top_k, scale, forward, backward, dense, trains)
     out, lse = _LandmarkAttention.apply(q, k, v, blocks)
     return (out, lse) if return_lse else out
 
@@ -110,6 +111,7 @@ class _Blocks:
     forward: Callable
     backward: Callable
     dense: BlockLayout  # it says the same for all lengths
+    trains: bool  # whether gradients will be asked for
 
     def own(self, q: Tensor, k: Tensor) -> Iterator[_Part]:
         """Each row once, with the tokens of its own block."""
@@ -157,7 +159,7 @@ class _Blocks:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` of a part."""
         tensors = (q[:, :, part.rows], k[:, :, part.keys], v[:, :, part.keys])
-        return self.forward(*tensors, *self._layout(part), for_gradients=True)
+        return self.forward(*tensors, *self._layout(part), for_gradients=self.trains)
 
     def gradients(
         self,

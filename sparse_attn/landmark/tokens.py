@@ -8,7 +8,13 @@ from torch import Tensor
 
 def is_landmark(seqlen: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Which positions hold a landmark: the last one of every whole block; bool ``[seqlen]``."""
+    _check_block_size(block_size)
     return torch.arange(seqlen, device=device) % block_size == block_size - 1
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2, got {block_size}")
 
 
 def insert_landmarks(ids: Tensor, landmark: int, *, block_size: int) -> Tensor:
@@ -31,8 +37,7 @@ def insert_landmarks(ids: Tensor, landmark: int, *, block_size: int) -> Tensor:
         >>> insert_landmarks(torch.arange(5), 99, block_size=3)
         tensor([ 0,  1, 99,  2,  3, 99,  4])
     """
-    if block_size < 2:
-        raise ValueError(f"block_size must be at least 2, got {block_size}")
+    _check_block_size(block_size)
     every = block_size - 1
     whole = ids.shape[-1] // every * every
     blocks = ids[..., :whole].unflatten(-1, (-1, every))

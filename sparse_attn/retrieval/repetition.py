@@ -43,7 +43,7 @@ def repetition_scores(
         layers that are not looked at.
 
     Raises:
-        ValueError: if period or repeats is too small.
+        ValueError: if period or repeats is too small, or tokens is empty.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,6 +56,8 @@ def repetition_scores(
     """
     if period < 2 or repeats < 2:
         raise ValueError(f"period and repeats must be at least 2, got {period} and {repeats}")
+    if tokens is not None and not tokens:
+        raise ValueError(f"tokens is empty: {tokens}")
     tokens = range(model.get_input_embeddings().num_embeddings) if tokens is None else tokens
     draw = torch.randint(len(tokens), (period,), generator=torch.Generator().manual_seed(seed))
     text = tokens.start + draw * tokens.step

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..layout_algebra import compact
-from .base import Selector, block_rows, pool_mean, refuse_not_causal, seqlens
+from .base import Selector, block_rows, pool_mean, seqlens
+from .checks import check_at_least, refuse_not_causal
 from .probes import products, softmax_scale
-from .static import _at_least
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class AnchorAttention(Selector):
     step: int = 16
 
     def __post_init__(self) -> None:
-        _at_least("block_size", self.block_size, 1)
-        _at_least("step", self.step, 1)
+        check_at_least("block_size", self.block_size, 1)
+        check_at_least("step", self.step, 1)
         if not self.theta > -float("inf"):
             raise ValueError(f"theta must be a number, got {self.theta!r}")
 

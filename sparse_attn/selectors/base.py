@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..layout_algebra import assemble_heads
+from .checks import check_at_least
 
 _SAMPLES = 16  # keys by which a sequence is known again
 
@@ -121,19 +122,14 @@ class PrefillDecode(Selector):
     decode: Selector
     decode_rows: int = 16
 
+    def __post_init__(self) -> None:
+        check_at_least("decode_rows", self.decode_rows, 1)
+
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         selector = self.decode if q.shape[2] <= self.decode_rows else self.prefill
         return selector(q, k, is_causal=is_causal, scale=scale)
-
-
-def refuse_not_causal(selector: Selector, is_causal: bool) -> None:
-    """Raises a ValueError unless attention is causal."""
-    if not is_causal:
-        raise ValueError(
-            f"{type(selector).__name__} is defined for causal attention, got is_causal=False"
-        )
 
 
 def seqlens(q: Tensor, k: Tensor) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, pool_mean, seqlens
+from .checks import check_at_least
 from .choose import join_lists, top_blocks
 from .probes import products
-from .static import _at_least
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -48,7 +48,7 @@ class BlockTopK(Selector):
 
     def __post_init__(self) -> None:
         for name, low in (("top_k", 1), ("block_size", 1), ("sink", 0), ("window", 1)):
-            _at_least(name, getattr(self, name), low)
+            check_at_least(name, getattr(self, name), low)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import BlockLayout
-from .base import Selector, block_rows, pool_mean, refuse_not_causal, seqlens
+from .base import Selector, block_rows, pool_mean, seqlens
+from .checks import check_at_least, check_share, refuse_not_causal
 from .probes import last_rows_mass, products, softmax_scale
-from .static import _at_least, _share
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class FlexPrefill(Selector):
     max_budget: int | None = None
 
     def __post_init__(self) -> None:
-        _share("mass", self.mass)
+        check_share("mass", self.mass)
         if not self.tau >= 0:
             raise ValueError(f"tau must be at least 0, got {self.tau!r}")
-        _at_least("block_size", self.block_size, 1)
-        _at_least("min_budget", self.min_budget, self.block_size)
+        check_at_least("block_size", self.block_size, 1)
+        check_at_least("min_budget", self.min_budget, self.block_size)
         if self.max_budget is not None:
-            _at_least("max_budget", self.max_budget, self.min_budget)
+            check_at_least("max_budget", self.max_budget, self.min_budget)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

@@ -11,7 +11,7 @@ from .. import backends, ops, triton
 from ..layout import BlockLayout
 from ..reference import compute_dtype
 from .base import Selector, seqlens
-from .static import _at_least
+from .checks import check_at_least
 
 FIRST_NODES = 8  # of the search, for each block that is kept
 
@@ -83,9 +83,9 @@ class HiP(Selector):
 
     def __post_init__(self) -> None:
         for name in ("k", "block_q", "block_k", "stride_q", "stride_k", "window"):
-            _at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         for name in ("sink", "margin"):
-            _at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
         if self.stride_q > self.block_q:
             raise ValueError(f"stride_q is {self.stride_q}, more than block_q = {self.block_q}")
         if self.stride_k > self.block_k:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from .base import Selector, same_keys, sample_keys
+from .checks import check_at_least
 from .hip import HiP
 from .infinite_hip import InfiniteHiP, Lists
-from .static import _at_least
 
 
 @dataclass
@@ -53,7 +53,7 @@ class MaskCache(Selector):
 
     def __post_init__(self) -> None:
         for interval in self._intervals:
-            _at_least("refresh", interval, 1)
+            check_at_least("refresh", interval, 1)
         stages = self._num_stages
         if len(self._intervals) != stages:
             raise ValueError(

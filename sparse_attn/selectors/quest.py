@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, same_keys, sample_keys, seqlens
+from .checks import check_at_least
 from .choose import join_lists, top_blocks
 from .probes import products
-from .static import _at_least
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -57,8 +57,8 @@ class Quest(Selector):
     _keys: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _at_least("page_size", self.page_size, 1)
-        _at_least("budget", self.budget, self.page_size)
+        check_at_least("page_size", self.page_size, 1)
+        check_at_least("budget", self.budget, self.page_size)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 from ..layout import BlockLayout
 from ..layout_algebra import ascending
 from .base import Selector, block_rows, pool_mean, seqlens
+from .checks import check_at_least, check_share
 from .choose import join_lists
 from .probes import products, softmax_scale
-from .static import _at_least, _share
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -51,13 +51,13 @@ class SpargeAttn(Selector):
     block_k: int = 64
 
     def __post_init__(self) -> None:
-        _share("top", self.top)
+        check_share("top", self.top)
         if self.mass is not None:
-            _share("mass", self.mass)
+            check_share("mass", self.mass)
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity must lie in [-1, 1], got {self.similarity!r}")
-        _at_least("block_q", self.block_q, 1)
-        _at_least("block_k", self.block_k, 1)
+        check_at_least("block_q", self.block_q, 1)
+        check_at_least("block_k", self.block_k, 1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

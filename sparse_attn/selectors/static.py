@@ -9,19 +9,10 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..layout_algebra import ascending
-from .base import Selector, block_rows, refuse_not_causal, seqlens
+from .base import Selector, block_rows, seqlens
+from .checks import check_at_least, refuse_not_causal
 
 _FEW_BLOCKS = 64  # lists of dense rows are short, as their blocks are large
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
-
-
-def _share(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class SlidingWindow(Selector):
     window: int = 1024
 
     def __post_init__(self) -> None:
-        _at_least("window", self.window, 1)
+        check_at_least("window", self.window, 1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -83,8 +74,8 @@ class SinkWindow(Selector):
     window: int = 1024
 
     def __post_init__(self) -> None:
-        _at_least("sink", self.sink, 0)
-        _at_least("window", self.window, 1)
+        check_at_least("sink", self.sink, 0)
+        check_at_least("window", self.window, 1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -96,7 +87,7 @@ class SinkWindow(Selector):
 
 @dataclass(frozen=True)
 class TriShape(Selector):
-    """The first `sink` keys and the last `window` keys, and all keys for the last `last` rows
+    """The first `sink` keys and the last `window` keys, and all keys for a call's last `last` rows
     (MInference, arXiv 2407.02490): the question at the end of a prompt reads everything.
 
     Decoding is dense, as its rows are the last ones.
@@ -118,7 +109,7 @@ class TriShape(Selector):
 
     def __post_init__(self) -> None:
         for name, low in (("sink", 0), ("window", 1), ("last", 1)):
-            _at_least(name, getattr(self, name), low)
+            check_at_least(name, getattr(self, name), low)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -168,7 +159,7 @@ class LocalStride(Selector):
 
     def __post_init__(self) -> None:
         for name, low in (("local", 1), ("stride", 1), ("offset", 0), ("block_size", 1)):
-            _at_least(name, getattr(self, name), low)
+            check_at_least(name, getattr(self, name), low)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .base import Selector, refuse_not_causal, seqlens
+from .base import Selector, seqlens
+from .checks import check_at_least, refuse_not_causal
 from .choose import blocks_at_distances
 from .probes import last_rows_mass
-from .static import _at_least
 
 _FIRST_KEYS, _NEAREST = 30, 100  # always among the keys, and among the distances
 
@@ -22,9 +22,10 @@ class VerticalSlash(Selector):
     MInference (arXiv 2407.02490), for prefill.
 
     With ``P`` the causal softmax of the last `last_q` rows, a key scores the sum of its column of
-    ``P``, a distance the sum of its diagonal; the first 30 keys and the 100 nearest distances come
-    first in any case. A row at position ``p`` sees the `vertical` best keys, one by one, and the
-    keys ``p - d`` of the `slash` best distances ``d``, rounded outwards to blocks.
+    ``P``, a distance the sum of its diagonal; the first 30 keys and the 100 nearest distances, the
+    nearest before the others, come first in any case. A row at position ``p`` sees the `vertical`
+    best keys, one by one, and the keys ``p - d`` of the `slash` best distances ``d``, rounded
+    outwards to blocks.
 
     Every row's keys are those that the *last* rows look for, so a selection depends on later
     tokens: right for a prompt, wrong for training and for perplexities.
@@ -51,7 +52,7 @@ class VerticalSlash(Selector):
 
     def __post_init__(self) -> None:
         for name, low in (("vertical", 30), ("slash", 50), ("last_q", 1), ("block_size", 1)):
-            _at_least(name, getattr(self, name), low)
+            check_at_least(name, getattr(self, name), low)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -62,7 +63,8 @@ class VerticalSlash(Selector):
             return base
         by_key, by_distance = last_rows_mass(q, k, self.last_q, scale)
         by_key[..., :_FIRST_KEYS] = torch.inf
-        by_distance[..., :_NEAREST] = torch.inf
+        nearest = torch.arange(min(_NEAREST, k.shape[2]), device=q.device)
+        by_distance[..., :_NEAREST] = 2.0 * _NEAREST + self.last_q - nearest  # above any sum
         keys = by_key.topk(min(self.vertical, k.shape[2])).indices
         distances = by_distance.topk(min(self.slash, k.shape[2])).indices
         counts, indices = blocks_at_distances(distances, seqlens(q, k), self.block_size)

@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, seqlens
+from .checks import check_at_least, check_share
 from .choose import covering_blocks, join_lists
 from .probes import products, softmax_scale
-from .static import _at_least, _share
 
 _CHUNK_ELEMENTS = 2**20
 
@@ -48,9 +48,9 @@ class XAttention(Selector):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        _share("mass", self.mass)
-        _at_least("stride", self.stride, 1)
-        _at_least("block_size", self.block_size, 1)
+        check_share("mass", self.mass)
+        check_at_least("stride", self.stride, 1)
+        check_at_least("block_size", self.block_size, 1)
         if self.block_size % self.stride:
             raise ValueError(
                 f"stride must divide block_size, got {self.stride} and {self.block_size}"
