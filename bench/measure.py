@@ -29,7 +29,8 @@ class Subject:
     """One row of the table: a way of attending, and what was measured with it.
 
     `selector` is None for the model as it comes, on torch's SDPA. The lists in `prefill` and
-    `attention` are paired: entry `i` of every subject of a model is of the same round.
+    `attention` are paired: entry `i` of every subject of a model is of the same round. `layouts`
+    keeps, by layer, what the layers in `drawn` let through.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Subject:
     densities: list[float] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
     answers: dict[str, bool] = field(default_factory=dict)
+    drawn: tuple[int, ...] = ()
+    layouts: dict[int, BlockLayout] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -99,7 +102,10 @@ def measure(model, subject: Subject, prompt: Prompt, timed: bool, densities: boo
     def observe(module, q, k, v, elapsed, kwargs):
         seconds.append(elapsed)
         if densities:
-            subject.densities.append(layer_layout(subject, q, k, kwargs).density())
+            layout = layer_layout(subject, q, k, kwargs)
+            subject.densities.append(layout.density())
+            if module.layer_idx in subject.drawn:
+                subject.layouts[module.layer_idx] = layout
 
     with attending(model, subject):
         with observed_attention(model, observe):

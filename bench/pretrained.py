@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from .timing import fastest_dtype
+
 
 def _package_folder(module: str) -> Path:
     spec = importlib.util.find_spec(module)
@@ -57,8 +59,11 @@ def cache_folder(name: str) -> Path:
     return root / "sparse_attn" / name
 
 
-def load(name: str, dtype: torch.dtype = torch.bfloat16):
+def load(name: str, dtype: torch.dtype | None = None):
     """Return `(tokenizer, model)` of `"smollm2"` or `"gemma3"`, the model in eval mode.
+
+    The dtype is the one in which this machine runs the model's linear layers faster, bfloat16 or
+    float32, unless one is given.
 
     Raises:
         ValueError: if `name` is unknown.
@@ -73,7 +78,9 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16):
     if not folder.is_dir():
         _convert(name, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.bfloat16).eval()
+    if dtype is None:
+        model = model.to(fastest_dtype(model.model.layers[0].mlp.gate_proj))
     return tokenizer, model
 
 
