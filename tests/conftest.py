@@ -101,7 +101,7 @@ def real_qk():
 
     from bench.pretrained import load
 
-    tokenizer, model = load("smollm2")
+    tokenizer, model = load("smollm2", torch.float32)
     text = "\n".join(pydoc_data.topics.topics.values())
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
     seen = {}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +60,7 @@ def test_a_cost_grows_with_the_text_and_attention_with_its_square():
     assert Cost(2048, attention=1.0, rest=10.0).at(8192) == 16 + 40
 
 
+@settings(max_examples=30)
 @given(st.lists(st.builds(Cost, st.just(2048), seconds, seconds), min_size=1), seconds)
 def test_the_largest_size_that_fits_is_taken(costs, limit):
     def expected(size):
