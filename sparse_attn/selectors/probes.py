@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 # Without such units torch multiplies bfloat16 at a tenth of the speed of float32.
-_CPU_MULTIPLIES_BFLOAT16 = any(
-    torch.cpu.get_capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "bf16")
-)
+_capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
+_CPU_MULTIPLIES_BFLOAT16 = any(_capabilities.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def softmax_scale(q: Tensor, scale: float | None) -> float:
