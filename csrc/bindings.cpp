@@ -12,8 +12,6 @@
 #include <limits>
 #include <optional>
 #include <ostream>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -26,6 +24,8 @@
 #include "cpu/infinite_hip.h"
 #include "cpu/kernel.h"
 #include "cpu/top_blocks.h"
+#include "cpu/varlen.h"
+#include "require.h"
 
 namespace sparse_attn {
 
@@ -37,14 +37,6 @@ using torch::stable::Tensor;
 std::atomic<cpu::Isa>& active_isa() {
   static std::atomic<cpu::Isa> isa{cpu::best_isa()};
   return isa;
-}
-
-template <class... Parts>
-void require(bool condition, const Parts&... message) {
-  if (condition) return;
-  std::ostringstream text;
-  (text << ... << message);
-  throw std::invalid_argument(text.str());
 }
 
 struct ShapeOf {
@@ -341,21 +333,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dsinks};
 }
 
-// int32 values in ascending order from 0, of which the last is at most (or exactly) `total`.
-const int32_t* cumulated(const Tensor& tensor, const char* name, int64_t batch, int64_t total,
-                         bool exactly, const char* what) {
+// The values of an int32 vector of known size.
+const int32_t* describe_vector(const Tensor& tensor, const char* name, int64_t size,
+                               int64_t batch) {
   require_int32(tensor, name, 1);
-  require(tensor.size(0) == batch + 1, name, " has ", tensor.size(0), " entries, but there are ",
-          batch, " sequences");
-  const int32_t* values = static_cast<const int32_t*>(tensor.const_data_ptr());
-  require(values[0] == 0, name, "[0] = ", values[0], " is not 0");
-  for (int64_t b = 0; b < batch; ++b) {
-    require(values[b + 1] >= values[b], name, "[", b + 1, "] = ", values[b + 1], " follows ",
-            values[b], ": it must be ascending");
-  }
-  require(values[batch] <= total && (!exactly || values[batch] == total), name, "[", batch,
-          "] = ", values[batch], ", but ", what, " has ", total, " rows");
-  return values;
+  require(tensor.size(0) == size, name, " has ", tensor.size(0), " entries, but there are ", batch,
+          " sequences");
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(
@@ -407,75 +391,35 @@ std::tuple<Tensor, Tensor> attention_varlen(
   params.k_stride = {paged ? k.stride(0) : 0, k.stride(dim - 1), k.stride(dim - 2)};
   params.v_stride = {paged ? v.stride(0) : 0, v.stride(dim - 1), v.stride(dim - 2)};
 
-  const int64_t total_q = q.size(0);
-  const int32_t* begin_q =
-      cumulated(cu_seqlens_q, "cu_seqlens_q", params.batch, total_q, true, "q");
-  const int32_t* begin_kv = nullptr;
-  const int32_t* lengths_kv = nullptr;
-  const int32_t* pages = nullptr;
-  int64_t max_pages = 0;
+  const int64_t total_q = q.size(0), batch = params.batch;
+  cpu::Packing packing;
+  packing.total_q = total_q;
+  packing.total_kv = k.size(0);
+  packing.cu_seqlens_q = describe_vector(cu_seqlens_q, "cu_seqlens_q", batch + 1, batch);
   if (paged) {
-    require_int32(*seqlens_kv, "seqlens_kv", 1);
+    packing.seqlens_kv = describe_vector(*seqlens_kv, "seqlens_kv", batch, batch);
     require_int32(*block_table, "block_table", 2);
-    require(seqlens_kv->size(0) == params.batch, "seqlens_kv has ", seqlens_kv->size(0),
-            " entries, but there are ", params.batch, " sequences");
-    require(block_table->size(0) == params.batch, "block_table has ", block_table->size(0),
-            " rows, but there are ", params.batch, " sequences");
+    require(block_table->size(0) == batch, "block_table has ", block_table->size(0),
+            " rows, but there are ", batch, " sequences");
     require(k.size(1) >= 1, "k has pages without rows");
-    lengths_kv = static_cast<const int32_t*>(seqlens_kv->const_data_ptr());
-    pages = static_cast<const int32_t*>(block_table->const_data_ptr());
-    max_pages = block_table->size(1);
+    packing.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
+    packing.max_pages = block_table->size(1);
     params.page_size = k.size(1);
   } else {
-    begin_kv = cumulated(*cu_seqlens_kv, "cu_seqlens_kv", params.batch, k.size(0), false, "k");
+    packing.cu_seqlens_kv = describe_vector(*cu_seqlens_kv, "cu_seqlens_kv", batch + 1, batch);
   }
 
   Tensor out = torch::stable::new_empty(q, {total_q, params.num_heads, params.head_dim_v});
   Tensor lse = torch::stable::new_empty(q, {params.num_heads, total_q}, ScalarType::Float);
-  void* const out_rows = writable(out, params.dtype);
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.out = writable(out, params.dtype);
   params.streams_out = is_streamed(out, params.dtype);
   params.out_stride = {0, params.head_dim_v, params.num_heads * params.head_dim_v};
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
   params.lse_stride = total_q;
-  const int64_t size = element_size(params.dtype);
-  const auto at = [&](const void* base, int64_t elements) {
-    return static_cast<const char*>(base) + elements * size;
-  };
-  std::vector<AttentionParams> sequences;
-  for (int64_t b = 0; b < params.batch; ++b) {
-    AttentionParams sequence = params;
-    sequence.batch = 1;
-    sequence.seqlen_q = begin_q[b + 1] - begin_q[b];
-    sequence.seqlen_kv = paged ? lengths_kv[b] : begin_kv[b + 1] - begin_kv[b];
-    require(sequence.seqlen_q <= max_seqlen_q, "cu_seqlens_q: sequence ", b, " has ",
-            sequence.seqlen_q, " queries, but the layout is for at most ", max_seqlen_q);
-    require(sequence.seqlen_kv >= 0 && sequence.seqlen_kv <= max_seqlen_kv,
-            paged ? "seqlens_kv" : "cu_seqlens_kv", ": sequence ", b, " has ", sequence.seqlen_kv,
-            " keys, but the layout is for at most ", max_seqlen_kv);
-    sequence.q = at(q.const_data_ptr(), begin_q[b] * q.stride(0));
-    sequence.out = const_cast<char*>(at(out_rows, begin_q[b] * params.out_stride.row));
-    sequence.lse = static_cast<float*>(lse.mutable_data_ptr()) + begin_q[b];
-    sequence.k = at(k.const_data_ptr(), paged ? 0 : begin_kv[b] * k.stride(0));
-    sequence.v = at(v.const_data_ptr(), paged ? 0 : begin_kv[b] * v.stride(0));
-    if (paged) {
-      sequence.pages = pages + b * max_pages;
-      const int64_t used = ceil_div(sequence.seqlen_kv, params.page_size);
-      require(used <= max_pages, "seqlens_kv[", b, "] = ", sequence.seqlen_kv,
-              ", but block_table has ", max_pages, " pages of ", params.page_size,
-              " keys for a sequence");
-      for (int64_t i = 0; i < used; ++i) {
-        require(sequence.pages[i] >= 0 && sequence.pages[i] < k.size(0), "block_table[", b, ", ", i,
-                "] = ", sequence.pages[i], " is out of range: k has ", k.size(0), " pages");
-      }
-    }
-    for (IndexLists* lists : {&sequence.blocks, &sequence.columns}) {
-      if (!lists->present() || lists->batch == 1) continue;
-      lists->batch = 1;
-      lists->counts += b * lists->heads * lists->rows;
-      lists->indices += b * lists->heads * lists->rows * lists->width;
-    }
-    if (sequence.seqlen_q > 0) sequences.push_back(sequence);
-  }
-  cpu::forward_varlen(params, sequences, active_isa(), torch_threads());
+  cpu::forward_varlen(params, packing, active_isa(), torch_threads());
   return {out, lse};
 }
 

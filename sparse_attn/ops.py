@@ -62,15 +62,17 @@ def layout_args(
 
 
 def _reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
-    """The schema's arguments from `sink` on as the reference takes them, with the layout
-    validated.
+    """The schema's arguments from `sink` on as the reference takes them, with a validated copy of
+    the layout.
     """
     return _layout_args((q.shape[2], k.shape[2]), args)
 
 
 def _layout_args(seqlens: tuple[int, int], args: tuple) -> tuple[tuple, dict]:
-    sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sinks = args[:7]
-    block_q, block_kv, column_group, scale, softcap, is_causal = args[7:13]
+    # Another thread may write into the tensors of the caller.
+    lists = (None if x is None else x.clone() for x in args[:6])
+    sink, window, kv_num_blocks, kv_indices, num_columns, column_indices = lists
+    sinks, block_q, block_kv, column_group, scale, softcap, is_causal = args[6:13]
     layout = BlockLayout(
         seqlens,
         sink,

@@ -11,13 +11,13 @@
 #include <deque>
 #include <limits>
 #include <numeric>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "backward_kernel.h"
 #include "head_queue.h"
 #include "layout_check.h"
+#include "waiting_room.h"
 
 namespace sparse_attn::cpu {
 
@@ -258,14 +258,15 @@ class Backward {
       const std::byte* next_tile = following < last ? tile_memory(following) : nullptr;
       const TileIndex tile = tile_index(i);
       find_visibility(params_, tile, first_key, visibility);
-      while (turn_[i].load(std::memory_order_acquire) != key_tile) std::this_thread::yield();
+      waiting_.wait_until([&] { return turn_[i] == key_tile; });
       const bool is_first = map_.next(i, 0) == key_tile;
       const int64_t next = map_.next(i, key_tile + 1);
       kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), next_tile, scratch);
       if (next == key_tiles_) {
         kernel_.write_queries(shape_, tile_memory(i), tile.rows, dq_rows(tile));
       }
-      turn_[i].store(static_cast<int32_t>(next), std::memory_order_release);
+      turn_[i] = static_cast<int32_t>(next);
+      waiting_.announce();
     }
     const int64_t row = kv_head * params_.seqlen_kv + first_key, size = element_size(params_.dtype);
     kernel_.write_keys(shape_, scratch, keys,
@@ -326,13 +327,15 @@ class Backward {
   const int64_t tile_bytes_;
   TileMap map_;
   std::vector<std::atomic<int32_t>> turn_;  // the key tile that may add to dq next
+  WaitingRoom waiting_;                     // for turns
   std::vector<double> dsinks_;
 };
 
 }  // namespace
 
-void backward(const BackwardParams& params, Isa isa, const Parallel& parallel) {
-  check_layout(params, parallel);
+void backward(const BackwardParams& given, Isa isa, const Parallel& parallel) {
+  BackwardParams params = given;
+  const CheckedLayout layout(params, parallel);
   if (params.batch == 0 || params.num_heads == 0) return;
   Backward(params, select_kernel(isa, params.dtype)).run(parallel);
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <functional>
-#include <span>
 
 #include "../params.h"
 #include "isa.h"
@@ -18,10 +17,5 @@ struct Parallel {
 // Computes out and lse of one call with kernels of at most the given instruction set.
 // Throws std::invalid_argument when the layout is not well formed, before any key is read.
 void forward(const AttentionParams& params, Isa isa, const Parallel& parallel);
-
-// The same for sequences of different lengths, each a batch of one that reads its own entries of a
-// layout made for the greatest lengths, which `greatest` describes.
-void forward_varlen(const AttentionParams& greatest, std::span<const AttentionParams> sequences,
-                    Isa isa, const Parallel& parallel);
 
 }  // namespace sparse_attn::cpu

@@ -2,7 +2,8 @@
 //
 // Each thread starts one KV head after the other and works it off, so that packed memory stays in
 // its own cache. While no head can be started, as none is left or memory has run out, it helps
-// others.
+// others. It waits only while others do what it needs: no thread waits where threads run one after
+// the other.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +11,11 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 #include "aligned_buffer.h"
 #include "forward.h"
+#include "waiting_room.h"
 
 namespace sparse_attn::cpu {
 
@@ -33,13 +34,11 @@ class TwoPhases {
     is_open_ = true;
   }
 
-  // Calls first(i) and second(i) for what is left to take now; whether there was anything.
+  // Calls first(i), or else second(i), for what is left to take now; whether there was anything.
   template <class First, class Second>
   bool help(First first, Second second) {
     if (!is_open_) return false;
-    const bool helped = first_.take_all(first);
-    if (!first_.is_done()) return helped;
-    return second_.take_all(second) || helped;
+    return first_.take_all(first) || (first_.is_done() && second_.take_all(second));
   }
 
   bool is_taken() const { return is_open_ && first_.is_taken() && second_.is_taken(); }
@@ -74,8 +73,8 @@ class TwoPhases {
 //   packed_bytes()         of memory that it needs from open() until is_done()
 //   scratch_bytes()        of memory that a thread needs for help()
 //   open(memory)           lets threads in
-//   help(scratch)          takes what is left, but for what must wait for others; returns whether
-//                          there was anything
+//   help(scratch)          takes what is left of one phase, but for what must wait for others;
+//                          returns whether there was anything
 //   is_taken(), is_done()  whether nothing is left to take, whether all that was taken is done
 template <class Work>
 class HeadQueue {
@@ -133,22 +132,31 @@ class HeadQueue {
     const uint32_t saved = enter_();
     try {
       scratch.reserve(scratch_bytes_);
-      while (!has_failed_) {
-        if (Work* head = start_head(thread)) {
-          while (!head->is_taken() && !has_failed_) {
-            if (!head->help(scratch.data())) std::this_thread::yield();
-          }
-        } else if (!help_others(thread, scratch.data())) {
-          break;
-        }
-      }
+      work(thread, scratch.data());
     } catch (...) {
       has_failed_ = true;  // nobody waits for this thread
+      announce();
       leave_(saved);
       throw;
     }
     end_streaming();
     leave_(saved);
+  }
+
+  // Works off heads of this thread and helps others, until all is taken.
+  void work(int64_t thread, std::byte* scratch) {
+    Work* own = nullptr;
+    while (!has_failed_) {
+      const int64_t seen = events_;  // later ones end the wait below
+      if (own == nullptr || own->is_taken()) own = start_head(thread);
+      if (own == nullptr) {
+        if (help_others(thread, scratch)) continue;
+        if (is_all_taken()) return;
+      } else if (help(*own, scratch) || own->is_taken()) {
+        continue;
+      }
+      waiting_.wait_until([&] { return events_ != seen; });
+    }
   }
 
   // What this thread has written past the caches comes before what it does next.
@@ -175,19 +183,32 @@ class HeadQueue {
     }
     head->list();
     head->open(slot->memory);
+    announce();
     return head;
   }
 
-  // Whether anything is left to take now or later.
+  bool help(Work& head, std::byte* scratch) {
+    const bool helped = head.help(scratch);
+    if (helped) announce();
+    return helped;
+  }
+
   bool help_others(int64_t thread, std::byte* scratch) {
-    bool helped = false, is_left = false;
+    bool helped = false;
     for (int64_t i = 0; i < num_heads(); ++i) {
-      Work& head = heads_[(thread + i) % num_heads()];
-      helped |= head.help(scratch);
-      is_left |= !head.is_taken();
+      helped |= help(heads_[(thread + i) % num_heads()], scratch);
     }
-    if (!helped) std::this_thread::yield();
-    return is_left;
+    return helped;
+  }
+
+  bool is_all_taken() const {
+    return std::all_of(heads_.begin(), heads_.end(), [](const Work& x) { return x.is_taken(); });
+  }
+
+  // Something has become free to take, has been done, or will not be done.
+  void announce() {
+    ++events_;
+    waiting_.announce();
   }
 
   std::deque<Work>& heads_;
@@ -198,6 +219,8 @@ class HeadQueue {
   int64_t next_head_ = 0;
   std::vector<Slot> slots_;
   std::atomic<bool> has_failed_{false};
+  std::atomic<int64_t> events_{0};
+  WaitingRoom waiting_;
 };
 
 }  // namespace sparse_attn::cpu

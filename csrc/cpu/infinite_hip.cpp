@@ -14,6 +14,9 @@ namespace {
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
+// What is judged by the value is not read again: other threads may write into the lists.
+int64_t read_once(const int32_t& x) { return __atomic_load_n(&x, __ATOMIC_RELAXED); }
+
 // A query block of one sequence.
 struct Block {
   int64_t batch, row;
@@ -54,12 +57,13 @@ class Candidates {
     }
     const int64_t list = (block.batch * params_.groups() + group) * params_.num_rows() + block.row;
     const int32_t* listed = params_.listed_indices + list * params_.listed_width;
-    const int64_t count = std::min<int64_t>(params_.listed_counts[list], params_.listed_width);
+    const int64_t count = std::min(read_once(params_.listed_counts[list]), params_.listed_width);
     const int64_t num_parents = ceil_div(params_.seqlen_kv, params_.parent);
     const int64_t parts = params_.parent / params_.chunk;
     for (int64_t i = 0; i < count; ++i) {
-      if (listed[i] < 0 || listed[i] >= num_parents) continue;
-      for (int64_t part = 0; part < parts; ++part) add(listed[i] * parts + part);
+      const int64_t parent = read_once(listed[i]);
+      if (parent < 0 || parent >= num_parents) continue;
+      for (int64_t part = 0; part < parts; ++part) add(parent * parts + part);
     }
   }
 
