@@ -28,8 +28,9 @@ static inline void configure_tiles() {
 }
 
 static inline uint32_t enter_kernel() {
+  constexpr uint32_t kFlushResults = 0x8000, kFlushInputs = 0x40;  // of denormal numbers
   const uint32_t saved = _mm_getcsr();
-  _mm_setcsr(saved | 0x8000);  // flush denormal results to zero
+  _mm_setcsr((saved & ~kFlushInputs) | kFlushResults);
   configure_tiles();
   return saved;
 }

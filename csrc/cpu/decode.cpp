@@ -51,6 +51,18 @@ bool same_candidates(const AttentionParams& params, int64_t a, int64_t b) {
          same_list(params.columns);
 }
 
+Group make_group(const AttentionParams& params, const TileIndex& index, int64_t heads) {
+  Group group;
+  group.params = &params;
+  group.index = index;
+  group.kv_head = index.head / (params.num_heads / params.num_kv_heads);
+  group.heads = heads;
+  const CandidateWalk walk(params, index);
+  group.candidates = walk.count_below(walk.limit());
+  group.num_splits = std::max<int64_t>(1, (group.candidates + kSplitKeys - 1) / kSplitKeys);
+  return group;
+}
+
 // Appends the groups of one KV head and of queries that share their lists.
 void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64_t row,
                 int64_t rows, std::vector<Group>& groups) {
@@ -61,20 +73,12 @@ void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64
     for (next = head + 1; next < end && next - head < most; ++next) {
       if (!same_candidates(params, head, next)) break;
     }
-    Group group;
-    group.params = &params;
-    group.index = {b, head, row, rows};
-    group.kv_head = kv_head;
-    group.heads = next - head;
-    const CandidateWalk walk(params, group.index);
-    group.candidates = walk.count_below(walk.limit());
-    group.num_splits = std::max<int64_t>(1, (group.candidates + kSplitKeys - 1) / kSplitKeys);
-    groups.push_back(group);
+    groups.push_back(make_group(params, {b, head, row, rows}, next - head));
   }
 }
 
 void add_groups(const AttentionParams& params, std::vector<Group>& groups) {
-  int64_t unit = params.seqlen_q;
+  int64_t unit = std::min(params.seqlen_q, kMostDecodeQueries);
   if (params.columns.present()) unit = std::min(unit, params.block_q * params.column_group);
   if (params.blocks.present()) unit = std::min(unit, params.block_q);
   for (int64_t b = 0; b < params.batch; ++b) {
@@ -129,7 +133,21 @@ DecodeTile describe_tile(const Group& group) {
   return tile;
 }
 
-void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, float* states,
+// Writes the results of a group whose states are there. Rows for which keys that they do not see
+// may have mattered are repeated.
+void finish_group(const Group& group, const float* states, Isa isa) {
+  const AttentionParams& params = *group.params;
+  uint64_t repeated =
+      select_kernel(isa, params.dtype).finish(describe_tile(group), states, group.num_splits);
+  const auto [b, head, row, queries] = group.index;
+  if (queries == 1) return;
+  for (; repeated != 0; repeated &= repeated - 1) {
+    const int r = std::countr_zero(repeated);
+    decode_row(params, {b, head + r / queries, row + r % queries, 1}, isa);
+  }
+}
+
+void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, float* state,
                std::byte* scratch) {
   CandidateWalk walk(*group.params, group.index);
   if (group.num_splits > 1) {
@@ -137,10 +155,7 @@ void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, fl
                       split_point(walk, group.candidates, split + 1, group.num_splits)});
   }
   DecodeKeys keys(*group.params, walk, group.index.batch, group.kv_head, group.index.rows);
-  const DecodeTile tile = describe_tile(group);
-  float* state = states + group.first_float + split * group.floats_per_state();
-  kernel.run(tile, keys, state, scratch);
-  if (group.num_splits == 1) kernel.finish(tile, state, 1);
+  kernel.run(describe_tile(group), keys, state, scratch);
 }
 
 }  // namespace
@@ -236,6 +251,21 @@ bool is_decode(const AttentionParams& params, Isa isa) {
   return params.seqlen_q <= (has_tiles ? kMostDecodeQueries / 2 : kMostDecodeQueries);
 }
 
+void decode_row(const AttentionParams& params, const TileIndex& row, Isa isa) {
+  thread_local AlignedBuffer memory;
+  const DecodeKernel& kernel = select_kernel(isa, params.dtype);
+  const Group group = make_group(params, row, 1);
+  const int64_t state_bytes =
+      group.num_splits * group.floats_per_state() * static_cast<int64_t>(sizeof(float));
+  memory.reserve(state_bytes + kernel.scratch_bytes(1, params.head_dim));
+  float* states = reinterpret_cast<float*>(memory.data());
+  for (int64_t split = 0; split < group.num_splits; ++split) {
+    run_split(group, split, kernel, states + split * group.floats_per_state(),
+              memory.data() + state_bytes);
+  }
+  finish_group(group, states, isa);
+}
+
 void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& parallel) {
   thread_local std::vector<Group> groups;
   thread_local AlignedBuffer memory;
@@ -277,7 +307,10 @@ void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& par
     size_t g = 0;
     for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
       while (i >= all[g].first_task + all[g].num_splits) ++g;
-      run_split(all[g], i - all[g].first_task, kernel, states, scratch.data());
+      const int64_t split = i - all[g].first_task;
+      float* state = states + all[g].first_float + split * all[g].floats_per_state();
+      run_split(all[g], split, kernel, state, scratch.data());
+      if (all[g].num_splits == 1) finish_group(all[g], state, isa);
     }
     kernel.leave(saved);
   });
@@ -287,7 +320,7 @@ void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& par
     const uint32_t saved = kernel.enter();
     for (size_t g = next_group++; g < all.size(); g = next_group++) {
       if (all[g].num_splits == 1) continue;
-      kernel.finish(describe_tile(all[g]), states + all[g].first_float, all[g].num_splits);
+      finish_group(all[g], states + all[g].first_float, isa);
     }
     kernel.leave(saved);
   });

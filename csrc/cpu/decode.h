@@ -63,8 +63,8 @@ class DecodeKeys {
   const std::byte* v_page_ = nullptr;
 };
 
-// A state is what attention over some of the keys amounts to: for each row the running maximum
-// (base 2), the running sum, and the accumulator.
+// A state is what attention over some of the keys amounts to: for each row the running maximum, the
+// running sum, and the accumulator.
 inline int64_t state_dims(int64_t head_dim_v) { return (head_dim_v + 15) / 16 * 16; }
 inline int64_t state_floats(int64_t rows, int64_t head_dim_v) {
   return rows * state_dims(head_dim_v) + (2 * rows + 15) / 16 * 16;
@@ -73,8 +73,9 @@ inline int64_t state_floats(int64_t rows, int64_t head_dim_v) {
 struct DecodeKernel {
   int64_t (*scratch_bytes)(int64_t rows, int64_t head_dim);
   void (*run)(const DecodeTile& tile, DecodeKeys& keys, float* state, std::byte* scratch);
-  // Joins states in their order and writes out and lse.
-  void (*finish)(const DecodeTile& tile, const float* states, int64_t num_states);
+  // Joins states in their order and writes out and lse. Returns the rows, as bits, with sums that
+  // are not finite: in a tile of several queries, keys that a row does not see may be the cause.
+  uint64_t (*finish)(const DecodeTile& tile, const float* states, int64_t num_states);
   uint32_t (*enter)();
   void (*leave)(uint32_t saved);
 };
@@ -86,6 +87,18 @@ const DecodeKernel& avx512_decode_kernel(DType dtype);
 #endif
 
 bool is_decode(const AttentionParams& params, Isa isa);
+
+// Whether scale and softcap are so far from the ends of float32 that scores need no care.
+inline bool has_ordinary_scale(const AttentionParams& params) {
+  constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+  const auto is_ordinary = [](float x) { return x >= kLeast && x <= kMost; };
+  const float scale = params.scale < 0 ? -params.scale : params.scale;
+  if (scale == 0) return params.softcap == 0 || is_ordinary(params.softcap);
+  return is_ordinary(scale) && (params.softcap == 0 || is_ordinary(scale / params.softcap));
+}
+
+// Computes out and lse of one row, given by its place, reading the keys that it sees and no others.
+void decode_row(const AttentionParams& params, const TileIndex& row, Isa isa);
 
 // Computes out and lse of calls whose layouts have been checked. The result does not depend on the
 // number of threads.

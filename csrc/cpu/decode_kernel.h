@@ -215,27 +215,27 @@ SPARSE_ATTN_INLINE void for_row_parts(int64_t rows, F&& f) {
   }
 }
 
-// Turns one row of raw scores into weights and brings (m, l, acc) up to date.
-static void update_row(const DecodeTile& tile, float scale, int count, uint64_t visible,
-                       float* scores, float& m, float& l, float* acc) {
+// Turns products q.k of one row into weights exp(s - m) and brings (m, l, acc) up to date. If a
+// score is no number, so is all the row. While all scores are -inf, l tells that there are some.
+static void update_row(const DecodeTile& tile, int count, uint64_t visible, float* scores, float& m,
+                       float& l, float* acc) {
+  constexpr float kBase2 = kLog2e;
   Vec top = broadcast(kMinusInfinity);
   for (int j = 0; j < count; j += kLanes) {
-    Vec s = load(scores + j);
-    if (tile.softcap > 0) {
-      s = tanh(s * (scale / tile.softcap)) * static_cast<float>(tile.softcap * kLog2e);
-    } else {
-      s *= static_cast<float>(scale * kLog2e);
-    }
+    Vec s = load(scores + j) * tile.scale;
+    if (tile.softcap > 0) s = cap_softly(s, tile.softcap);
     constexpr uint32_t kAllLanes = (uint32_t{1} << kLanes) - 1;
     const uint32_t seen = static_cast<uint32_t>(visible >> j) & kAllLanes;
     if (seen != kAllLanes) s = keep_visible(s, seen);
     store(scores + j, s);
-    top = maximum(s, top);
+    top = maximum_or_nan(s, top);
   }
-  const float m_old = m, m_new = std::max(m_old, reduce_max(top));
-  if (m_new > m_old) {
-    if (m_old != kMinusInfinity) {
-      const float factor = std::exp2(m_old - m_new);
+  const float m_old = m, m_new = maximum_or_nan(reduce_max_or_nan(top), m_old);
+  if (!(m_new <= m_old)) {
+    if (m_old == kMinusInfinity) {
+      l = 0;
+    } else {
+      const float factor = std::exp2((m_old - m_new) * kBase2);
       l *= factor;
       for (int64_t d = 0; d < state_dims(tile.head_dim_v); d += kLanes) {
         store(acc + d, load(acc + d) * factor);
@@ -246,11 +246,12 @@ static void update_row(const DecodeTile& tile, float scale, int count, uint64_t 
   const float base = m_new == kMinusInfinity ? 0.0f : m_new;
   Vec sum = {};
   for (int j = 0; j < count; j += kLanes) {
-    const Vec p = exp2_nonpositive(load(scores + j) - base);
+    const Vec p = exp2_nonpositive((load(scores + j) - base) * kBase2);
     store(scores + j, p);
     sum += p;
   }
   l += reduce_add(sum);
+  if (m == kMinusInfinity && visible != 0) l = 1;
 }
 
 // Attention of one tile over all keys that are handed out.
@@ -264,13 +265,11 @@ static void run_decode(const DecodeTile& tile, DecodeKeys& keys, float* state, s
   float* acc = state;
   float* m = state + rows * dims;
   float* l = m + rows;
-  const ScoreScale scaling = split_scale(tile.scale);
   for (int64_t r = 0; r < rows; ++r) {
     const T* q = static_cast<const T*>(tile.q) + r / tile.queries * tile.q_head_stride +
                  r % tile.queries * tile.q_row_stride;
     float* dest = scratch.q + r * scratch.q_stride;
     convert_row(q, tile.head_dim, dest);
-    for (int64_t d = 0; d < tile.head_dim; ++d) dest[d] *= scaling.q_factor;
     std::fill(dest + tile.head_dim, dest + scratch.q_stride, 0.0f);
   }
   std::fill(acc, acc + rows * dims, 0.0f);
@@ -287,8 +286,8 @@ static void run_decode(const DecodeTile& tile, DecodeKeys& keys, float* state, s
       score_rows<T, count()>(tile, scratch, r, *now, r == 0 ? *next : kNoKeys);
     });
     for (int64_t r = 0; r < rows; ++r) {
-      update_row(tile, scaling.scale, now->count, now->visible[r % tile.queries],
-                 scratch.scores + r * kBatchKeys, m[r], l[r], acc + r * dims);
+      update_row(tile, now->count, now->visible[r % tile.queries], scratch.scores + r * kBatchKeys,
+                 m[r], l[r], acc + r * dims);
     }
     for_row_parts(rows, [&](auto count, int64_t r) {
       add_all_values<T, count()>(tile, scratch, r, *now, r == 0 ? *next : kNoKeys, acc);
@@ -297,20 +296,21 @@ static void run_decode(const DecodeTile& tile, DecodeKeys& keys, float* state, s
 }
 
 template <class T>
-static void finish_decode(const DecodeTile& tile, const float* states, int64_t num_states) {
+static uint64_t finish_decode(const DecodeTile& tile, const float* states, int64_t num_states) {
   const int64_t rows = tile.rows(), dims = state_dims(tile.head_dim_v);
   const int64_t stride = state_floats(rows, tile.head_dim_v);
+  uint64_t repeated = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const float* acc = states + r * dims;
     const float* m = states + rows * dims + r;
     const float* l = m + rows;
     float top = kMinusInfinity, sum = 0.0f;
-    for (int64_t s = 0; s < num_states; ++s) top = std::max(top, m[s * stride]);
+    for (int64_t s = 0; s < num_states; ++s) top = maximum_or_nan(m[s * stride], top);
+    const float base = top == kMinusInfinity ? 0.0f : top;
     float total[kMaxHeadDim] = {};
     for (int64_t s = 0; s < num_states; ++s) {
-      if (m[s * stride] == kMinusInfinity) continue;
-      const float factor = std::exp2(m[s * stride] - top);
-      sum += l[s * stride] * factor;
+      const float factor = std::exp2((m[s * stride] - base) * static_cast<float>(kLog2e));
+      sum += l[s * stride] * (top == kMinusInfinity ? 1.0f : factor);
       for (int64_t d = 0; d < dims; d += kLanes) {
         store(total + d, load(total + d) + load(acc + s * stride + d) * factor);
       }
@@ -321,7 +321,9 @@ static void finish_decode(const DecodeTile& tile, const float* states, int64_t n
     T* out = static_cast<T*>(tile.out) + head * tile.out_head_stride + row * tile.out_row_stride;
     for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(total[d] * end.factor, out[d]);
     tile.lse[head * tile.lse_head_stride + row] = end.lse;
+    if (!all_finite(total, dims)) repeated |= uint64_t{1} << r;
   }
+  return repeated;
 }
 
 template <class T>

@@ -275,7 +275,7 @@ struct Panel {
   float* q;       // [words of head_dim][kPanel]
   float* scores;  // [kStepKeys][kPanel]; after the softmax weights, [words of keys][kPanel]
   float* acc;     // [head_dim_v][kPanel]
-  float* m;       // [kPanel] running maximum, base 2
+  float* m;       // [kPanel] running maximum of the scores
   float* l;       // [kPanel] running sum
   float* factor;  // [kPanel] what acc is to be multiplied with
   int64_t first_row, rows, vectors;
@@ -334,7 +334,9 @@ static void mask_scores(float* scores, const uint32_t* visible, int num_keys, in
 }
 
 // Turns scores into weights and brings (m, l, factor) up to date. `base2` makes a score a logit in
-// base 2; it is positive. The number of keys is one of whole words.
+// base 2; it is positive. The maximum is subtracted first: the product of a large score rounds to
+// more than what weights are made of. The number of keys is one of whole words. Scores that are no
+// numbers do not count in the maximum, but in the sum.
 template <class Words, int kVectors>
 static void softmax(const Panel& panel, int64_t num_keys, float base2) {
   constexpr int64_t kChains = 8 / kVectors;
@@ -359,10 +361,10 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
   for (int v = 0; v < kVectors; ++v) {
     const Vec m_old = load(panel.m + v * kLanes);
     for (int i = 1; i < kChains; ++i) top[0][v] = maximum(top[i][v], top[0][v]);
-    const Vec m_new = maximum(top[0][v] * base2, m_old);
+    const Vec m_new = maximum(top[0][v], m_old);
     base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
     store(panel.m + v * kLanes, m_new);
-    store(panel.factor + v * kLanes, exp2_nonpositive(m_old - base[v]));
+    store(panel.factor + v * kLanes, exp2_nonpositive((m_old - base[v]) * base2));
   }
   float* words = panel.scores;
   for (j = 0; j < num_keys; j += Words::kNumbers, words += kPanel) {
@@ -370,7 +372,7 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
       Vec p[Words::kNumbers];
       for (int i = 0; i < Words::kNumbers; ++i) {
         const Vec s = load(panel.scores + (j + i) * kPanel + v * kLanes);
-        p[i] = exp2_nonpositive(s * base2 - base[v]);
+        p[i] = exp2_nonpositive((s - base[v]) * base2);
         sum[v] += p[i];
       }
       store(words + v * kLanes, Words::join(p));
@@ -406,9 +408,12 @@ static void load_q(const QueryTile& tile, const Panel& panel, float factor) {
   }
 }
 
+// Returns the rows of the tile that must be repeated, see TileKernel. `logit_scale` makes a score a
+// logit.
 template <class T>
-static void write_rows(const QueryTile& tile, const Panel& panel) {
+static uint64_t write_rows(const QueryTile& tile, const Panel& panel, double logit_scale) {
   const int64_t stride = padded_dim(tile.head_dim_v);
+  uint64_t repeated = 0;
   float rows[kLanes * kMaxHeadDim];
   for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
@@ -420,9 +425,11 @@ static void write_rows(const QueryTile& tile, const Panel& panel) {
     }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = panel.first_row + r0 + r;
-      const RowEnd end = finish_row(panel.m[r0 + r], panel.l[r0 + r], tile.sink_logit);
+      const float m = panel.m[r0 + r];
+      const RowEnd end = finish_row(m * logit_scale, panel.l[r0 + r], tile.sink_logit);
       T* out = static_cast<T*>(tile.out) + row * tile.out_row_stride;
       const float* acc = rows + r * stride;
+      if (m == kMinusInfinity || !all_finite(acc, stride)) repeated |= uint64_t{1} << row;
       if constexpr (std::is_same_v<T, float>) {
         if (tile.streams_out) {
           for (int64_t d = 0; d < tile.head_dim_v; d += kLanes) {
@@ -436,6 +443,7 @@ static void write_rows(const QueryTile& tile, const Panel& panel) {
       tile.lse[row] = end.lse;
     }
   }
+  return repeated;
 }
 
 // As if words were of one number.
@@ -522,7 +530,7 @@ static void add_step(const Panel& panel, const Granule* granules, const GranuleW
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T, class Words>
-static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
+static uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   const ScoreScale scaling = split_scale(tile.scale);
   const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
   const float base2 = static_cast<float>(logit_scale * kLog2e);
@@ -560,14 +568,17 @@ static void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) 
       add_step(panel, granules, words, n, tile.head_dim_v);
     }
   }
-  for (int64_t i = 0; i < num_panels; ++i) write_rows<T>(tile, panels[i]);
+  uint64_t repeated = 0;
+  for (int64_t i = 0; i < num_panels; ++i) repeated |= write_rows<T>(tile, panels[i], logit_scale);
+  return repeated;
 }
 
-// Flushes denormal results to zero while a kernel runs.
+// Flushes denormal results to zero while a kernel runs, but takes denormal numbers as they are.
 static uint32_t enter_kernel() {
 #if defined(__x86_64__)
+  constexpr uint32_t kFlushResults = 0x8000, kFlushInputs = 0x40;
   const uint32_t saved = _mm_getcsr();
-  _mm_setcsr(saved | 0x8000);
+  _mm_setcsr((saved & ~kFlushInputs) | kFlushResults);
   return saved;
 #else
   return 0;

@@ -58,7 +58,7 @@ struct QueryTile {
 };
 
 struct TileKernel {
-  int64_t block_m;            // most rows in a tile
+  int64_t block_m;            // most rows in a tile, at most 64
   int64_t granules_per_step;  // most granules taken from the cursor at once
   bool in_place;              // takes runs of rows as they lie in memory, instead of packed ones
 
@@ -76,7 +76,10 @@ struct TileKernel {
   void (*pack_v)(const void* const* rows, int64_t head_dim_v, void* granule);
 
   int64_t (*scratch_bytes)(int64_t head_dim, int64_t head_dim_v);
-  void (*run_tile)(const QueryTile& tile, KeyCursor& keys, std::byte* scratch);
+  // Returns the rows, as bits, whose result may be wrong, because a number that is not finite came
+  // up, or all scores are -inf: what a row does not see counts with a weight of 0, and 0 * inf is
+  // NaN. They are to be repeated by decode_row.
+  uint64_t (*run_tile)(const QueryTile& tile, KeyCursor& keys, std::byte* scratch);
 
   // Put the calling thread into the state that the kernel needs, and back.
   uint32_t (*enter)();

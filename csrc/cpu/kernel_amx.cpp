@@ -180,7 +180,7 @@ struct Scratch {
   uint16_t* weights;  // [term][kBlockM / 16][kStepKeys / 32] tiles
   float* acc;         // [kBlockM][padded head_dim_v]
   const uint16_t* q;  // [term][kBlockM][padded head_dim]
-  float* m;           // [kBlockM] reference point of the weights, base 2
+  float* m;           // [kBlockM] reference point of the weights, a score
   float* l;           // [kBlockM][kLanes] sums of weights, to be added up at the end
 };
 
@@ -533,18 +533,20 @@ inline float row_max(const float* scores, int64_t n) {
 // What a lane's weights of one step may add up to.
 constexpr float kHeadroom = 0x1p13f;
 
-// weights = 2^(scores * scale - m) in bfloat16, one term or two; adds them to 16 sums. Does not add
-// them, and returns false, if they outgrow the headroom.
+// weights = 2^((scores - m) * scale) in bfloat16, one term or two; adds them to 16 sums. Does not
+// add them, and returns false, if they outgrow the headroom.
 template <int kTerms>
 inline bool exp_row(const float* scores, int64_t n, float scale, float m, uint16_t* weights,
                     float* sums) {
-  const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-m);
+  const __m512 factor = _mm512_set1_ps(scale), base = _mm512_set1_ps(m);
+  const auto logits = [&](const float* s) {
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s), base), factor);
+  };
   __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
 #pragma GCC unroll 2
   for (int64_t j = 0; j < n; j += 32) {
-    const __m512 x0 = _mm512_fmadd_ps(_mm512_load_ps(scores + j * 16), factor, offset);
-    const __m512 x1 = _mm512_fmadd_ps(_mm512_load_ps(scores + j * 16 + kFloatTile), factor, offset);
-    const __m512 p0 = exp2_bf16(x0), p1 = exp2_bf16(x1);
+    const __m512 p0 = exp2_bf16(logits(scores + j * 16));
+    const __m512 p1 = exp2_bf16(logits(scores + j * 16 + kFloatTile));
     sum0 = _mm512_add_ps(sum0, p0);
     sum1 = _mm512_add_ps(sum1, p1);
     if constexpr (kTerms == 1) {
@@ -570,12 +572,12 @@ inline void softmax_row(const Scratch& scratch, int64_t r, int64_t n, float scal
   const float* scores = scratch.scores + r / 16 * 16 * kStepKeys + r % 16 * 16;
   uint16_t* weights = scratch.weights + r / 16 * 16 * kStepKeys + r % 16 * 32;
   float *m = scratch.m + r, *sums = scratch.l + r * kLanes;
-  if (*m == kMinusInfinity) *m = row_max(scores, kGranule) * scale;
+  if (*m == kMinusInfinity) *m = row_max(scores, kGranule);
   if (*m > kMinusInfinity && exp_row<kTerms>(scores, n, scale, *m, weights, sums)) return;
 
-  const float m_old = *m, m_new = std::max(m_old, row_max(scores, n) * scale);
+  const float m_old = *m, m_new = std::max(m_old, row_max(scores, n));
   if (m_old > kMinusInfinity) {
-    const float factor = std::exp2(m_old - m_new);
+    const float factor = std::exp2((m_old - m_new) * scale);
     store(sums, load(sums) * factor);
     float* acc = scratch.acc + r * acc_stride;
     for (int64_t d = 0; d < acc_stride; d += kLanes) store(acc + d, load(acc + d) * factor);
@@ -593,13 +595,17 @@ bool q_is_in_place(const QueryTile& tile, int64_t padded_rows, float factor) {
          reinterpret_cast<uintptr_t>(tile.q) % 64 == 0;
 }
 
-// The rows of q with the sign of the scale, or 0 for a scale of 0.
+// The rows of q with the sign of the scale; for a scale of 0 what is finite becomes 0.
 template <class T>
 void copy_q(const QueryTile& tile, float factor, uint16_t* q) {
   const int64_t dim = padded_dim(tile.head_dim);
-  const uint16_t flip = factor < 0 ? 0x8000 : 0, keep = factor == 0 ? 0 : 0xffff;
-  const __m512i flips = _mm512_set1_epi16(flip), keeps = _mm512_set1_epi16(keep);
-  const auto sign = [&](__m512i x) { return _mm512_and_si512(_mm512_xor_si512(x, flips), keeps); };
+  const __m512i flips = _mm512_set1_epi16(factor < 0 ? -0x8000 : 0);
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  const auto sign = [&](__m512i x) {
+    if (factor != 0) return _mm512_xor_si512(x, flips);
+    return _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent),
+                                  x);
+  };
   std::memset(q, 0, kTerms<T> * kBlockM * dim * 2);
   for (int64_t r = 0; r < tile.rows; ++r) {
     const T* row = static_cast<const T*>(tile.q) + r * tile.q_row_stride;
@@ -614,14 +620,18 @@ void copy_q(const QueryTile& tile, float factor, uint16_t* q) {
   }
 }
 
+// Returns the rows that must be repeated, see TileKernel. `logit_scale` makes a score a logit.
 template <class T, bool kStreams>
-void write_rows(const QueryTile& tile, const Scratch& scratch) {
+uint64_t write_rows(const QueryTile& tile, const Scratch& scratch, double logit_scale) {
   const int64_t acc_stride = padded_dim(tile.head_dim_v);
+  uint64_t repeated = 0;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const float l = _mm512_reduce_add_ps(load(scratch.l + r * kLanes));
-    const RowEnd end = finish_row(scratch.m[r], l, tile.sink_logit);
+    const RowEnd end = finish_row(scratch.m[r] * logit_scale, l, tile.sink_logit);
     const __m512 factor = _mm512_set1_ps(end.factor);
     const float* acc = scratch.acc + r * acc_stride;
+    const bool is_right = scratch.m[r] > kMinusInfinity && all_finite(acc, acc_stride);
+    repeated |= static_cast<uint64_t>(!is_right) << r;
     T* out = static_cast<T*>(tile.out) + r * tile.out_row_stride;
     for (int64_t d = 0; d < tile.head_dim_v; d += 32) {
       const Floats x = {_mm512_mul_ps(_mm512_loadu_ps(acc + d), factor),
@@ -634,6 +644,7 @@ void write_rows(const QueryTile& tile, const Scratch& scratch) {
     }
     tile.lse[r] = end.lse;
   }
+  return repeated;
 }
 
 // Fetches row r of the tile that follows.
@@ -646,13 +657,14 @@ inline void prefetch_row(const QueryTile& tile, int64_t r) {
 
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T>
-void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
+uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   Scratch scratch = divide_scratch(memory, tile.head_dim_v, kTerms<T>);
   const int64_t dim = padded_dim(tile.head_dim), acc_stride = padded_dim(tile.head_dim_v);
   const bool is_strip = tile.rows <= 16 && kTerms<T> == 1;
   const int64_t rows = is_strip ? 16 : (tile.rows + 31) / 32 * 32;
   const ScoreScale scaling = split_scale(tile.scale);
-  const float scale = static_cast<float>((tile.softcap > 0 ? 1.0f : scaling.scale) * kLog2e);
+  const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
+  const float scale = static_cast<float>(logit_scale * kLog2e);
   if (q_is_in_place<T>(tile, rows, scaling.q_factor)) {
     scratch.q = static_cast<const uint16_t*>(tile.q);
   } else {
@@ -692,8 +704,10 @@ void run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
     fence_compiler();
     n = num_ahead;
   }
-  (tile.streams_out ? write_rows<T, true> : write_rows<T, false>)(tile, scratch);
+  const auto write = tile.streams_out ? write_rows<T, true> : write_rows<T, false>;
+  const uint64_t repeated = write(tile, scratch, logit_scale);
   if (is_strip) configure_tiles();
+  return repeated;
 }
 
 template <class T>

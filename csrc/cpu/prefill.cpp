@@ -1,9 +1,11 @@
 #include "prefill.h"
 
 #include <algorithm>
+#include <bit>
 #include <deque>
 #include <vector>
 
+#include "decode.h"
 #include "head_queue.h"
 #include "kernel.h"
 #include "key_cursor.h"
@@ -47,10 +49,11 @@ struct Task {
 // then take tiles, until nothing is left to take.
 class HeadWork {
  public:
-  HeadWork(const AttentionParams& params, const TileKernel& kernel, int64_t kv_head,
+  HeadWork(const AttentionParams& params, const TileKernel& kernel, Isa isa, int64_t kv_head,
            int64_t most_packed_bytes)
       : params_(params),
         kernel_(kernel),
+        isa_(isa),
         kv_head_(kv_head),
         keys_(params, kernel, kv_head, most_packed_bytes) {}
 
@@ -143,11 +146,15 @@ class HeadWork {
     tile.sink_logit = params_.sinks != nullptr ? params_.sinks + h : nullptr;
     KeyCursor cursor(params_, kernel_, task.tile, keys_.source(num_chunks_ > 0 ? memory_ : nullptr),
                      scratch);
-    kernel_.run_tile(tile, cursor, scratch + cursor_bytes());
+    uint64_t repeated = kernel_.run_tile(tile, cursor, scratch + cursor_bytes());
+    for (; repeated != 0; repeated &= repeated - 1) {
+      decode_row(params_, {b, h, row + std::countr_zero(repeated), 1}, isa_);
+    }
   }
 
   const AttentionParams& params_;
   const TileKernel& kernel_;
+  Isa isa_;
   int64_t kv_head_;  // counted over the whole batch
   PackedKeys keys_;
   std::vector<Task> tasks_;
@@ -168,7 +175,7 @@ void prefill(std::span<const AttentionParams> calls, Isa isa, const Parallel& th
   for (const AttentionParams& params : calls) {
     if (params.num_heads == 0 || params.seqlen_q == 0) continue;
     for (int64_t i = 0; i < params.batch * params.num_kv_heads; ++i) {
-      heads.emplace_back(params, kernel, i, allowed);
+      heads.emplace_back(params, kernel, isa, i, allowed);
     }
   }
   HeadQueue<HeadWork>(heads, allowed, kernel.enter, kernel.leave).run(threads);

@@ -1,4 +1,4 @@
-// The running softmax of one row, in base 2, and its end.
+// The running softmax of one row and its end.
 #pragma once
 
 #include "vector_math.h"
@@ -6,7 +6,6 @@
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 inline constexpr double kLog2e = 1.4426950408889634;
-inline constexpr double kLn2 = 0.6931471805599453;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Scores are `scale` times q.k: the sign goes into q, so that `scale` is positive.
@@ -32,18 +31,19 @@ struct RowEnd {
   float lse;
 };
 
-// Ends a row of maximum m and sum l = sum_j 2^(s_j - m), with an optional logit in the sum.
-static inline RowEnd finish_row(float m, float l, const float* sink_logit) {
-  if (sink_logit == nullptr) {
-    if (m == kMinusInfinity) return {0.0f, kMinusInfinity};
-    return {1.0f / l, static_cast<float>((m + static_cast<double>(std::log2(l))) * kLn2)};
+// Ends a row of weights exp(s_j - m) that sum up to l, with an optional logit in the sum. The
+// greatest logit may be no number or infinite: then so are lse, their logarithm, and the weights.
+// A row without keys has l = 0, m = -inf, and result 0.
+static inline RowEnd finish_row(double m, float l, const float* sink_logit) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const double sink = sink_logit != nullptr ? *sink_logit : -kInfinity;
+  const double top = m > sink || m != m ? m : sink;
+  if (!(top > -kInfinity && top < kInfinity)) {
+    return {l == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN(), static_cast<float>(top)};
   }
-  const double sink = *sink_logit * kLog2e;
-  const double top = std::max<double>(m, sink);
-  if (top == kMinusInfinity) return {0.0f, kMinusInfinity};
-  const double scale = std::exp2(m - top);
-  const double sum = l * scale + std::exp2(sink - top);
-  return {static_cast<float>(scale / sum), static_cast<float>((top + std::log2(sum)) * kLn2)};
+  if (sink == -kInfinity) return {1.0f / l, static_cast<float>(m + std::log(l))};
+  const double weight = std::exp(m - top), sum = l * weight + std::exp(sink - top);
+  return {static_cast<float>(weight / sum), static_cast<float>(top + std::log(sum))};
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

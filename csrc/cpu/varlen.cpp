@@ -124,7 +124,8 @@ void forward_varlen(const AttentionParams& given, const Packing& packing, Isa is
   for (int64_t b = 0; b < greatest.batch; ++b) {
     const AttentionParams params = sequences[b];
     if (params.seqlen_q == 0) continue;
-    (is_decode(params, isa) ? short_ones : long_ones).push_back(params);
+    const bool by_rows = is_decode(params, isa) || !has_ordinary_scale(params);
+    (by_rows ? short_ones : long_ones).push_back(params);
   }
   prefill(long_ones, isa, parallel);
   decode(short_ones, isa, parallel);

@@ -40,10 +40,27 @@ SPARSE_ATTN_INLINE float reduce_max(Vec x) {
   return result;
 }
 
+// The maximum, or NaN if either is.
+SPARSE_ATTN_INLINE Vec maximum_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+SPARSE_ATTN_INLINE float maximum_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+SPARSE_ATTN_INLINE float reduce_max_or_nan(Vec x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = maximum_or_nan(x[i], result);
+  return result;
+}
+
 SPARSE_ATTN_INLINE float reduce_add(Vec x) {
   float result = 0;
   for (int i = 0; i < kLanes; ++i) result += x[i];
   return result;
+}
+
+// Whether n numbers, in whole vectors, are all finite.
+SPARSE_ATTN_INLINE bool all_finite(const float* x, int64_t n) {
+  Vec sum = {};  // of zeros and, for what is not finite, NaN
+  for (int64_t i = 0; i < n; i += kLanes) sum += load(x + i) * 0.0f;
+  return reduce_add(sum) == 0.0f;
 }
 
 // x[i][j] becomes x[j][i], for kLanes vectors.
@@ -81,21 +98,39 @@ SPARSE_ATTN_INLINE Vec exp2_nonpositive(Vec x) {
   return p * (Vec)((IntVec)shifted << 23);
 }
 
-// tanh(x): a series near 0, where relative error counts, and 1 - 2 / (exp(2x) + 1) elsewhere.
-SPARSE_ATTN_INLINE Vec tanh(Vec x) {
-  const Vec magnitude = x < 0.0f ? -x : x;
-  const Vec square = x * x;
+// What tanh is made of: near 0, where relative error counts, x + x * tanh_series(x * x), and
+// elsewhere 1 - 2 / (exp(2x) + 1), the sign of x apart.
+inline constexpr float kTanhNear = 0.35f;
+
+SPARSE_ATTN_INLINE Vec tanh_series(Vec square) {
   Vec series = broadcast(3.5921280365724810e-3f);
   series = series * square - 8.8632355299021966e-3f;
   series = series * square + 2.1869488536155203e-2f;
   series = series * square - 5.3968253968253971e-2f;
   series = series * square + 1.3333333333333333e-1f;
   series = series * square - 3.3333333333333333e-1f;
-  series = x + x * square * series;
+  return series * square;
+}
+
+SPARSE_ATTN_INLINE Vec tanh_far(Vec x, Vec magnitude) {
   constexpr float kMinusTwoLog2e = -2.8853900817779268f;
   const Vec e = exp2_nonpositive(magnitude * kMinusTwoLog2e);
   const Vec far = (1.0f - e) / (1.0f + e);
-  return magnitude < 0.35f ? series : x < 0.0f ? -far : far;
+  return x < 0.0f ? -far : far;
+}
+
+SPARSE_ATTN_INLINE Vec tanh(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec near = x + x * tanh_series(x * x);
+  return magnitude < kTanhNear ? near : tanh_far(x, magnitude);
+}
+
+// cap * tanh(x / cap), for any positive cap: the quotient may vanish.
+SPARSE_ATTN_INLINE Vec cap_softly(Vec x, float cap) {
+  const Vec ratio = x / cap;
+  const Vec magnitude = ratio < 0.0f ? -ratio : ratio;
+  const Vec near = x + x * tanh_series(ratio * ratio);
+  return magnitude < kTanhNear ? near : tanh_far(ratio, magnitude) * cap;
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
