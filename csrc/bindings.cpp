@@ -236,7 +236,9 @@ void describe_layout(const LayoutArguments& layout, AttentionParams& params) {
   params.block_kv = block_kv;
   params.column_group = group;
   params.scale = static_cast<float>(layout.scale);
+  // No cap that is there becomes 0, which stands for none.
   params.softcap = static_cast<float>(layout.softcap);
+  if (layout.softcap > 0 && params.softcap == 0) params.softcap = 0x1p-149f;
   params.is_causal = layout.is_causal;
   params.sink = describe_per_head(layout.sink, "sink", params);
   params.window = describe_per_head(layout.window, "window", params);

@@ -3,6 +3,9 @@ exact.
 
 Both functions walk over chunks of query rows, so that memory stays O(seqlen_kv) times a bounded
 number of rows. Scores are computed in float32 (float64 for float64 inputs).
+
+What a row does not see is not there: it has no weight, not a weight of 0, which times infinity
+would be NaN. What a row sees counts as in eager attention, NaN and infinity included.
 """
 
 from __future__ import annotations
@@ -38,9 +41,13 @@ def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     return x.unflatten(1, (num_kv_heads, -1))
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Scores, and their derivatives by what the softcap caps (None without one)."""
     scores = scale * (q @ k.mT)
-    return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+    if softcap == 0:
+        return scores, None
+    capped = torch.tanh(scores / softcap)
+    return softcap * capped, 1 - capped.square()
 
 
 def _per_row(sinks: Tensor, scores: Tensor) -> Tensor:
@@ -48,18 +55,29 @@ def _per_row(sinks: Tensor, scores: Tensor) -> Tensor:
     return _grouped(sinks.to(scores.dtype)[None], scores.shape[1])[..., None, None]
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension, the sink logit in its denominator, and the log of that."""
+def _softmax(scores: Tensor, mask: Tensor, sinks: Tensor | None):
+    """Softmax over the visible ones in the last dimension, the sink logit in its denominator; the
+    share of the latter; and the log of the denominator.
+    """
     column = scores.new_full((1,) * scores.dim(), -torch.inf)
     column = column if sinks is None else _per_row(sinks, scores)
     column = column.expand(*scores.shape[:-1], 1)
-    peak = torch.cat([scores, column], -1).amax(-1, keepdim=True)
-    peak = torch.where(peak == -torch.inf, 0, peak)
-    weights = torch.exp(scores - peak)
-    total = weights.sum(-1, keepdim=True) + torch.exp(column - peak)
-    empty = total == 0
-    lse = torch.where(empty, -torch.inf, peak + torch.log(total))
-    return weights / torch.where(empty, 1, total), lse.squeeze(-1)
+    logits = torch.cat([scores.masked_fill(~mask, -torch.inf), column], -1)
+    probs = torch.softmax(logits, -1)
+    is_empty = ~mask.any(-1) & (column.squeeze(-1) == -torch.inf)
+    share = torch.where(is_empty, 0, probs[..., -1])
+    return torch.where(mask, probs[..., :-1], 0), share, torch.logsumexp(logits, -1)
+
+
+def _visible_product(weights: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """``weights [..., M, N] @ x [..., N, D]``, summed over the visible pairs in ``mask [..., M,
+    N]``; hidden weights are 0. What they are multiplied with matters only if it is not finite.
+    """
+    if x.isfinite().all():
+        return weights @ x
+    pairs = zip(weights.unbind(-2), mask.unbind(-2), strict=True)
+    rows = [torch.where(seen[..., None], w[..., None] * x, 0).sum(-2) for w, seen in pairs]
+    return torch.stack(rows, -2)
 
 
 def attention(
@@ -86,10 +104,11 @@ def attention(
     for start, stop in _chunks(q, k):
         queries = _grouped(q[:, :, start:stop].to(dtype), num_kv_heads)
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
-        scores = _scores(queries, keys, scale, softcap)
-        scores = scores.masked_fill(~_grouped(mask, num_kv_heads), -torch.inf)
-        probs, norm = _softmax(scores, sinks)
-        out[:, :, start:stop] = (probs @ values).flatten(1, 2).to(q.dtype)
+        mask = _grouped(mask, num_kv_heads)
+        scores, _ = _scores(queries, keys, scale, softcap)
+        probs, _, norm = _softmax(scores, mask, sinks)
+        result = _visible_product(probs, values, mask)
+        out[:, :, start:stop] = result.flatten(1, 2).to(q.dtype)
         lse[:, :, start:stop] = norm.flatten(1, 2)
     return out, lse
 
@@ -113,7 +132,7 @@ def attention_backward(
 
         dv = p.T @ dout
         dp = dout @ v.T
-        ds = p * (dp - delta)                    # times 1 - (scores / softcap)**2 with a softcap
+        ds = p * (dp - delta)                    # times 1 - tanh(scores / softcap)**2 with one
         dq = scale * ds @ k
         dk = scale * ds.T @ q
         dsinks = -sum(exp(sinks - lse) * delta)
@@ -132,18 +151,17 @@ def attention_backward(
             _grouped(x[:, :, start:stop].to(dtype), num_kv_heads) for x in (q, dout, dlse)
         )
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
-        capped = _scores(queries, keys, scale, softcap)
-        scores = capped.masked_fill(~_grouped(mask, num_kv_heads), -torch.inf)
-        probs, norm = _softmax(scores, sinks)
-        dprobs = grads @ values.mT
+        mask = _grouped(mask, num_kv_heads)
+        scores, slope = _scores(queries, keys, scale, softcap)
+        probs, share, _ = _softmax(scores, mask, sinks)
+        dprobs = torch.where(mask, grads @ values.mT, 0)
         delta = (probs * dprobs).sum(-1) - dnorm
         dscores = probs * (dprobs - delta[..., None])
-        if softcap > 0:
-            dscores = dscores * (1 - (capped / softcap).square())
-        dv += torch.einsum("bhgqk,bhgqd->bhkd", probs, grads)
-        dq[:, :, start:stop] = (scale * (dscores @ keys)).flatten(1, 2).to(q.dtype)
-        dk += scale * torch.einsum("bhgqk,bhgqd->bhkd", dscores, queries)
+        dscores = scale * (dscores if slope is None else dscores * slope)
+        dscores = torch.where(mask, dscores, 0)
+        dv += _visible_product(probs.mT, grads, mask.mT).sum(2)
+        dq[:, :, start:stop] = _visible_product(dscores, keys, mask).flatten(1, 2).to(q.dtype)
+        dk += _visible_product(dscores.mT, queries, mask.mT).sum(2)
         if sinks is not None:
-            weight = torch.exp(_per_row(sinks, scores).squeeze(-1) - norm)
-            dsinks -= (weight * delta).flatten(1, 2).sum((0, 2))
+            dsinks -= (share * delta).flatten(1, 2).sum((0, 2))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype)

@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "backward_kernel.h"
+#include "decode.h"
 #include "head_queue.h"
 #include "layout_check.h"
+#include "row_gradients.h"
 #include "waiting_room.h"
 
 namespace sparse_attn::cpu {
@@ -24,6 +26,9 @@ namespace sparse_attn::cpu {
 namespace {
 
 constexpr int64_t kMinRows = 32;  // in a query tile
+
+// exp(s - lse) is off by the rounding of lse, which is this times 2^-24 at most.
+constexpr float kMostExactLse = 8192;
 
 alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
@@ -35,6 +40,19 @@ const BackwardKernel& select_kernel(Isa isa, DType dtype) {
   if (isa == Isa::kAvx2) return avx2_backward_kernel(dtype);
 #endif
   return generic_backward_kernel(dtype);
+}
+
+template <class Word>
+bool all_finite(const void* numbers, int64_t n, Word exponent) {
+  const Word* words = static_cast<const Word*>(numbers);
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) found |= (words[i] & exponent) == exponent;
+  return !found;
+}
+
+bool all_finite(const void* numbers, int64_t n, DType dtype) {
+  if (dtype == DType::kFloat32) return all_finite<uint32_t>(numbers, n, 0x7f800000);
+  return all_finite<uint16_t>(numbers, n, dtype == DType::kBFloat16 ? 0x7f80 : 0x7c00);
 }
 
 int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
@@ -91,9 +109,10 @@ class TileMap {
 
 class Backward {
  public:
-  Backward(const BackwardParams& params, const BackwardKernel& kernel)
+  Backward(const BackwardParams& params, const BackwardKernel& kernel, Isa isa)
       : params_(params),
         kernel_(kernel),
+        isa_(isa),
         shape_(make_shape(params, kernel)),
         group_size_(params.num_heads / params.num_kv_heads),
         query_tiles_(ceil_div(params.seqlen_q, shape_.rows)),
@@ -102,9 +121,21 @@ class Backward {
         tile_bytes_(kernel.query_tile_bytes(shape_)),
         map_(num_query_tiles_, key_tiles_),
         turn_(num_query_tiles_),
+        needs_rows_(params.batch * params.num_kv_heads),
         dsinks_(params.dsinks != nullptr ? num_query_tiles_ : 0) {}
 
   void run(const Parallel& parallel) {
+    if (has_ordinary_scale(params_)) {
+      run_tiles(parallel);
+    } else {
+      std::fill(needs_rows_.begin(), needs_rows_.end(), true);
+    }
+    run_rows(parallel);
+    sum_dsinks();
+  }
+
+ private:
+  void run_tiles(const Parallel& parallel) {
     parallel.run(num_query_tiles_, [&](int64_t i) {
       mark_key_tiles(params_, tile_index(i), map_.row(i));
       turn_[i] = static_cast<int32_t>(map_.next(i, 0));
@@ -114,10 +145,25 @@ class Backward {
       heads.emplace_back(*this, kv_head, pairs);
     const int64_t allowed = num_query_tiles_ * tile_bytes_;
     HeadQueue<HeadWork>(heads, allowed, kernel_.enter, kernel_.leave).run(parallel);
-    sum_dsinks();
   }
 
- private:
+  // Anew, row by row, the KV heads whose tiles met what tiles do not take.
+  void run_rows(const Parallel& parallel) {
+    std::vector<int64_t> heads;
+    for (size_t i = 0; i < needs_rows_.size(); ++i) {
+      if (needs_rows_[i]) heads.push_back(static_cast<int64_t>(i));
+    }
+    if (heads.empty()) return;
+    parallel.run(static_cast<int64_t>(heads.size()), [&](int64_t i) {
+      std::vector<double> dsinks(group_size_);
+      gradients_by_rows(params_, isa_, heads[i], dsinks.data());
+      if (params_.dsinks == nullptr) return;
+      const auto begin = dsinks_.begin() + heads[i] * group_size_ * query_tiles_;
+      std::fill(begin, begin + group_size_ * query_tiles_, 0.0);
+      for (int64_t h = 0; h < group_size_; ++h) begin[h * query_tiles_] = dsinks[h];
+    });
+  }
+
   // The query tiles and the key tiles of a KV head, for HeadQueue: threads prepare the query tiles
   // together, then take key tiles.
   class HeadWork {
@@ -178,6 +224,10 @@ class Backward {
             std::min(shape_.rows, params_.seqlen_q - row)};
   }
 
+  int64_t kv_head_of(const TileIndex& tile) const {
+    return tile.batch * params_.num_kv_heads + tile.head / group_size_;
+  }
+
   void* dq_rows(const TileIndex& tile) const {
     const int64_t row = (tile.batch * params_.num_heads + tile.head) * params_.seqlen_q + tile.row;
     return static_cast<std::byte*>(params_.dq) +
@@ -216,8 +266,9 @@ class Backward {
       if (params_.sinks != nullptr && params_.sinks[tile.head] > -kInfinity) {
         dsink -= std::exp(double{params_.sinks[tile.head]} - lse) * head.delta[r];
       }
-      if (busy[r] && lse > -kInfinity) {
+      if (busy[r]) {
         head.lse[r] = lse;
+        if (!(std::abs(lse) <= kMostExactLse)) needs_rows_[kv_head_of(tile)] = true;
       } else {
         head.delta[r] = 0;
       }
@@ -264,14 +315,21 @@ class Backward {
       kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), next_tile, scratch);
       if (next == key_tiles_) {
         kernel_.write_queries(shape_, tile_memory(i), tile.rows, dq_rows(tile));
+        check_result(kv_head, dq_rows(tile), tile.rows * params_.head_dim);
       }
       turn_[i] = static_cast<int32_t>(next);
       waiting_.announce();
     }
     const int64_t row = kv_head * params_.seqlen_kv + first_key, size = element_size(params_.dtype);
-    kernel_.write_keys(shape_, scratch, keys,
-                       static_cast<std::byte*>(params_.dk) + row * params_.head_dim * size,
-                       static_cast<std::byte*>(params_.dv) + row * params_.head_dim_v * size);
+    std::byte* dk = static_cast<std::byte*>(params_.dk) + row * params_.head_dim * size;
+    std::byte* dv = static_cast<std::byte*>(params_.dv) + row * params_.head_dim_v * size;
+    kernel_.write_keys(shape_, scratch, keys, dk, dv);
+    check_result(kv_head, dk, keys * params_.head_dim);
+    check_result(kv_head, dv, keys * params_.head_dim_v);
+  }
+
+  void check_result(int64_t kv_head, const void* numbers, int64_t n) {
+    if (!all_finite(numbers, n, params_.dtype)) needs_rows_[kv_head] = true;
   }
 
   // Keys that no row sees are replaced by zeros: what they hold must not matter.
@@ -319,6 +377,7 @@ class Backward {
 
   const BackwardParams& params_;
   const BackwardKernel& kernel_;
+  const Isa isa_;
   const TileShape shape_;
   const int64_t group_size_;       // query heads that share a KV head
   const int64_t query_tiles_;      // in one query head
@@ -328,6 +387,8 @@ class Backward {
   TileMap map_;
   std::vector<std::atomic<int32_t>> turn_;  // the key tile that may add to dq next
   WaitingRoom waiting_;                     // for turns
+  std::vector<std::atomic<bool>>
+      needs_rows_;  // by KV head: whether its results are to be made anew
   std::vector<double> dsinks_;
 };
 
@@ -337,7 +398,7 @@ void backward(const BackwardParams& given, Isa isa, const Parallel& parallel) {
   BackwardParams params = given;
   const CheckedLayout layout(params, parallel);
   if (params.batch == 0 || params.num_heads == 0) return;
-  Backward(params, select_kernel(isa, params.dtype)).run(parallel);
+  Backward(params, select_kernel(isa, params.dtype), isa).run(parallel);
 }
 
 }  // namespace sparse_attn::cpu

@@ -15,6 +15,7 @@
 #include "hip.h"
 #include "kernel.h"
 #include "key_cursor.h"
+#include "row_gradients.h"
 
 #pragma GCC target("avx2,fma,f16c")
 
@@ -26,6 +27,7 @@
 
 // The gradients use parts of the forward kernel.
 #include "backward_fma.h"
+#include "row_gradients_kernel.h"
 
 namespace sparse_attn::cpu {
 
@@ -35,6 +37,10 @@ const HipKernel& avx2_hip_kernel(DType dtype) { return avx2::hip_kernel(dtype); 
 const HipKernel& avx2_hip_rows_kernel(DType dtype) { return avx2::hip_rows_kernel(dtype); }
 
 const BackwardKernel& avx2_backward_kernel(DType dtype) { return avx2::fma_backward_kernel(dtype); }
+
+const RowGradientKernel& avx2_row_gradients(DType dtype) {
+  return avx2::row_gradient_kernel(dtype);
+}
 
 }  // namespace sparse_attn::cpu
 #endif

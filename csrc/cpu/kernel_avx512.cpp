@@ -15,6 +15,7 @@
 #include "hip.h"
 #include "kernel.h"
 #include "key_cursor.h"
+#include "row_gradients.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 
@@ -26,6 +27,7 @@
 
 // The gradients use parts of the forward kernel.
 #include "backward_fma.h"
+#include "row_gradients_kernel.h"
 
 namespace sparse_attn::cpu {
 
@@ -36,6 +38,10 @@ const HipKernel& avx512_hip_rows_kernel(DType dtype) { return avx512::hip_rows_k
 
 const BackwardKernel& avx512_backward_kernel(DType dtype) {
   return avx512::fma_backward_kernel(dtype);
+}
+
+const RowGradientKernel& avx512_row_gradients(DType dtype) {
+  return avx512::row_gradient_kernel(dtype);
 }
 
 }  // namespace sparse_attn::cpu

@@ -16,6 +16,7 @@
 #include "hip.h"
 #include "kernel.h"
 #include "key_cursor.h"
+#include "row_gradients.h"
 
 #define SPARSE_ATTN_ISA generic
 #define SPARSE_ATTN_VECTOR_BYTES 16
@@ -25,6 +26,7 @@
 
 // The gradients use parts of the forward kernel.
 #include "backward_fma.h"
+#include "row_gradients_kernel.h"
 
 namespace sparse_attn::cpu {
 
@@ -34,6 +36,10 @@ const HipKernel& generic_hip_kernel(DType dtype) { return generic::hip_kernel(dt
 
 const BackwardKernel& generic_backward_kernel(DType dtype) {
   return generic::fma_backward_kernel(dtype);
+}
+
+const RowGradientKernel& generic_row_gradients(DType dtype) {
+  return generic::row_gradient_kernel(dtype);
 }
 
 }  // namespace sparse_attn::cpu

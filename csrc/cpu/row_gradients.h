@@ -1,0 +1,47 @@
+// The gradients of one row after the other, each over the keys that it sees and no others.
+//
+// The kernels of tiles give what a row does not see a weight of 0, and take p from a rounded
+// exp(s - lse). Neither will do where a number is not finite, as 0 * inf is NaN, or where lse is so
+// large that its last place is more than a logit should be off by.
+#pragma once
+
+#include "backward.h"
+
+namespace sparse_attn::cpu {
+
+// One row; vectors of dims are padded with zeros to `dim` and `dim_v`, multiples of 16.
+struct RowGradients {
+  int64_t dim = 0, dim_v = 0;
+  const float *q = nullptr, *dout = nullptr;
+  const float *k = nullptr, *v = nullptr;  // rows of all keys
+  const int32_t* keys = nullptr;           // those that the row sees
+  int64_t num_keys = 0;
+  float dlse = 0.0f, scale = 1.0f, softcap = 0.0f;
+  const float* sink_logit = nullptr;
+  float* scratch = nullptr;  // [row_gradient_floats(num_keys)]
+
+  float* dq = nullptr;                 // is set
+  float *dk = nullptr, *dv = nullptr;  // rows of all keys, are added to
+  double dsink = 0;                    // is set
+};
+
+inline int64_t padded_row(int64_t dim) { return (dim + 15) / 16 * 16; }
+inline int64_t row_gradient_floats(int64_t num_keys) { return 3 * padded_row(num_keys); }
+
+struct RowGradientKernel {
+  void (*to_floats)(const void* row, int64_t dim, float* dest);
+  void (*from_floats)(const float* row, int64_t dim, void* dest);
+  void (*run)(RowGradients& row);
+};
+
+const RowGradientKernel& generic_row_gradients(DType dtype);
+#if defined(__x86_64__)
+const RowGradientKernel& avx2_row_gradients(DType dtype);
+const RowGradientKernel& avx512_row_gradients(DType dtype);
+#endif
+
+// Computes dq, dk and dv of the query heads that share a KV head, which is counted over the whole
+// batch, and their parts of dsinks.
+void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, double* dsinks);
+
+}  // namespace sparse_attn::cpu
