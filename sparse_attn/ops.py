@@ -8,13 +8,12 @@ the same schema and no override.
 
 from __future__ import annotations
 
-import importlib
 import logging
 
 import torch
 from torch import Tensor
 
-from . import reference, triton, varlen
+from . import extension, reference, triton, varlen
 from .layout import BlockLayout
 
 _LAYOUT = (
@@ -166,14 +165,10 @@ for _base, _schema, _first, _reference, _triton, _fake in (
         torch.library.register_fake(f"sparse_attn::{_name}", _fake, lib=library)
     library.impl(_base.format(""), _on_gpu(_triton, _reference, _first), "CUDA")
 
-try:
-    _C = importlib.import_module("sparse_attn._C")
-    extension_error: str | None = None
-except ImportError as error:
-    _C = None
-    extension_error = str(error)
+_C, extension_error = extension.load()
+if _C is None:
     logging.getLogger("sparse_attn").warning(
-        "the C++ extension is not available (%s): CPU tensors use the reference backend, which is "
-        "right but slow. Install a C++20 compiler and reinstall sparse-attn to build it.",
-        error,
+        "the C++ extension is not available: %s. Until then CPU tensors use the reference backend, "
+        "which is right but slow.",
+        extension_error,
     )

@@ -36,7 +36,7 @@ def reasons(q: Tensor, v: Tensor) -> list[str]:
     """Why the kernels cannot run a call, one sentence each."""
     found = []
     if not INSTALLED:
-        found.append("triton is not installed: pip install 'sparse-attn[triton]'")
+        found.append("triton is not installed: pip install 'triton>=3.3'")
     if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreting()):
         found.append(
             f"q is on {q.device}; it takes GPU tensors (CPU tensors only in Triton's interpreter, "
