@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import library
+from . import derivatives
+from .ops import library, reference_args
 
 
 def run(op, *args):
@@ -14,6 +15,8 @@ def run(op, *args):
     """
     if torch.compiler.is_compiling():
         return op(*args)
+    if _forward_mode():
+        return _in_forward_mode(*args)
     if torch._C._are_functorch_transforms_active():  # torch.func knows Functions, not Autograd keys
         return _functions[op].apply(*args)
     if _needs_grad(args):
@@ -22,12 +25,19 @@ def run(op, *args):
         return op(*args)
 
 
+def _forward_mode() -> bool:
+    """Whether tangents may be asked for."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def _in_forward_mode(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """The op through plain torch operations, which have tangents, and derivatives of those."""
+    rest, scalars = reference_args(q, k, args)
+    return derivatives.attention(q, k, v, *rest, **scalars)
+
+
 def _needs_grad(args: tuple) -> bool:
-    """Whether the Autograd kernel has work to do. It refuses forward-mode derivatives, which would
-    be silently 0 past it.
-    """
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
+    """Whether the Autograd kernel has work to do."""
     if not torch.is_grad_enabled():
         return False
     q, k, v, sinks = *args[:3], args[9]
@@ -75,6 +85,8 @@ def _differentiable(name: str):
             return dq, dk, dv, *none, dsinks, *(None,) * (ctx.num_args - 10)
 
     def call(*args):
+        if _forward_mode():
+            return _in_forward_mode(*args)
         if _needs_grad(args):
             return Attention.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -84,8 +96,8 @@ def _differentiable(name: str):
     return call
 
 
-def _once(name: str):
-    """The Autograd kernel of a backward op: it runs, and refuses to be differentiated again."""
+def _twice(name: str):
+    """The Autograd kernel of a backward op, whose own derivatives are those of the reference."""
     op = getattr(torch.ops.sparse_attn, name).default
 
     class AttentionBackward(torch.autograd.Function):
@@ -98,11 +110,19 @@ def _once(name: str):
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            pass
+            dout, dlse, q, k, v, _, _, *layout_and_sinks = inputs[:14]
+            ctx.scalars = inputs[14:]
+            ctx.save_for_backward(dout, dlse, q, k, v, *layout_and_sinks)
 
         @staticmethod
-        def backward(ctx, *grads):
-            raise RuntimeError("sparse_attn: attention has no second derivative")
+        def backward(ctx, *cotangents):
+            dout, dlse, q, k, v, *layout_and_sinks = ctx.saved_tensors
+            rest, scalars = reference_args(q, k, (*layout_and_sinks, *ctx.scalars))
+            *inputs, dsinks = derivatives.of_gradients(
+                cotangents, dout, dlse, q, k, v, *rest, **scalars
+            )
+            # out and lse follow from q, k, v and sinks, which take their share.
+            return *inputs, None, None, *(None,) * 6, dsinks, *(None,) * len(ctx.scalars)
 
     _functions[op] = AttentionBackward
     return AttentionBackward.apply
@@ -110,7 +130,7 @@ def _once(name: str):
 
 for _name in ("attention", "attention_reference", "attention_triton"):
     library.impl(_name, _differentiable(_name), "Autograd")
-    library.impl(f"{_name}_backward", _once(f"{_name}_backward"), "Autograd")
+    library.impl(f"{_name}_backward", _twice(f"{_name}_backward"), "Autograd")
 
 
 def _not_differentiable(name: str):

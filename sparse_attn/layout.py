@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checks import INT32_MAX, as_count, as_int, as_pair
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_INT32_MAX = 2**31 - 1
+_INT_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _TENSORS = ("sink", "window", "kv_num_blocks", "kv_indices", "num_columns", "column_indices")
 
 
@@ -73,20 +75,24 @@ class BlockLayout:
     column_group: int = 1
 
     def __post_init__(self) -> None:
-        seqlen_q, seqlen_kv = self.seqlens
-        block_q, block_kv = self.block_size
-        if min(seqlen_q, seqlen_kv) < 0 or seqlen_kv > _INT32_MAX:
-            raise ValueError(f"seqlens must lie in [0, 2**31 - 1], got {tuple(self.seqlens)}")
-        if min(block_q, block_kv) < 1:
-            raise ValueError(f"block_size must be positive, got {tuple(self.block_size)}")
-        if self.column_group < 1:
-            raise ValueError(f"column_group must be positive, got {self.column_group}")
+        self._check_sizes()
         self._check_field("sink", self.sink, (None,))
         self._check_field("window", self.window, (None,))
         if self.kv_num_blocks is not None or self.kv_indices is not None:
             self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
         if self.num_columns is not None or self.column_indices is not None:
             self._check_lists("num_columns", "column_indices", self.num_column_groups)
+
+    def _check_sizes(self) -> None:
+        """The sizes are Python's ints; numpy's, and lists of two, become so."""
+        seqlens = as_pair("seqlens", self.seqlens, 0)
+        block_size = as_pair("block_size", self.block_size, 1)
+        group = as_int("column_group", self.column_group, 1)
+        if seqlens is not self.seqlens or block_size is not self.block_size:
+            object.__setattr__(self, "seqlens", seqlens)
+            object.__setattr__(self, "block_size", block_size)
+        if group is not self.column_group:
+            object.__setattr__(self, "column_group", group)
 
     def _check_field(self, name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
         if not isinstance(value, Tensor):
@@ -96,11 +102,11 @@ class BlockLayout:
         if value.device != self.sink.device:
             raise ValueError(f"{name} is on {value.device}, but sink is on {self.sink.device}")
         sizes = value.shape
-        for want, got in zip(shape, sizes, strict=False):
-            wrong = want is not None and want != got
-            if wrong:
-                break
-        if len(sizes) != len(shape) or wrong:
+        wrong = len(sizes) != len(shape)
+        if len(shape) > 1:
+            for want, got in zip(shape, sizes, strict=False):
+                wrong = wrong or (want is not None and want != got)
+        if wrong:
             shown = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"{name} must have shape [{shown}], got {list(sizes)}")
         if 0 in sizes[: 1 if len(shape) == 1 else 2]:
@@ -194,7 +200,7 @@ class BlockLayout:
             seqlens: ``(seqlen_q, seqlen_kv)``.
             sink: number of leading keys, an int or an int tensor ``[H']``. Default 0.
             window: number of trailing keys, itself included, an int or an int tensor ``[H']``; -1
-                is no limit. Default 0.
+                is no limit, and so is, of both, more than ``2**31 - 1``. Default 0.
             device: where to put the tensors. Default the CPU.
 
         Returns:
@@ -206,12 +212,17 @@ class BlockLayout:
             0.235
         """
 
-        def per_head(value: int | Tensor) -> Tensor:
-            if isinstance(value, Tensor):
-                return value.to(device=device, dtype=torch.int32)
-            return torch.full((1,), value, dtype=torch.int32, device=device)
+        def per_head(name: str, value: int | Tensor, low: int) -> Tensor:
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                value = as_count(name, value, low)
+                return torch.full((1,), value, dtype=torch.int32, device=device)
+            if value.dtype not in _INT_DTYPES:
+                raise ValueError(f"{name} must be an int tensor, got {value.dtype}")
+            if value.dtype == torch.int64:
+                value = value.clamp(-INT32_MAX, INT32_MAX)
+            return value.to(device=device, dtype=torch.int32)
 
-        return BlockLayout(tuple(seqlens), per_head(sink), per_head(window))
+        return BlockLayout(seqlens, per_head("sink", sink, 0), per_head("window", window, -1))
 
     @staticmethod
     def from_dense(

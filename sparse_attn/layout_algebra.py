@@ -9,6 +9,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from .checks import as_int, as_pair
 from .layout import BlockLayout
 
 
@@ -87,7 +88,7 @@ def ascending(entries: Tensor, nothing: int) -> tuple[Tensor, Tensor]:
 
 def common_heads(layout: BlockLayout, num_heads: int | None) -> int:
     """`num_heads`, or the layout's own; every head size must divide it."""
-    num_heads = layout.num_heads if num_heads is None else num_heads
+    num_heads = layout.num_heads if num_heads is None else as_int("num_heads", num_heads, 1)
     for name, value in layout.tensors().items():
         size = value.shape[0 if value.dim() == 1 else 1]
         if num_heads % size:
@@ -104,7 +105,7 @@ def spread_heads(x: Tensor, dim: int, num_heads: int) -> Tensor:
 
 
 def expand_heads(layout: BlockLayout, num_heads: int) -> BlockLayout:
-    common_heads(layout, num_heads)
+    num_heads = common_heads(layout, as_int("num_heads", num_heads, 1))
     return replace(
         layout,
         **{
@@ -120,6 +121,7 @@ def take(layout: BlockLayout, batch: int | slice, heads: int | slice) -> BlockLa
             if not range(*index.indices(size)):
                 raise IndexError(f"{name} slice {index} is empty for size {size}")
             return index
+        index = as_int(name, index)
         if not -size <= index < size:
             raise IndexError(f"{name} index {index} is out of range for size {size}")
         return slice(index % size, index % size + 1)
@@ -141,8 +143,8 @@ def take(layout: BlockLayout, batch: int | slice, heads: int | slice) -> BlockLa
 
 
 def refine(layout: BlockLayout, block_size: tuple[int, int]) -> BlockLayout:
-    old, new = tuple(layout.block_size), tuple(block_size)
-    if min(new) < 1 or old[0] % new[0] or old[1] % new[1]:
+    old, new = layout.block_size, as_pair("block_size", block_size, 1)
+    if old[0] % new[0] or old[1] % new[1]:
         raise ValueError(f"block_size {new} must divide the present block size {old}")
     if old == new:
         return layout

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checks import as_int, as_pair
 from .layout import BlockLayout
 from .layout_algebra import ascending, common_heads, compact, listed, spread_heads
 
@@ -18,19 +19,30 @@ def _blocks_only(
     counts: Tensor, indices: Tensor, block_size: tuple[int, int], seqlens: tuple[int, int]
 ) -> BlockLayout:
     none = torch.zeros(1, dtype=torch.int32, device=counts.device)
-    return BlockLayout(tuple(seqlens), none, none, tuple(block_size), counts, indices)
+    return BlockLayout(seqlens, none, none, block_size, counts, indices)
+
+
+def _sizes(block_size, seqlens) -> tuple[tuple[int, int], tuple[int, int]]:
+    return as_pair("block_size", block_size, 1), as_pair("seqlens", seqlens, 0)
+
+
+def _expect_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _expect_blocks(name: str, shape: tuple[int, int], block_size, seqlens) -> None:
     expected = tuple(-(-s // b) for s, b in zip(seqlens, block_size, strict=True))
     if tuple(shape) != expected:
         raise ValueError(
-            f"{name} has {tuple(shape)} blocks, but seqlens={tuple(seqlens)} with "
-            f"block_size={tuple(block_size)} make {expected}"
+            f"{name} has {tuple(shape)} blocks, but seqlens={seqlens} with "
+            f"block_size={block_size} make {expected}"
         )
 
 
 def from_dense(block_mask: Tensor, *, block_size, seqlens) -> BlockLayout:
+    block_size, seqlens = _sizes(block_size, seqlens)
+    _expect_tensor("block_mask", block_mask)
     if block_mask.dtype != torch.bool or block_mask.dim() != 4:
         raise ValueError(
             "block_mask must be bool [B, H, Mq, Mkv], got "
@@ -44,6 +56,8 @@ def from_dense(block_mask: Tensor, *, block_size, seqlens) -> BlockLayout:
 
 
 def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
+    block_size, seqlens = _sizes(block_size, seqlens)
+    _expect_tensor("indices", indices)
     if indices.dim() != 4 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "indices must be int32 or int64 [B, H, Mq, k], got "
@@ -61,6 +75,8 @@ def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
 
 
 def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
+    block_size, seqlens = _sizes(block_size, seqlens)
+    _expect_tensor("csr", csr)
     if csr.layout not in (torch.sparse_csr, torch.sparse_bsr) or csr.dim() != 2:
         raise ValueError(
             f"csr must be a 2-D sparse CSR or BSR tensor, got {csr.layout} {list(csr.shape)}"
@@ -70,8 +86,8 @@ def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
     shape = tuple(csr.shape)
     if csr.layout is torch.sparse_bsr:
         inner = tuple(csr.values().shape[1:])
-        if inner != tuple(block_size):
-            raise ValueError(f"csr stores blocks of {inner}, but block_size={tuple(block_size)}")
+        if inner != block_size:
+            raise ValueError(f"csr stores blocks of {inner}, but block_size={block_size}")
         shape = (len(crow) - 1, shape[1] // inner[1])
     _expect_blocks("csr", shape, block_size, seqlens)
     rows = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff())
@@ -82,8 +98,12 @@ def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
 
 
 def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> BlockLayout:
-    from torch.nn.attention.flex_attention import noop_mask
+    from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"block_mask must be FlexAttention's BlockMask, got {type(block_mask).__name__}"
+        )
     partial = block_mask.kv_num_blocks
     has_program = block_mask.mask_mod not in (None, noop_mask)
     if has_program and not drop_mask_mod and bool((partial > 0).any()):
@@ -115,6 +135,8 @@ def visible(
     layout: BlockLayout, start: int, stop: int, *, is_causal: bool, num_heads: int | None
 ) -> Tensor:
     num_heads = common_heads(layout, num_heads)
+    start = as_int("start", start, 0, layout.seqlen_q)
+    stop = as_int("stop", stop, start, layout.seqlen_q)
     device = layout.device
     rows = torch.arange(start, stop, device=device)
     keys = torch.arange(layout.seqlen_kv, device=device)
@@ -153,6 +175,7 @@ def to_topk(layout: BlockLayout) -> Tensor:
 
 def to_csr(layout: BlockLayout, batch: int, head: int) -> Tensor:
     _require_blocks(layout)
+    batch, head = as_int("batch", batch), as_int("head", head)
     counts, indices = layout.kv_num_blocks[batch, head], layout.kv_indices[batch, head]
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     cols = indices[listed(counts, indices)].long()

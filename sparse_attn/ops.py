@@ -60,7 +60,7 @@ def layout_args(
     )
 
 
-def _reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
+def reference_args(q: Tensor, k: Tensor, args: tuple) -> tuple[tuple, dict]:
     """The schema's arguments from `sink` on as the reference takes them, with a validated copy of
     the layout.
     """
@@ -87,12 +87,12 @@ def _layout_args(seqlens: tuple[int, int], args: tuple) -> tuple[tuple, dict]:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
-    rest, scalars = _reference_args(q, k, args)
+    rest, scalars = reference_args(q, k, args)
     return reference.attention(q, k, v, *rest, **scalars)
 
 
 def _attention_backward(dout, dlse, q, k, v, out, lse, *args) -> tuple[Tensor, ...]:
-    rest, scalars = _reference_args(q, k, args)
+    rest, scalars = reference_args(q, k, args)
     return reference.attention_backward(dout, dlse, q, k, v, *rest, **scalars)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import BlockLayout
 from ..layout_algebra import compact
 from .base import Selector, block_rows, pool_mean, seqlens
-from .checks import check_at_least, refuse_not_causal
+from .checks import int_fields, number_field, refuse_not_causal
 from .probes import products, softmax_scale
 
 
@@ -52,10 +52,8 @@ class AnchorAttention(Selector):
     step: int = 16
 
     def __post_init__(self) -> None:
-        check_at_least("block_size", self.block_size, 1)
-        check_at_least("step", self.step, 1)
-        if not self.theta > -float("inf"):
-            raise ValueError(f"theta must be a number, got {self.theta!r}")
+        number_field(self, "theta")
+        int_fields(self, block_size=1, step=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

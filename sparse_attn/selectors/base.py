@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from ..layout_algebra import assemble_heads
-from .checks import check_at_least
+from .checks import as_int, check_selector, count_fields, selector_fields
 
 _SAMPLES = 16  # keys by which a sequence is known again
 
@@ -48,8 +49,12 @@ class Union(Selector):
     selectors: tuple[Selector, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.selectors, tuple | list):
+            raise TypeError(f"selectors must be a tuple, got {type(self.selectors).__name__}")
         if not self.selectors:
             raise ValueError("selectors must hold at least one selector")
+        for i, selector in enumerate(self.selectors):
+            check_selector(f"selectors[{i}]", selector)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -79,6 +84,15 @@ class PerHead(Selector):
     selectors: Mapping[int | tuple[int, ...], Selector]
     default: Selector | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.selectors, Mapping):
+            raise TypeError(f"selectors must be a mapping, got {type(self.selectors).__name__}")
+        for heads, selector in self.selectors.items():
+            check_selector(f"selectors[{heads!r}]", selector)
+            _named_heads(heads)
+        if self.default is not None:
+            check_selector("default", self.default)
+
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
@@ -92,7 +106,7 @@ class PerHead(Selector):
 
     def _assignments(self, num_heads: int) -> list[tuple[list[int], Selector]]:
         """(heads, selector) pairs that together name each head once."""
-        pairs = [([h] if isinstance(h, int) else list(h), s) for h, s in self.selectors.items()]
+        pairs = [(_named_heads(heads), s) for heads, s in self.selectors.items()]
         named = [h for heads, _ in pairs for h in heads]
         for h in named:
             if not 0 <= h < num_heads:
@@ -103,6 +117,12 @@ class PerHead(Selector):
         if rest and self.default is None:
             raise ValueError(f"heads {rest} have no selector; name them or give a default")
         return pairs + ([(rest, self.default)] if rest else [])
+
+
+def _named_heads(key: int | tuple[int, ...]) -> list[int]:
+    """The heads that a key of `PerHead` names."""
+    heads = key if isinstance(key, tuple | range | frozenset) else (key,)
+    return [as_int("a head that selectors names", h) for h in heads]
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,8 @@ class PrefillDecode(Selector):
     decode_rows: int = 16
 
     def __post_init__(self) -> None:
-        check_at_least("decode_rows", self.decode_rows, 1)
+        selector_fields(self, "prefill", "decode")
+        count_fields(self, decode_rows=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -142,6 +163,10 @@ def pool_mean(x: Tensor, block: int) -> Tensor:
     D]``; a short last block counts its rows only.
     """
     seqlen = x.shape[2]
+    if torch.compiler.is_compiling():  # one graph for all lengths
+        sums = pad(x.float(), (0, 0, 0, -seqlen % block)).unflatten(2, (-1, block)).sum(3)
+        stops = (torch.arange(sums.shape[2], device=x.device) + 1) * block
+        return sums / (block - (stops - seqlen).clamp(min=0))[:, None]
     whole = seqlen // block
     pooled = x[:, :, : whole * block].unflatten(2, (whole, block)).mean(3, dtype=torch.float32)
     if whole * block == seqlen:
@@ -161,6 +186,13 @@ def block_rows(
     first = torch.arange(start, stop, device=device)[:, None] * block_size
     last = (first + block_size - 1).clamp(max=seqlen_q - 1)
     return first + seqlen_kv - seqlen_q, last + seqlen_kv - seqlen_q
+
+
+def chunk_starts(total: int, each: int) -> range | tuple[int]:
+    """Where chunks of `each` begin. A single one is no range, which would tie a compiled graph to
+    `total`.
+    """
+    return range(0, total, each) if total > each else (0,)
 
 
 def sample_keys(k: Tensor, seqlen: int) -> Tensor:

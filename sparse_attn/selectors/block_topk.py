@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .base import Selector, block_rows, pool_mean, seqlens
-from .checks import check_at_least
+from .base import Selector, block_rows, chunk_starts, pool_mean, seqlens
+from .checks import count_fields, int_fields
 from .choose import join_lists, top_blocks
 from .probes import products
 
@@ -47,8 +47,8 @@ class BlockTopK(Selector):
     window: int = 256
 
     def __post_init__(self) -> None:
-        for name, low in (("top_k", 1), ("block_size", 1), ("sink", 0), ("window", 1)):
-            check_at_least(name, getattr(self, name), low)
+        count_fields(self, top_k=1, sink=0, window=1)
+        int_fields(self, block_size=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -61,7 +61,7 @@ class BlockTopK(Selector):
         queries, keys = pool_mean(q, self.block_size), pool_mean(k, self.block_size)
         rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[2]))
         lists = []
-        for start in range(0, queries.shape[2], rows):
+        for start in chunk_starts(queries.shape[2], rows):
             scores = products(queries[:, :, start : start + rows], keys)
             hidden = ~self._candidates(q, k, start, scores.shape[2], is_causal)
             lists.append(top_blocks(scores.masked_fill(hidden, -torch.inf), self.top_k))

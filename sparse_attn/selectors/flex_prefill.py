@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, pool_mean, seqlens
-from .checks import check_at_least, check_share, refuse_not_causal
+from .checks import count_fields, int_fields, number_field, refuse_not_causal, share_fields
 from .probes import last_rows_mass, products, softmax_scale
 
 
@@ -58,13 +58,12 @@ class FlexPrefill(Selector):
     max_budget: int | None = None
 
     def __post_init__(self) -> None:
-        check_share("mass", self.mass)
-        if not self.tau >= 0:
-            raise ValueError(f"tau must be at least 0, got {self.tau!r}")
-        check_at_least("block_size", self.block_size, 1)
-        check_at_least("min_budget", self.min_budget, self.block_size)
+        share_fields(self, "mass")
+        number_field(self, "tau", 0)
+        int_fields(self, block_size=1)
+        count_fields(self, min_budget=self.block_size)
         if self.max_budget is not None:
-            check_at_least("max_budget", self.max_budget, self.min_budget)
+            count_fields(self, max_budget=self.min_budget)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

@@ -11,7 +11,7 @@ from .. import backends, ops, triton
 from ..layout import BlockLayout
 from ..reference import compute_dtype
 from .base import Selector, seqlens
-from .checks import check_at_least
+from .checks import bool_fields, count_fields, int_fields
 
 FIRST_NODES = 8  # of the search, for each block that is kept
 
@@ -82,10 +82,9 @@ class HiP(Selector):
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("k", "block_q", "block_k", "stride_q", "stride_k", "window"):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("sink", "margin"):
-            check_at_least(name, getattr(self, name), 0)
+        count_fields(self, k=1, sink=0, window=1, margin=0)
+        int_fields(self, block_q=1, block_k=1, stride_q=1, stride_k=1, representatives=1)
+        bool_fields(self, "strict")
         if self.stride_q > self.block_q:
             raise ValueError(f"stride_q is {self.stride_q}, more than block_q = {self.block_q}")
         if self.stride_k > self.block_k:

@@ -12,7 +12,7 @@ from .. import backends, ops, triton
 from ..layout import BlockLayout
 from ..reference import compute_dtype
 from .base import Selector, seqlens
-from .checks import check_at_least
+from .checks import bool_fields, count_fields, int_fields, ints_fields
 
 Lists = tuple[Tensor, Tensor]  # counts [B, H or 1, Mq] and indices [B, H or 1, Mq, width], int32
 
@@ -70,14 +70,14 @@ class InfiniteHiP(Selector):
     margin: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("block_q", 1), ("sink", 0), ("window", 1), ("margin", 0)):
-            check_at_least(name, getattr(self, name), low)
+        int_fields(self, block_q=1, sink=0)
+        count_fields(self, window=1, margin=0)
+        bool_fields(self, "shared")
+        ints_fields(self, chunk=1, keep=1, stride_q=1)
         for name in ("chunk", "keep", "stride_q"):
             values = getattr(self, name)
             if len(values) != len(self.chunk) or not values:
                 raise ValueError(f"{name} must have one entry for each stage, got {values!r}")
-            for value in values:
-                check_at_least(f"every entry of {name}", value, 1)
         for coarse, fine in zip(self.chunk, self.chunk[1:], strict=False):
             if coarse % fine:
                 raise ValueError(f"chunk: {coarse} is no multiple of {fine}")

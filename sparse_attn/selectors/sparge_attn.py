@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from ..layout import BlockLayout
 from ..layout_algebra import ascending
-from .base import Selector, block_rows, pool_mean, seqlens
-from .checks import check_at_least, check_share
+from .base import Selector, block_rows, chunk_starts, pool_mean, seqlens
+from .checks import int_fields, number_field, share_fields
 from .choose import join_lists
 from .probes import products, softmax_scale
 
@@ -51,13 +51,9 @@ class SpargeAttn(Selector):
     block_k: int = 64
 
     def __post_init__(self) -> None:
-        check_share("top", self.top)
-        if self.mass is not None:
-            check_share("mass", self.mass)
-        if not -1 <= self.similarity <= 1:
-            raise ValueError(f"similarity must lie in [-1, 1], got {self.similarity!r}")
-        check_at_least("block_q", self.block_q, 1)
-        check_at_least("block_k", self.block_k, 1)
+        share_fields(self, "top", *(() if self.mass is None else ("mass",)))
+        number_field(self, "similarity", -1, 1)
+        int_fields(self, block_q=1, block_k=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -72,7 +68,7 @@ class SpargeAttn(Selector):
         first_key = torch.arange(mean_k.shape[2], device=q.device) * self.block_k
         blocks = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * len(first_key)))
         lists = []
-        for start in range(0, mean_q.shape[2], blocks):
+        for start in chunk_starts(mean_q.shape[2], blocks):
             first, last = block_rows(seqlens(q, k), self.block_q, start, blocks, q.device)
             visible = first_key <= last if is_causal else torch.ones_like(first_key <= last)
             scores = products(mean_q[:, :, start : start + blocks], mean_k)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout import BlockLayout
 from ..layout_algebra import ascending
 from .base import Selector, block_rows, seqlens
-from .checks import check_at_least, refuse_not_causal
+from .checks import count_fields, int_fields, refuse_not_causal
 
 _FEW_BLOCKS = 64  # lists of dense rows are short, as their blocks are large
 
@@ -47,7 +47,7 @@ class SlidingWindow(Selector):
     window: int = 1024
 
     def __post_init__(self) -> None:
-        check_at_least("window", self.window, 1)
+        count_fields(self, window=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -74,8 +74,7 @@ class SinkWindow(Selector):
     window: int = 1024
 
     def __post_init__(self) -> None:
-        check_at_least("sink", self.sink, 0)
-        check_at_least("window", self.window, 1)
+        count_fields(self, sink=0, window=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -108,8 +107,7 @@ class TriShape(Selector):
     last: int = 100
 
     def __post_init__(self) -> None:
-        for name, low in (("sink", 0), ("window", 1), ("last", 1)):
-            check_at_least(name, getattr(self, name), low)
+        count_fields(self, sink=0, window=1, last=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -158,8 +156,8 @@ class LocalStride(Selector):
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        for name, low in (("local", 1), ("stride", 1), ("offset", 0), ("block_size", 1)):
-            check_at_least(name, getattr(self, name), low)
+        count_fields(self, local=1)
+        int_fields(self, stride=1, offset=0, block_size=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from .base import Selector, seqlens
-from .checks import check_at_least, refuse_not_causal
+from .checks import count_fields, int_fields, refuse_not_causal
 from .choose import blocks_at_distances
 from .probes import last_rows_mass
 
@@ -51,8 +51,8 @@ class VerticalSlash(Selector):
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        for name, low in (("vertical", 30), ("slash", 50), ("last_q", 1), ("block_size", 1)):
-            check_at_least(name, getattr(self, name), low)
+        count_fields(self, vertical=30, slash=50, last_q=1)
+        int_fields(self, block_size=1)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

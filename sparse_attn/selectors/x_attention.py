@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import BlockLayout
-from .base import Selector, block_rows, seqlens
-from .checks import check_at_least, check_share
+from .base import Selector, block_rows, chunk_starts, seqlens
+from .checks import int_fields, share_fields
 from .choose import covering_blocks, join_lists
 from .probes import products, softmax_scale
 
@@ -48,9 +48,8 @@ class XAttention(Selector):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        check_share("mass", self.mass)
-        check_at_least("stride", self.stride, 1)
-        check_at_least("block_size", self.block_size, 1)
+        share_fields(self, "mass")
+        int_fields(self, stride=1, block_size=1)
         if self.block_size % self.stride:
             raise ValueError(
                 f"stride must divide block_size, got {self.stride} and {self.block_size}"
@@ -68,7 +67,7 @@ class XAttention(Selector):
         pairs = q.shape[0] * q.shape[1] * per_block * keys.shape[2]  # of groups, a query block
         blocks = max(1, _CHUNK_ELEMENTS // pairs)
         lists = []
-        for start in range(0, -(-q.shape[2] // self.block_size), blocks):
+        for start in chunk_starts(-(-q.shape[2] // self.block_size), blocks):
             first, last = block_rows(seqlens(q, k), self.block_size, start, blocks, q.device)
             seen = k.shape[2]
             if is_causal:
@@ -112,5 +111,6 @@ def _groups(x: Tensor, stride: int) -> Tensor:
 
 def _sum_tiles(x: Tensor, size: int) -> Tensor:
     """Sums of ``x [..., M, N]`` over tiles of `size` x `size`; those at the ends may be smaller."""
-    x = pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
-    return x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).sum((-3, -1))
+    rows, columns = (min(size, n) for n in x.shape[-2:])
+    x = pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
+    return x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).sum((-3, -1))
