@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
-from . import autograd, backends, ops, validation, varlen
+from . import autograd, backends, checks, notices, ops, validation, varlen
 from .layout import BlockLayout
 
 Selector = Callable[..., BlockLayout]
@@ -22,7 +24,7 @@ def sparse_attention(
     *,
     is_causal: bool = True,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -50,7 +52,7 @@ def sparse_attention(
             last query sees the last key (bottom-right alignment, what decoding and chunked prefill
             need). Default True.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
-        softcap: bound of the scores, 0 for none. Default 0.
+        softcap: bound of the scores, 0 or None for none. Default 0.
         sinks: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
         return_lse: whether to return the log-sum-exp too. Default False.
         backend: "auto", "cpu", "triton" or "reference". A named backend never falls back. Default
@@ -78,14 +80,17 @@ def sparse_attention(
     """
     q, k, v = autocast(q, k, v)
     op = _op_for(q, k, v, backend)
-    scale = validation.check_scalars(q, scale, softcap)
+    if not (type(is_causal) is type(return_lse) is bool):
+        is_causal = checks.as_bool("is_causal", is_causal)
+        return_lse = checks.as_bool("return_lse", return_lse)
+    scale, softcap = validation.check_scalars(q, scale, softcap)
     validation.check_sinks(sinks, q)
     layout = _layout(layout_or_selector, q, k, is_causal, scale)
     if sinks is not None:
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
+    args = ops.layout_args(layout, sinks, scale, softcap, is_causal)
     split = q.dtype == torch.float32 and _may_split_float32()
     out, lse = autograd.run(op, q, k, v, *args, *((split,) if split else ()))
     return (out, lse) if return_lse else out
@@ -103,7 +108,7 @@ def sparse_attention_varlen(
     block_table: Tensor | None = None,
     is_causal: bool = True,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -137,7 +142,7 @@ def sparse_attention_varlen(
             sequence's last page are ignored.
         is_causal: as in `sparse_attention`, for each sequence by its own lengths. Default True.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
-        softcap: bound of the scores, 0 for none. Default 0.
+        softcap: bound of the scores, 0 or None for none. Default 0.
         sinks: learnable sink logits ``[num_heads]``, or None. Default None.
         return_lse: whether to return the log-sum-exp too. Default False.
         backend: "auto", "cpu", "triton" or "reference". Default "auto".
@@ -162,7 +167,9 @@ def sparse_attention_varlen(
     q, k, v = autocast(q, k, v)
     packing = varlen.Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
     validation.check_packed(q, k, v, packing)
-    scale = validation.check_scalars(q, scale, softcap)
+    is_causal = checks.as_bool("is_causal", is_causal)
+    return_lse = checks.as_bool("return_lse", return_lse)
+    scale, softcap = validation.check_scalars(q, scale, softcap)
     validation.check_sinks(sinks, q)
     validation.check_packed_layout(layout, q, cu_seqlens_q.shape[0] - 1)
     if sinks is not None:
@@ -178,14 +185,14 @@ def sparse_attention_varlen(
         op = backends.op_for(backend, q, v)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
-            return op(q, k, v, *ops.layout_args(layout, sinks, scale, float(softcap), is_causal))
+            return op(q, k, v, *ops.layout_args(layout, sinks, scale, softcap, is_causal))
 
         out, lse = varlen.attention(attend, q, k, v, layout.validate(), packing)
     else:
         op = backends.op_for(backend, q, v, "attention_varlen")
         tensors = (cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
         tensors = (None if x is None else x.contiguous() for x in tensors)
-        args = ops.layout_args(layout, sinks, scale, float(softcap), is_causal)
+        args = ops.layout_args(layout, sinks, scale, softcap, is_causal)
         out, lse = op(q, k, v, *tensors, *layout.seqlens, *args)
     return (out, lse) if return_lse else out
 
@@ -193,16 +200,16 @@ def sparse_attention_varlen(
 _ops: dict[tuple, object] = {}
 
 
-def _op_for(q: Tensor, k: Tensor, v: Tensor, backend: str):
+def _op_for(q: Tensor, k: Tensor, v: Tensor, backend: str, quiet: bool = False):
     """The op that serves q, k and v, which are checked. Shapes, dtypes and devices seen before skip
-    the checks, which take longer than a small call.
+    the checks, which take longer than a small call. Unless `quiet`, new ones may have a warning.
     """
     if torch.compiler.is_compiling():
         validation.check_qkv(q, k, v)
         return backends.op_for(backend, q, v)
     try:
         shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-        seen = (backend, ops._C, *shapes, *dtypes, q.device, k.device, v.device)
+        seen = (backend, quiet, ops._C, *shapes, *dtypes, q.device, k.device, v.device)
         op = _ops.get(seen)
     except (
         AttributeError,
@@ -212,7 +219,9 @@ def _op_for(q: Tensor, k: Tensor, v: Tensor, backend: str):
         seen = op = None
     if op is None:
         validation.check_qkv(q, k, v)
-        op = backends.op_for(backend, q, v)
+        op = backends.op_for(backend, q, v, quiet=quiet)
+        if not quiet:
+            notices.notice_order(q, k)
         if seen is not None:
             if len(_ops) >= 4096:
                 _ops.clear()
@@ -247,6 +256,8 @@ def _layout(
 ) -> BlockLayout:
     """The layout itself, or what the selector makes of q and k."""
     if not isinstance(source, BlockLayout) and callable(source):
+        if isinstance(source, type):
+            checks.check_selector("layout_or_selector", source)
         if torch.is_grad_enabled():
             with torch.no_grad():
                 source = source(q.detach(), k.detach(), is_causal=is_causal, scale=scale)
@@ -312,8 +323,8 @@ def scaled_dot_product_attention(
     query, key, value = autocast(query, key, value)
     call = (query, key, value, attn_mask, dropout_p, is_causal)
     if selector is None and backend == "auto":
-        if not _gains(*call, enable_gqa):
-            return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
+        if not _gains(*call, scale, enable_gqa):
+            return _torchs(*call, scale, enable_gqa)
     elif reasons := _sdpa_refusals(*call, enable_gqa):
         asker = "a selector" if selector is not None else f"backend={backend!r}"
         raise ValueError(f"scaled_dot_product_attention with {asker}: {'; '.join(reasons)}")
@@ -329,20 +340,59 @@ def scaled_dot_product_attention(
 _FEWEST_SCORES = 2**14  # where the call itself no longer outweighs what the kernels gain
 
 
-def _gains(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> bool:
-    """Whether the C++ kernels serve a call of torch's function, in less time than torch."""
-    if attn_mask is not None or dropout_p != 0.0 or torch._C._are_functorch_transforms_active():
+def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
+    """Whether the C++ kernels serve a call of torch's function, in less time than torch. What they
+    refuse is left to torch, and so are subclasses of tensors, `torch.func` and `sdpa_kernel`.
+    """
+    if attn_mask is not None or dropout_p != 0.0:
+        return False
+    if not (type(is_causal) is type(enable_gqa) is bool):
+        return False
+    if not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
+        return False
+    if not all(type(x) in (Tensor, Parameter) and x.dim() == 4 for x in (q, k, v)):
+        return False
+    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] < _FEWEST_SCORES:
+        return False
+    if torch._C._are_functorch_transforms_active() or _pinned():
         return False
     try:
-        op = _op_for(q, k, v, "auto")
+        op = _op_for(q, k, v, "auto", quiet=True)
     except (TypeError, ValueError):  # torch takes it, or says what is wrong
         return False
-    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     return (
-        num_scores >= _FEWEST_SCORES
-        and op is torch.ops.sparse_attn.attention.default
+        op is torch.ops.sparse_attn.attention.default
         and (enable_gqa or q.shape[1] == k.shape[1])
         and not (is_causal and q.shape[2] > k.shape[2])
+    )
+
+
+@torch.compiler.assume_constant_result
+def _pinned() -> bool:
+    """Whether `torch.nn.attention.sdpa_kernel` leaves torch some of its kernels only."""
+    kernels = torch.backends.cuda
+    return not (
+        kernels.flash_sdp_enabled()
+        and kernels.math_sdp_enabled()
+        and kernels.mem_efficient_sdp_enabled()
+    )
+
+
+def _torchs(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor:
+    """torch's function, right for every scale: its CPU kernel for causal calls gives NaN, or other
+    numbers, with ``scale <= 0``. The sign, or the 0, goes into q, exactly.
+    """
+    if is_causal is True and type(scale) is float and scale <= 0 and isinstance(q, Tensor):
+        q, scale = (q * -1, -scale) if scale < 0 else (q * 0, 1.0)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
 
 

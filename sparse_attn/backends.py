@@ -7,18 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops, triton
+from . import notices, ops, triton
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_HEAD_DIM = 256
 
 
 def _reference_reasons(q: Tensor, v: Tensor) -> list[str]:
-    return (
-        []
-        if q.is_floating_point()
-        else [f"the dtype is {q.dtype}; it takes floating-point tensors"]
-    )
+    if q.dtype in DTYPES:
+        return []
+    return [f"the dtype is {q.dtype}; it takes float32, bfloat16, float16 and float64"]
 
 
 def _cpu_reasons(q: Tensor, v: Tensor) -> list[str]:
@@ -62,11 +61,15 @@ def choose(backend: str, q: Tensor, v: Tensor) -> Explanation:
     """The first backend of the device's order that has no reason against the call, or the one asked
     for.
     """
-    if backend != "auto" and backend not in _REASONS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(_REASONS)}, got {backend!r}")
+    _check_backend(backend)
     reasons = {name: why(q, v) for name, why in _REASONS.items()}
     order = _order(backend, q)
     return Explanation(next((name for name in order if not reasons[name]), None), reasons)
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "auto" and (not isinstance(backend, str) or backend not in _REASONS):
+        raise ValueError(f"backend must be 'auto' or one of {sorted(_REASONS)}, got {backend!r}")
 
 
 def _order(backend: str, q: Tensor) -> tuple[str, ...]:
@@ -74,19 +77,39 @@ def _order(backend: str, q: Tensor) -> tuple[str, ...]:
     return _AUTO.get(q.device.type, ("reference",)) if backend == "auto" else (backend,)
 
 
-def op_for(backend: str, q: Tensor, v: Tensor, op: str = "attention", ending: str = ""):
+def op_for(
+    backend: str,
+    q: Tensor,
+    v: Tensor,
+    op: str = "attention",
+    ending: str = "",
+    *,
+    quiet: bool = False,
+):
     """The torch op that serves a call of `op`; with the ending ``"_backward"``, its gradient.
+
+    Unless `quiet`, a warning tells when "auto" is left with the reference; not in compiled code.
 
     Raises:
         ValueError: if `backend` is unknown, or cannot serve the call; the message holds every
             backend's reasons.
     """
+    _check_backend(backend)
     for name in _order(backend, q):
-        if name in _REASONS and not _REASONS[name](q, v):
+        if not _REASONS[name](q, v):
             served = getattr(torch.ops.sparse_attn, op + _SUFFIXES[name] + ending, None)
             if served is not None:  # not every backend has every op
+                if name == "reference" and not (quiet or torch.compiler.is_compiling()):
+                    _notice_fallback(backend, q, v)
                 return served.default
     raise ValueError(
         f"backend={backend!r} cannot run attention on q {list(q.shape)} {q.dtype} {q.device}, "
         f"v {list(v.shape)}:\n{choose(backend, q, v)}"
     )
+
+
+def _notice_fallback(backend: str, q: Tensor, v: Tensor) -> None:
+    """Warns where the reference was not asked for, and a missing extension has not been told of."""
+    first = _order(backend, q)[0]
+    if first != "reference" and not (first == "cpu" and ops._C is None):
+        notices.notice_fallback(first, _REASONS[first](q, v))

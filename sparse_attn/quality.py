@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .checks import as_bool, check_selector
 from .layout import BlockLayout
 from .layout_algebra import spread_heads
-from .validation import check_layout, check_qkv, check_scalars
+from .validation import check_layout, check_qkv, check_scalars, refuse_mask
 
 _CHUNK_ELEMENTS = 2**25
 
@@ -80,9 +81,12 @@ def measure(
         (torch.Size([1, 4]), True)
     """
     check_qkv(q, k, v)
-    scale = check_scalars(q, scale, 0.0)
+    scale, _ = check_scalars(q, scale, 0.0)
+    is_causal = as_bool("is_causal", is_causal)
     layout = selection
     if not isinstance(selection, BlockLayout):
+        refuse_mask("selection", selection)
+        check_selector("selection", selection)
         layout = selection(q, k, is_causal=is_causal, scale=scale)
     check_layout(layout, q, k)
     layout.validate()
@@ -110,6 +114,8 @@ def measure(
 def _checked_rows(rows: range | None, q: Tensor, k: Tensor, is_causal: bool) -> range:
     """The rows to look at that see a key in attention to all keys."""
     rows = range(q.shape[2]) if rows is None else rows
+    if not isinstance(rows, range):
+        raise TypeError(f"rows must be a range, got {type(rows).__name__}")
     first = max(0, q.shape[2] - k.shape[2]) if is_causal else 0
     valid = range(max(first, rows.start), rows.stop)
     if rows.step != 1 or rows.stop > q.shape[2] or rows.start < 0 or not valid or not k.shape[2]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import checks
+from .backends import DTYPES
 from .layout import BlockLayout
 from .varlen import Packing
 
@@ -19,6 +21,10 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} is a nested tensor; sparse_attention_varlen takes sequences")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+            )
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
@@ -37,7 +43,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} must be [batch, heads, seqlen, head_dim], got shape {list(x.shape)}"
             )
-    batch, num_heads, _, head_dim = q.shape
+    batch, num_heads, seqlen_q, head_dim = q.shape
     k_batch, num_kv_heads, seqlen_kv, k_head_dim = k.shape
     v_batch, v_heads, v_seqlen, head_dim_v = v.shape
     for name, size in (("k", k_batch), ("v", v_batch)):
@@ -56,8 +62,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if num_heads % num_kv_heads:
+        hint = ""
+        if seqlen_q and seqlen_kv and seqlen_q % seqlen_kv == 0:  # so are heads
+            hint = ": tensors in [batch, seqlen, heads, head_dim] order need x.transpose(1, 2)"
         raise ValueError(
-            f"q has {num_heads} heads, not a multiple of the {num_kv_heads} heads of k"
+            f"q has {num_heads} heads, not a multiple of the {num_kv_heads} heads of k{hint}"
         )
 
 
@@ -121,11 +130,35 @@ def check_packed_layout(layout: BlockLayout, q: Tensor, batch: int) -> None:
         TypeError, ValueError: naming what does not fit.
     """
     if not isinstance(layout, BlockLayout):
+        refuse_mask("layout", layout)
         raise TypeError(
             f"layout must be a BlockLayout, got {type(layout).__name__}; selectors look at padded "
             "q and k, so call them on each sequence and put their lists into one layout"
         )
     _check_layout_fits(layout, q, q.shape[1], batch)
+
+
+def refuse_mask(name: str, value: object) -> None:
+    """Raises a TypeError that names the builder, if `value` is another library's mask or a class.
+
+    Args:
+        name: what the argument is called.
+        value: what was passed for a layout.
+    """
+    builder = None
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}: pass {value.__name__}(...)")
+    if type(value).__name__ == "BlockMask":
+        builder = "BlockLayout.from_block_mask(mask)"
+    elif isinstance(value, Tensor) and value.layout != torch.strided:
+        builder = "BlockLayout.from_csr(mask, block_size=..., seqlens=...)"
+    elif isinstance(value, Tensor):
+        builder = (
+            "BlockLayout.from_dense(mask, block_size=(1, 1), seqlens=...), bool [B, H, Sq, Skv], "
+            "takes one of tokens; another block_size one of blocks"
+        )
+    if builder is not None:
+        raise TypeError(f"{name} must be a BlockLayout, got a mask: {builder}")
 
 
 def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
@@ -135,6 +168,7 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
         TypeError, ValueError: naming the field that does not fit.
     """
     if not isinstance(layout, BlockLayout):
+        refuse_mask("layout_or_selector", layout)
         raise TypeError(
             "layout_or_selector must be a BlockLayout or a selector that returns one, got "
             f"{type(layout).__name__}"
@@ -165,18 +199,25 @@ def _check_layout_fits(layout: BlockLayout, q: Tensor, num_heads: int, batch: in
             raise ValueError(f"{name} has batch size {size}, it must be 1 or q's {batch}")
 
 
-def check_scalars(q: Tensor, scale: float | None, softcap: float) -> float:
-    """The softmax scale, ``1 / sqrt(head_dim)`` if None.
+def check_scalars(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
+    """The softmax scale, ``1 / sqrt(head_dim)`` if None, and the softcap, 0 if None.
 
     Raises:
-        ValueError: if scale is not finite, or softcap is negative or not finite.
+        ValueError: if one is no finite number, or softcap is negative.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    elif type(scale) is not float:
+        scale = checks.as_number("scale", scale)
+    if softcap is None:
+        softcap = 0.0
+    elif type(softcap) is not float:
+        softcap = checks.as_number("softcap", softcap)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and at least 0 (0 is off), got {softcap}")
-    return scale
+    return scale, softcap
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:

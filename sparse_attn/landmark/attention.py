@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backends, ops, validation
+from .. import backends, checks, ops, validation
 from ..api import autocast
 from ..layout import BlockLayout
 from ..reference import compute_dtype, empty_out
@@ -76,10 +76,10 @@ def landmark_attention(
     """
     q, k, v = autocast(q, k, v)
     validation.check_qkv(q, k, v)
-    scale = validation.check_scalars(q, scale, 0.0)
-    for name, value, low in (("block_size", block_size, 2), ("top_k", top_k, 1)):
-        if value is not None and (not isinstance(value, int) or value < low):
-            raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+    scale, _ = validation.check_scalars(q, scale, 0.0)
+    block_size = checks.as_int("block_size", block_size, 2)
+    top_k = None if top_k is None else checks.as_count("top_k", top_k, 1)
+    return_lse = checks.as_bool("return_lse", return_lse)
     forward = backends.op_for(backend, q, v)
     backward = backends.op_for(backend, q, v, ending="_backward")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
