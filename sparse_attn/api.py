@@ -260,7 +260,7 @@ def _layout(
             checks.check_selector("layout_or_selector", source)
         if torch.is_grad_enabled():
             with torch.no_grad():
-                source = source(q.detach(), k.detach(), is_causal=is_causal, scale=scale)
+                source = source(q, k, is_causal=is_causal, scale=scale)
         else:
             source = source(q, k, is_causal=is_causal, scale=scale)
     validation.check_layout(source, q, k)

@@ -51,4 +51,3 @@ def notice_fallback(tried: str, reasons: list[str]) -> None:
         f"backend='auto' runs on 'reference', right but slow, as '{tried}' cannot run this call: "
         f"{'; '.join(reasons)}. Say backend='reference' if that is meant",
     )
-

@@ -22,9 +22,7 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
-            )
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:

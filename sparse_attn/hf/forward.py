@@ -13,6 +13,7 @@ from .. import backends
 from ..api import sparse_attention
 from ..selectors import Dense, SlidingWindow
 from . import masks
+from .caches import LayerSelectors
 
 # Registered with transformers: for models whose own dense masks are bool, and additive ones.
 NAME = "sparse_attn"
@@ -55,6 +56,7 @@ class Router:
     backend: str = "auto"
     stats: Counter = field(default_factory=Counter)
     before: dict[int, str | None] = field(default_factory=dict)
+    layers: LayerSelectors = field(default_factory=LayerSelectors)
 
     def selector_for(self, layer: int | None) -> Any:
         """The selector of a full-attention layer: `Dense()` if excluded or not in the dict."""
@@ -151,7 +153,7 @@ def _causal(
     if sliding_window or visible.window or visible.local:
         path, selector = "window", SlidingWindow(window=window) if window else Dense()
     else:
-        selector = router.selector_for(call.layer)
+        selector = router.layers.own(call.module, router.selector_for(call.layer))
         path = "dense" if isinstance(selector, Dense) else "sparse"
     if call.dropout and path == "sparse":
         remedy = "set it to 0 in the config, or use Dense()"

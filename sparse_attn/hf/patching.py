@@ -24,7 +24,8 @@ def patch(
     """Run the full-attention layers of a transformers model with `selector`.
 
     Layers with a window of their own (Mistral, Gemma) keep it, token for token. Attention that is
-    not causal (encoders, vision towers, cross attention) stays dense.
+    not causal (encoders, vision towers, cross attention) stays dense. Of a selector that keeps
+    something between calls, such as ``selectors.Quest()``, each layer has a copy of its own.
 
     Args:
         model: a transformers model, or a module that wraps one (PEFT, DDP, a compiled model).
@@ -100,6 +101,7 @@ class Patch:
         """Give the model back the implementation it had before; does nothing if that was done."""
         for module in self._model.modules():
             _take(module, self._router)
+        self._router.layers.clear()
         for config, before in self._before:
             if not any(getattr(owner, ROUTERS, ()) for owner in _owners(self._model, config)):
                 config._attn_implementation = {"": before}  # as a dict it spares the sub-configs
@@ -131,6 +133,8 @@ class Patch:
         _register()
         self._before = _implementations(self._model)
         self._router.before = {id(config): before for config, before in self._before}
+        chosen = self._router.selector
+        self._router.layers.expect(*(chosen.values() if isinstance(chosen, dict) else (chosen,)))
         reached = False
         try:
             for module in self._model.modules():

@@ -6,6 +6,7 @@ from .block_topk import BlockTopK
 from .flex_prefill import FlexPrefill
 from .hip import HiP
 from .infinite_hip import InfiniteHiP
+from .key_buffer import KeyBuffer
 from .mask_cache import MaskCache
 from .quest import Quest
 from .sparge_attn import SpargeAttn
@@ -20,6 +21,7 @@ __all__ = [
     "FlexPrefill",
     "HiP",
     "InfiniteHiP",
+    "KeyBuffer",
     "LocalStride",
     "MaskCache",
     "PerHead",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from torch.nn.functional import pad
 from ..layout import BlockLayout
 from ..layout_algebra import assemble_heads
 from .checks import as_int, check_selector, count_fields, selector_fields
-
-_SAMPLES = 16  # keys by which a sequence is known again
+from .lineage import take_heads
 
 
 class Selector:
@@ -30,6 +30,12 @@ class Selector:
         `sparse_attention`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
+
+    def fresh(self) -> Selector:
+        """The selector itself, or if it keeps something between calls, an equal one that has kept
+        nothing yet. What is kept must never change a choice; `patch` gives each layer its own.
+        """
+        return self
 
     def __or__(self, other: Selector) -> Union:
         if not isinstance(other, Selector):
@@ -55,6 +61,10 @@ class Union(Selector):
             raise ValueError("selectors must hold at least one selector")
         for i, selector in enumerate(self.selectors):
             check_selector(f"selectors[{i}]", selector)
+
+    def fresh(self) -> Union:
+        own = tuple(fresh_copy(x) for x in self.selectors)
+        return self if _same(own, self.selectors) else Union(own)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -93,13 +103,19 @@ class PerHead(Selector):
         if self.default is not None:
             check_selector("default", self.default)
 
+    def fresh(self) -> PerHead:
+        default = None if self.default is None else fresh_copy(self.default)
+        own = {heads: fresh_copy(x) for heads, x in self.selectors.items()}
+        before = (*self.selectors.values(), self.default)
+        return self if _same((*own.values(), default), before) else PerHead(own, default)
+
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
         layouts, heads = [], []
         for named, selector in self._assignments(num_heads):
-            queries, keys = q[:, named], k[:, [h // group for h in named]]
+            queries, keys = q[:, named], take_heads(k, [h // group for h in named])
             layouts.append(selector(queries, keys, is_causal=is_causal, scale=scale))
             heads.append(named)
         return assemble_heads(layouts, heads, num_heads)
@@ -146,11 +162,26 @@ class PrefillDecode(Selector):
         selector_fields(self, "prefill", "decode")
         count_fields(self, decode_rows=1)
 
+    def fresh(self) -> PrefillDecode:
+        prefill, decode = fresh_copy(self.prefill), fresh_copy(self.decode)
+        if _same((prefill, decode), (self.prefill, self.decode)):
+            return self
+        return replace(self, prefill=prefill, decode=decode)
+
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         selector = self.decode if q.shape[2] <= self.decode_rows else self.prefill
         return selector(q, k, is_causal=is_causal, scale=scale)
+
+
+def fresh_copy(selector: Any) -> Any:
+    """`Selector.fresh` of a selector; any other callable as it is."""
+    return selector.fresh() if isinstance(selector, Selector) else selector
+
+
+def _same(own: tuple, before: tuple) -> bool:
+    return all(a is b for a, b in zip(own, before, strict=True))
 
 
 def seqlens(q: Tensor, k: Tensor) -> tuple[int, int]:
@@ -193,14 +224,3 @@ def chunk_starts(total: int, each: int) -> range | tuple[int]:
     `total`.
     """
     return range(0, total, each) if total > each else (0,)
-
-
-def sample_keys(k: Tensor, seqlen: int) -> Tensor:
-    """Some of the first `seqlen` keys, by which a sequence is known again."""
-    return k[:, :, : seqlen : max(1, seqlen // _SAMPLES)].clone()
-
-
-def same_keys(now: Tensor, before: Tensor) -> bool:
-    """Whether two samples are of the same keys."""
-    same_kind = now.dtype == before.dtype and now.device == before.device
-    return same_kind and torch.equal(now, before)

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .base import Selector, same_keys, sample_keys
+from .base import Selector
 from .checks import check_at_least
 from .hip import HiP
 from .infinite_hip import InfiniteHiP, Lists
+from .lineage import Memory
 
 
 @dataclass
+class _Selection:
+    """What the stages have chosen, each with ``made[stage]`` keys, in calls alike in `kind`."""
+
+    kind: tuple[Any, ...]
+    made: list[int] = field(default_factory=list)
+    kept: list[Lists] = field(default_factory=list)  # of the stages of InfiniteHiP
+    layout: BlockLayout | None = None
+
+
+@dataclass(frozen=True)
 class MaskCache(Selector):
     """`HiP` or `InfiniteHiP` that chooses anew only at some decoding steps; in between the window
     alone follows the new tokens (HiP, arXiv 2406.09827, section 3; InfiniteHiP, arXiv 2502.08910).
+
+    A decoding step is a causal call with one query row. It is a step after the call before it if k
+    is proven to hold the keys of that call and one more, and q is of the same shape and kind. Then
+    and only then a selection is used again; any other call chooses anew::
+
+        n = keys of the step that chose, and steps have followed each other since
+        selector(q, k) if k.shape[2] - n >= refresh else that step's lists, for k.shape[2] keys
+
+    So a selection ends with a rollback, an edit, another order of the batch, a call with several
+    rows, or a gap. What proves keys to be the same is told in the docs of selectors: growing them
+    in a `KeyBuffer`, or in transformers' caches in a patched model. ``torch.cat`` alone does not.
 
     The stages of `InfiniteHiP` may have intervals of their own: stage ``i`` runs again, and with it
     all later ones, when it is ``refresh[i]`` steps old, on what the stage before it has kept.
@@ -26,9 +49,8 @@ class MaskCache(Selector):
     The window moves while the selection stays: keys that leave the window must have been searched
     before, so the selector's `margin` has to be at least ``refresh - 1``, of the first stage.
 
-    One object serves one attention layer, as it holds a selection. A selection is reused for a
-    call with one query row, and only for the sequences that it was made for: their keys are
-    compared at some positions. Any other call chooses anew, as does compiled code.
+    One object is of use to one attention layer, as it holds a selection: give each layer its own,
+    as `patch` does. Compiled code chooses anew in each call.
 
     Args:
         selector: a `HiP` or an `InfiniteHiP`.
@@ -38,20 +60,21 @@ class MaskCache(Selector):
 
     Example:
         >>> hip = HiP(k=512, window=256, margin=7)
-        >>> caches = {layer: MaskCache(hip, refresh=8) for layer in range(3, 30)}
+        >>> caches = dict.fromkeys(range(3, 30), MaskCache(hip, refresh=8))
         >>> # patch(model, caches): layers 0, 1 and 2 stay dense
         >>> in_stages = MaskCache(InfiniteHiP(margin=15), refresh=(16, 8, 4))
     """
 
     selector: HiP | InfiniteHiP
     refresh: int | tuple[int, ...] = 8
-    _made: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
-    _kept: list[Lists] = field(default_factory=list, init=False, repr=False, compare=False)
-    _layout: BlockLayout | None = field(default=None, init=False, repr=False, compare=False)
-    _shape: torch.Size | None = field(default=None, init=False, repr=False, compare=False)
-    _keys: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.selector, HiP | InfiniteHiP):
+            raise TypeError(
+                f"selector must be a HiP or an InfiniteHiP, the selectors that MaskCache knows how "
+                f"to refresh, got {self.selector!r}"
+            )
         for interval in self._intervals:
             check_at_least("refresh", interval, 1)
         stages = self._num_stages
@@ -71,16 +94,26 @@ class MaskCache(Selector):
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
-        if q.shape[2] != 1 or not is_causal or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.selector(q, k, is_causal=is_causal, scale=scale)
-        seqlen = k.shape[2]
-        first = self._first_due(q, k)
-        if first == 0:
-            self._shape, self._keys = q.shape, sample_keys(k, seqlen)
+        if q.shape[2] != 1 or not is_causal:
+            self._memory.forget()
+            return self.selector(q, k, is_causal=is_causal, scale=scale)
+        kind = (q.shape, q.dtype, q.device, scale)
+        now = self._continued(kind, k) or _Selection(kind)
+        self._memory.forget()  # in case a stage fails midway
+        ages = (k.shape[2] - made for made in now.made)
+        due = (i for i, age in enumerate(ages) if age >= self._intervals[i])
+        first = next(due, len(now.made))
         if first < self._num_stages:
-            self._run(first, q, k, scale)
-            self._made[first:] = [seqlen] * (self._num_stages - first)
-        return replace(self._layout, seqlens=(1, seqlen))
+            self._run(first, now, q, k, scale)
+        self._memory.keep(k, now)
+        # The lists are the caller's to change, the kept ones are not.
+        lists = {name: x.clone() for name, x in now.layout.tensors().items()}
+        return replace(now.layout, seqlens=(1, k.shape[2]), **lists)
+
+    def fresh(self) -> MaskCache:
+        return replace(self)
 
     @property
     def _num_stages(self) -> int:
@@ -92,31 +125,23 @@ class MaskCache(Selector):
             return tuple(self.refresh)
         return (self.refresh,) * self._num_stages
 
-    def _run(self, first: int, q: Tensor, k: Tensor, scale: float | None) -> None:
+    def _continued(self, kind: tuple[Any, ...], k: Tensor) -> _Selection | None:
+        """What is kept, if this call is a step after the one before it."""
+        kept, length = self._memory.value, self._memory.length
+        if kept is None or kept.kind != kind or k.shape[2] != length + 1:
+            return None
+        if kept.layout.kv_num_blocks is None or self._memory.known(k) < length:
+            return None
+        return kept
+
+    def _run(self, first: int, now: _Selection, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Runs the stages from the first one that is due."""
+        now.made[first:] = [k.shape[2]] * (self._num_stages - first)
         if isinstance(self.selector, HiP):
-            self._layout = self.selector(q, k, scale=scale)
+            now.layout = self.selector(q, k, scale=scale)
             return
-        del self._kept[first:]
+        del now.kept[first:]
         for stage in range(first, self._num_stages):
-            before = self._kept[-1] if stage > 0 else None
-            self._kept.append(self.selector.prune(stage, before, q, k, scale=scale))
-        self._layout = self.selector.layout(self._kept[-1], q, k)
-
-    def _first_due(self, q: Tensor, k: Tensor) -> int:
-        """The first stage that has to run, or the number of stages if none has."""
-        if not self._continues(q, k):
-            return 0
-        ages = (k.shape[2] - made for made in self._made)
-        due = (i for i, age in enumerate(ages) if age >= self._intervals[i])
-        return next(due, self._num_stages)
-
-    def _continues(self, q: Tensor, k: Tensor) -> bool:
-        if self._layout is None or self._layout.kv_num_blocks is None:  # no call so far, or no keys
-            return False
-        seqlen = self._made[0]
-        if self._shape != q.shape:
-            return False
-        if k.shape[2] <= self._made[-1] or k.shape[2] - seqlen >= self._intervals[0]:
-            return False
-        return same_keys(sample_keys(k, seqlen), self._keys)
+            before = now.kept[-1] if stage > 0 else None
+            now.kept.append(self.selector.prune(stage, before, q, k, scale=scale))
+        now.layout = self.selector.layout(now.kept[-1], q, k)

@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import BlockLayout
-from .base import Selector, block_rows, same_keys, sample_keys, seqlens
+from .base import Selector, block_rows, seqlens
 from .checks import check_at_least
 from .choose import join_lists, top_blocks
+from .lineage import Memory
 from .probes import products
 
 _CHUNK_ELEMENTS = 2**22
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quest(Selector):
     """For each row and head the pages of keys that may hold the greatest products, by the bounds of
     each page (Quest, arXiv 2406.10774), for decoding.
@@ -31,9 +32,11 @@ class Quest(Selector):
     of the whole pages before it (of all others if not causal), the best; together ``budget //
     page_size``.
 
-    The bounds of whole pages are kept from one call to the next, as long as k begins with the same
-    keys (some of them are compared): so one object serves one attention layer. They take
-    ``2 / page_size`` of the memory of k. The paper keeps the first two layers dense, and prefill:
+    The bounds of whole pages are kept from one call to the next, and those of keys that are proven
+    to be the same are used again: keys in one tensor that nobody has written to, in a `KeyBuffer`,
+    or in transformers' caches in a patched model. All other keys are read anew, so the choice is
+    always that of a new object. The bounds take ``2 / page_size`` of the memory of k, and are of
+    use to one attention layer: give each layer an object, as `patch` does. The paper keeps the first two layers dense, and prefill:
     ``patch(model, {layer: PrefillDecode(Dense(), Quest()) for layer in range(2, n)})``. Rows
     choose one by one, so for a prompt the time of choosing is quadratic.
 
@@ -53,8 +56,7 @@ class Quest(Selector):
     budget: int = 1024
     page_size: int = 16
     shared: bool = False
-    _bounds: Tensor | None = field(default=None, init=False, repr=False, compare=False)
-    _keys: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_at_least("page_size", self.page_size, 1)
@@ -66,6 +68,7 @@ class Quest(Selector):
         base = BlockLayout.sink_window(seqlens(q, k), device=q.device)
         if k.shape[2] == 0 or q.shape[2] == 0:
             return base
+        q = q.detach()
         if scale is not None and scale < 0:
             q = -q
         queries = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
@@ -92,21 +95,21 @@ class Quest(Selector):
         block_size = (1, self.page_size)
         return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
 
+    def fresh(self) -> Quest:
+        return replace(self)
+
     def _whole_pages(self, k: Tensor) -> Tensor:
         """The bounds of all whole pages of k, ``[B, Hkv, pages, 2 * D]``; known ones are reused."""
         seqlen = k.shape[2] // self.page_size * self.page_size
         if torch.compiler.is_compiling():
             return _page_bounds(k[:, :, :seqlen], self.page_size)
-        known = 0
-        if self._bounds is not None:
-            known = self._bounds.shape[2] * self.page_size
-            if known > seqlen or not same_keys(sample_keys(k, known), self._keys):
-                known = 0
-        if known == 0 or known < seqlen:
-            new = _page_bounds(k[:, :, known:seqlen], self.page_size)
-            self._bounds = new if known == 0 else torch.cat([self._bounds, new], 2)
-            self._keys = sample_keys(k, seqlen)
-        return self._bounds
+        bounds, known = self._memory.value, self._memory.known(k) // self.page_size
+        if known == 0 or (known, seqlen) != (bounds.shape[2], known * self.page_size):
+            new = k.detach()[:, :, known * self.page_size : seqlen]
+            parts = [bounds[:, :, :known]] if known else []
+            bounds = torch.cat([*parts, _page_bounds(new, self.page_size)], 2)
+        self._memory.keep(k, bounds)
+        return bounds
 
 
 def _page_bounds(k: Tensor, page_size: int) -> Tensor:
