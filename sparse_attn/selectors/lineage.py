@@ -120,15 +120,17 @@ def _place(k: Tensor) -> tuple[Tensor, int, tuple] | None:
     """The tensor that k is a view of, its version, and where k lies; None if torch counts no writes
     (inference tensors) or k has no memory of its own (subclasses, tensors that are being traced).
     """
-    if type(k) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return None
+    root = k if k._base is None else k._base
+    if type(k) is not Tensor or type(root) is not Tensor:
         return None
     try:
         version, address = k._version, k.data_ptr()
     except RuntimeError:
         return None
     sizes = (k.shape[0], k.shape[1], *k.shape[3:])
-    frame = (address, k.dtype, k.is_neg(), sizes, k.stride())
-    return (k if k._base is None else k._base), version, frame
+    return root, version, (address, k.dtype, k.is_neg(), sizes, k.stride())
 
 
 class Memory:

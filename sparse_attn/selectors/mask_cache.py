@@ -128,11 +128,9 @@ class MaskCache(Selector):
     def _continued(self, kind: tuple[Any, ...], k: Tensor) -> _Selection | None:
         """What is kept, if this call is a step after the one before it."""
         kept, length = self._memory.value, self._memory.length
-        if kept is None or kept.kind != kind or k.shape[2] != length + 1:
+        if length == 0 or kept.kind != kind or k.shape[2] != length + 1:
             return None
-        if kept.layout.kv_num_blocks is None or self._memory.known(k) < length:
-            return None
-        return kept
+        return kept if self._memory.known(k) == length else None
 
     def _run(self, first: int, now: _Selection, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Runs the stages from the first one that is due."""
