@@ -4,6 +4,7 @@ again: each kind of call in a process of its own. Prints the names of the calls 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -110,10 +111,8 @@ def run(name):
     threading.Thread(target=spoil, args=(lists,), daemon=True).start()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        try:
+        with contextlib.suppress(ValueError, RuntimeError):  # the lists as they were at first
             call()
-        except (ValueError, RuntimeError):  # the lists as they were at the beginning
-            pass
 
 
 def main():

@@ -36,14 +36,6 @@ def check_at_least(name: str, value: int, low: int) -> None:
     as_int(name, value, low)
 
 
-def check_selector(name: str, value: object) -> None:
-    """Raises a TypeError unless `value` is a selector; a class is none, its objects are."""
-    if isinstance(value, type):
-        raise TypeError(f"{name} must be a selector such as {value.__name__}(), got a class")
-    if not callable(value):
-        raise TypeError(f"{name} must be a selector, got {value!r}")
-
-
 def refuse_not_causal(selector: object, is_causal: bool) -> None:
     """Raises a ValueError unless attention is causal."""
     if not is_causal:
