@@ -111,7 +111,8 @@ def run(name):
     threading.Thread(target=spoil, args=(lists,), daemon=True).start()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        with contextlib.suppress(ValueError, RuntimeError):  # the lists as they were at first
+        # A list that is wrong when the call begins is refused.
+        with contextlib.suppress(ValueError, RuntimeError):
             call()
 
 

@@ -1,15 +1,12 @@
-// What threads may do to each other. A call neither gives way nor waits when there is nothing to
-// wait for, and a long wait is slept through. Whatever another thread writes into the lists of a
-// call, the call gives the result of the lists that it has checked, or refuses them; buffers have
-// their exact sizes, so that AddressSanitizer sees any access outside of them.
+// A call of every kind, small and with all its lists, and ways to run the threads of a call.
+#pragma once
+
 #include <atomic>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <limits>
+#include <initializer_list>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -21,21 +18,6 @@
 #include "../../csrc/cpu/infinite_hip.h"
 #include "../../csrc/cpu/top_blocks.h"
 #include "../../csrc/cpu/varlen.h"
-#include "../../csrc/cpu/waiting_room.h"
-
-namespace {
-
-std::atomic<int> yields{0};
-
-}  // namespace
-
-// In place of the C library's, for the whole program.
-extern "C" int sched_yield() noexcept {
-  ++yields;
-  return 0;
-}
-
-namespace {
 
 using sparse_attn::AttentionParams;
 using sparse_attn::BackwardParams;
@@ -43,12 +25,12 @@ using sparse_attn::cpu::Isa;
 using sparse_attn::cpu::Packing;
 using sparse_attn::cpu::Parallel;
 
-[[noreturn]] void fail(const std::string& what) {
+[[noreturn]] inline void fail(const std::string& what) {
   std::printf("%s\n", what.c_str());
   std::exit(1);
 }
 
-std::vector<float> random_floats(int64_t n) {
+inline std::vector<float> random_floats(int64_t n) {
   static std::mt19937 generator(7);
   std::normal_distribution<float> normal;
   std::vector<float> values(n);
@@ -56,7 +38,7 @@ std::vector<float> random_floats(int64_t n) {
   return values;
 }
 
-// `sink` and so on are what the call reads; the rest of a call lies in what is derived.
+// `lists` are what other threads may change, `results` must not depend on that.
 struct Call {
   static constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 32, kBlock = 32;
 
@@ -200,43 +182,60 @@ struct Paged : Varlen {
   }
 };
 
-// A search that may name any chunk that exists.
-struct InfiniteHip : Call {
-  sparse_attn::cpu::InfiniteHipParams params;
+// 100 rows in blocks of 32 search 640 keys.
+template <class Params>
+struct Search : Call {
+  static constexpr int64_t kRows = 100, kKeys = 640;
+  Params params;
   std::vector<float> q, k;
-  std::vector<int32_t> listed_counts, listed_indices, counts, indices;
+  std::vector<int32_t> counts, indices;
 
-  InfiniteHip()
-      : Call("infinite_hip_stage"),
-        q(random_floats(kHeads * 100 * kDim)),
-        k(random_floats(kKvHeads * 640 * kDim)) {
-    lists = {{"counts", &listed_counts}, {"indices", &listed_indices}};
+  Search(const char* n, int64_t slots)
+      : Call(n),
+        q(random_floats(kHeads * kRows * kDim)),
+        k(random_floats(kKvHeads * kKeys * kDim)) {
     params.batch = 1;
     params.num_heads = kHeads;
     params.num_kv_heads = kKvHeads;
-    params.seqlen_q = 100;
-    params.seqlen_kv = 640;
+    params.seqlen_q = kRows;
+    params.seqlen_kv = kKeys;
     params.head_dim = kDim;
     params.q = q.data();
     params.k = k.data();
-    params.q_stride = {0, 100 * kDim, kDim};
-    params.k_stride = {0, 640 * kDim, kDim};
-    params.block_q = 32;
-    params.parent = 64;
-    params.chunk = 16;
-    params.slots = params.width = 6;
-    const int64_t num_lists = kHeads * params.num_rows();
-    params.listed_width = 10;
-    for (int64_t i = 0; i < num_lists * 10; ++i) {
-      listed_indices.push_back(static_cast<int32_t>(i % 10));
-    }
-    listed_counts.assign(num_lists, 10);
-    params.listed_counts = listed_counts.data();
-    params.listed_indices = listed_indices.data();
-    counts.resize(num_lists);
-    indices.resize(num_lists * params.width);
+    params.q_stride = {0, kRows * kDim, kDim};
+    params.k_stride = {0, kKeys * kDim, kDim};
+    params.block_q = kBlock;
+    params.slots = params.width = slots;
+    counts.resize(kHeads * params.num_rows());
+    indices.resize(counts.size() * slots);
     params.counts = counts.data();
     params.indices = indices.data();
+  }
+};
+
+struct Hip : Search<sparse_attn::cpu::HipParams> {
+  Hip() : Search("hip_select", 3) { params.block_k = 16; }
+
+  void run(Isa isa, const Parallel& parallel) override {
+    sparse_attn::cpu::hip_select(params, isa, parallel);
+  }
+};
+
+// A list that changes may name any chunk that exists.
+struct InfiniteHip : Search<sparse_attn::cpu::InfiniteHipParams> {
+  std::vector<int32_t> listed_counts, listed_indices;
+
+  InfiniteHip() : Search("infinite_hip_stage", 6) {
+    lists = {{"counts", &listed_counts}, {"indices", &listed_indices}};
+    params.parent = 64;
+    params.chunk = 16;
+    params.listed_width = kKeys / params.parent;
+    listed_counts.assign(counts.size(), static_cast<int32_t>(params.listed_width));
+    for (size_t i = 0; i < counts.size() * params.listed_width; ++i) {
+      listed_indices.push_back(static_cast<int32_t>(i % params.listed_width));
+    }
+    params.listed_counts = listed_counts.data();
+    params.listed_indices = listed_indices.data();
   }
 
   void run(Isa isa, const Parallel& parallel) override {
@@ -245,63 +244,29 @@ struct InfiniteHip : Call {
       if (n < 0 || n > params.width) fail("InfiniteHiP kept too many chunks");
     }
     for (const int32_t i : indices) {
-      if (i < 0 || i >= 640 / params.chunk) fail("InfiniteHiP kept a chunk that does not exist");
+      if (i < 0 || i >= kKeys / params.chunk) fail("InfiniteHiP kept a chunk that does not exist");
     }
   }
 
   bool reads_a_copy() const override { return false; }
 };
 
-struct Hip : Call {
-  sparse_attn::cpu::HipParams params;
-  std::vector<float> q, k;
-  std::vector<int32_t> counts, indices;
-
-  Hip()
-      : Call("hip_select"),
-        q(random_floats(kHeads * 100 * kDim)),
-        k(random_floats(kKvHeads * 640 * kDim)),
-        counts(kHeads * 4),
-        indices(kHeads * 4 * 3) {
-    params.batch = 1;
-    params.num_heads = kHeads;
-    params.num_kv_heads = kKvHeads;
-    params.seqlen_q = 100;
-    params.seqlen_kv = 640;
-    params.head_dim = kDim;
-    params.q = q.data();
-    params.k = k.data();
-    params.q_stride = {0, 100 * kDim, kDim};
-    params.k_stride = {0, 640 * kDim, kDim};
-    params.block_q = 32;
-    params.block_k = 16;
-    params.slots = params.width = 3;
-    params.counts = counts.data();
-    params.indices = indices.data();
-  }
-
-  void run(Isa isa, const Parallel& parallel) override {
-    sparse_attn::cpu::hip_select(params, isa, parallel);
-  }
-};
-
 struct TopBlocks : Call {
-  std::vector<float> scores;
-  std::vector<int32_t> counts, indices;
+  static constexpr int64_t kRows = 6000, kBlocks = 20, kTop = 4;
+  std::vector<float> scores = random_floats(kRows * kBlocks);
+  std::vector<int32_t> counts = std::vector<int32_t>(kRows);
+  std::vector<int32_t> indices = std::vector<int32_t>(kRows * kTop);
 
-  TopBlocks() : Call("top_blocks"), scores(random_floats(6000 * 20)) {
-    counts.resize(6000);
-    indices.resize(6000 * 4);
-  }
+  TopBlocks() : Call("top_blocks") {}
 
   void run(Isa, const Parallel& parallel) override {
-    sparse_attn::cpu::top_blocks({scores.data(), 6000, 20, 4, counts.data(), indices.data()},
-                                 parallel);
+    sparse_attn::cpu::top_blocks(
+        {scores.data(), kRows, kBlocks, kTop, counts.data(), indices.data()}, parallel);
   }
 };
 
-// Calls f(call) for one call of each kind, all large enough for several threads.
-void for_each_call(const std::function<void(Call&)>& f) {
+// Calls f(call) for one call of each kind; all but the small one are worth several threads.
+inline void for_each_call(const std::function<void(Call&)>& f) {
   Attention prefill("prefill", 200, 300), small("small prefill", 40, 40), decode("decode", 1, 4301);
   Backward backward;
   Varlen varlen;
@@ -315,7 +280,7 @@ void for_each_call(const std::function<void(Call&)>& f) {
   }
 }
 
-Parallel at_once(int64_t num_threads) {
+inline Parallel at_once(int64_t num_threads) {
   return {num_threads, [num_threads](int64_t n, const std::function<void(int64_t)>& f) {
             std::atomic<int64_t> next{0};
             const auto work = [&] {
@@ -329,115 +294,10 @@ Parallel at_once(int64_t num_threads) {
 }
 
 // As in a parallel region within another one. `before` is told how many runs there were.
-Parallel one_after_the_other(int64_t num_threads, std::function<void(int64_t)> before = {}) {
+inline Parallel one_after_the_other(int64_t num_threads, std::function<void(int64_t)> before = {}) {
   return {num_threads,
           [=, runs = int64_t{0}](int64_t n, const std::function<void(int64_t)>& f) mutable {
             if (before) before(runs++);
             for (int64_t i = n; i-- > 0;) f(i);
           }};
-}
-
-std::vector<std::vector<float>> results_of(const Call& call) {
-  std::vector<std::vector<float>> results;
-  for (const std::vector<float>* result : call.results) results.push_back(*result);
-  return results;
-}
-
-void check_that_nobody_gives_way(Isa isa) {
-  for_each_call([&](Call& call) {
-    for (const Parallel& parallel :
-         {one_after_the_other(1), one_after_the_other(3), at_once(2), at_once(3)}) {
-      call.run(isa, parallel);
-      if (yields > 0) {
-        fail(call.name + " gave way " + std::to_string(yields) + " times on " +
-             std::to_string(parallel.num_threads) + " threads");
-      }
-    }
-  });
-}
-
-// Overwrites one list before the first, the second, ... time that a call goes parallel.
-void check_changed_lists(Isa isa) {
-  constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
-  int64_t num_changes = 0;
-  for_each_call([&](Call& call) {
-    call.run(isa, one_after_the_other(2));
-    const auto expected = results_of(call);
-    for (const auto& [list_name, list] : call.lists) {
-      const std::vector<int32_t> right = *list;
-      for (const int32_t wrong : {kMost, -(1 << 30), 1 << 20}) {
-        bool changed = true;
-        for (int64_t when = 0; changed; ++when) {
-          changed = false;
-          const auto change = [&, list = list](int64_t runs) {
-            if (runs != when) return;
-            std::fill(list->begin(), list->end(), wrong);
-            changed = true;
-          };
-          try {
-            call.run(isa, one_after_the_other(2, change));
-            if (call.reads_a_copy() && results_of(call) != expected) {
-              fail(call.name + " read " + list_name + " again after it was checked");
-            }
-          } catch (const std::invalid_argument&) {
-          }
-          *list = right;
-          num_changes += changed;
-        }
-      }
-    }
-  });
-  if (num_changes < 100) fail("hardly a call went parallel");
-}
-
-// A thread that waits long looks at its condition only some hundred times.
-void check_that_long_waits_are_slept_through() {
-  sparse_attn::cpu::WaitingRoom room;
-  std::atomic<bool> is_over{false};
-  int64_t looks = 0;
-  std::thread waiter([&] {
-    room.wait_until([&] {
-      ++looks;
-      return is_over.load();
-    });
-  });
-  std::this_thread::sleep_for(std::chrono::milliseconds(30));
-  is_over = true;
-  room.announce();
-  waiter.join();
-  if (looks > 1000) fail("a thread looked " + std::to_string(looks) + " times while it waited");
-}
-
-// Two threads take turns; if an announcement were lost, this would not end.
-void check_turns() {
-  constexpr int kTurns = 400;
-  sparse_attn::cpu::WaitingRoom room;
-  std::atomic<int> turn{0};
-  const auto play = [&](int parity) {
-    for (int i = parity; i < kTurns; i += 2) {
-      room.wait_until([&] { return turn == i; });
-      // Now and then the other one falls asleep.
-      if (i % 8 < 2) std::this_thread::sleep_for(std::chrono::microseconds(1));
-      turn = i + 1;
-      room.announce();
-    }
-  };
-  std::thread other([&] { play(1); });
-  play(0);
-  other.join();
-}
-
-}  // namespace
-
-int main() {
-  check_that_long_waits_are_slept_through();
-  check_turns();
-  for (int level = 0; level < sparse_attn::cpu::kNumIsas; ++level) {
-    const Isa isa = static_cast<Isa>(level);
-    if (!is_supported(isa)) continue;
-    check_that_nobody_gives_way(isa);
-    check_changed_lists(isa);
-    std::printf("%s: nobody gives way, lists may change\n", isa_name(isa));
-  }
-  return 0;
 }
