@@ -285,6 +285,8 @@ void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& par
                   element_size(params.dtype) * std::max<int64_t>(1, group.rows() / 4);
     most_scratch = std::max(most_scratch, kernel.scratch_bytes(group.rows(), params.head_dim));
   }
+  // At the ends of float32 denormal numbers may be all there is.
+  const bool flushes = has_ordinary_scale(calls.front());
   memory.reserve(num_floats * static_cast<int64_t>(sizeof(float)));
   float* states = reinterpret_cast<float*>(memory.data());
 
@@ -303,7 +305,7 @@ void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& par
   run_parallel(num_workers, [&](int64_t) {
     thread_local AlignedBuffer scratch;
     scratch.reserve(most_scratch);
-    const uint32_t saved = kernel.enter();
+    const uint32_t saved = flushes ? kernel.enter() : 0;
     size_t g = 0;
     for (int64_t i = next_task++; i < num_tasks; i = next_task++) {
       while (i >= all[g].first_task + all[g].num_splits) ++g;
@@ -312,17 +314,17 @@ void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& par
       run_split(all[g], split, kernel, state, scratch.data());
       if (all[g].num_splits == 1) finish_group(all[g], state, isa);
     }
-    kernel.leave(saved);
+    if (flushes) kernel.leave(saved);
   });
   if (num_tasks == static_cast<int64_t>(all.size())) return;
   std::atomic<size_t> next_group{0};
   run_parallel(std::min<int64_t>(all.size(), parallel.num_threads), [&](int64_t) {
-    const uint32_t saved = kernel.enter();
+    const uint32_t saved = flushes ? kernel.enter() : 0;
     for (size_t g = next_group++; g < all.size(); g = next_group++) {
       if (all[g].num_splits == 1) continue;
       finish_group(all[g], states + all[g].first_float, isa);
     }
-    kernel.leave(saved);
+    if (flushes) kernel.leave(saved);
   });
 }
 

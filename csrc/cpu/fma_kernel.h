@@ -38,9 +38,12 @@ SPARSE_ATTN_INLINE float to_float(BFloat16 x) {
 SPARSE_ATTN_INLINE float to_float(Float16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t infinite = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
-  const float value = std::bit_cast<float>(magnitude) * 0x1p112f;
+  // A subnormal number counts units of 2^-24, as what follows 0.5 in its last places does.
+  const float subnormal = std::bit_cast<float>(0x3f000000 | (magnitude >> 13)) - 0.5f;
+  const uint32_t value =
+      magnitude < 0x00800000 ? std::bit_cast<uint32_t>(subnormal) : magnitude + 0x38000000;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | infinite | sign);
+  return std::bit_cast<float>(value | infinite | sign);
 }
 
 SPARSE_ATTN_INLINE void from_float(float x, float& result) { result = x; }
