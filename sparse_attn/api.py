@@ -350,7 +350,7 @@ def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
         return False
     if not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
         return False
-    if not all(type(x) in (Tensor, Parameter) and x.dim() == 4 for x in (q, k, v)):
+    if not all(_plain(x) for x in (q, k, v)):
         return False
     if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] < _FEWEST_SCORES:
         return False
@@ -365,6 +365,12 @@ def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
         and (enable_gqa or q.shape[1] == k.shape[1])
         and not (is_causal and q.shape[2] > k.shape[2])
     )
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether x is ``[batch, heads, seqlen, head_dim]``, and a tensor of the ordinary kind."""
+    kind = type(x) in (Tensor, Parameter) and x.layout is torch.strided and not x.is_nested
+    return kind and x.dim() == 4
 
 
 @torch.compiler.assume_constant_result

@@ -31,8 +31,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunks(q: Tensor, k: Tensor):
-    """Rows ``(start, stop)`` whose scores are computed at once."""
+def _chunks(q: Tensor, k: Tensor):
     rows = max(1, _CHUNK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     return ((start, min(start + rows, q.shape[2])) for start in range(0, q.shape[2], rows))
 
@@ -81,29 +80,6 @@ def _visible_product(weights: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(rows, -2)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of some rows with their token mask, in the dtype of scores; plain torch
-    operations, which every transform of torch can differentiate. Keys that no row sees do not
-    matter.
-    """
-    dtype, num_kv_heads = compute_dtype(q.dtype), k.shape[1]
-    mask = _grouped(mask, num_kv_heads)
-    seen = mask.any(-2).any(2, keepdim=True)[..., None]
-    keys, values = (torch.where(seen, x.to(dtype).unsqueeze(2), 0) for x in (k, v))
-    scores, _ = _scores(_grouped(q.to(dtype), num_kv_heads), keys, scale, softcap)
-    probs, _, lse = _softmax(scores, mask, sinks)
-    return (probs @ values).flatten(1, 2), lse.flatten(1, 2)
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -125,7 +101,7 @@ def attention(
     out = empty_out(q, v)
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     keys, values = k.to(dtype).unsqueeze(2), v.to(dtype).unsqueeze(2)
-    for start, stop in chunks(q, k):
+    for start, stop in _chunks(q, k):
         queries = _grouped(q[:, :, start:stop].to(dtype), num_kv_heads)
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
         mask = _grouped(mask, num_kv_heads)
@@ -170,7 +146,7 @@ def attention_backward(
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     dsinks = torch.zeros(0 if sinks is None else num_heads, dtype=dtype, device=q.device)
     keys, values = k.to(dtype).unsqueeze(2), v.to(dtype).unsqueeze(2)
-    for start, stop in chunks(q, k):
+    for start, stop in _chunks(q, k):
         queries, grads, dnorm = (
             _grouped(x[:, :, start:stop].to(dtype), num_kv_heads) for x in (q, dout, dlse)
         )

@@ -64,24 +64,25 @@ class AnchorAttention(Selector):
         if k.shape[2] == 0 or q.shape[2] == 0:
             return base
         off = k.shape[2] - q.shape[2]
-        starts = range(off, k.shape[2], size * self.step)  # of the groups' rows
-        zones = [max(0, start) // size * size for start in starts]
-        own = torch.tensor(zones, device=q.device).repeat_interleave(self.step)[:, None] // size
         _, last = block_rows(seqlens(q, k), size, 0, q.shape[2], q.device)
+        step = min(self.step, len(last))
+        starts = range(off, k.shape[2], size * step)  # of the groups' rows
+        zones = [max(0, start) // size * size for start in starts]
+        own = torch.tensor(zones, device=q.device).repeat_interleave(step)[:, None] // size
         own = own[: len(last)]
-        counts, columns = self._stripes(q, k, zones, scale)
+        counts, columns = self._stripes(q, k, zones, step, scale)
         return replace(
             base,
             block_size=(size, size),
             kv_num_blocks=(last // size - own + 1).clamp(min=0).int().view(1, 1, -1),
-            kv_indices=(own + torch.arange(self.step + 1, device=q.device)).int()[None, None],
+            kv_indices=(own + torch.arange(step + 1, device=q.device)).int()[None, None],
             num_columns=counts,
             column_indices=columns,
-            column_group=self.step,
+            column_group=step,
         )
 
     def _stripes(
-        self, q: Tensor, k: Tensor, zones: list[int], scale: float | None
+        self, q: Tensor, k: Tensor, zones: list[int], step: int, scale: float | None
     ) -> tuple[Tensor, Tensor]:
         """The keys between the first ones and the zone of each group that its rows ask for.
 
@@ -95,8 +96,8 @@ class AnchorAttention(Selector):
         for group, zone in enumerate(zones):
             if zone <= size:
                 continue
-            start = group * size * self.step
-            rows = q[:, :, start : start + size * self.step] * scale
+            start = group * size * step
+            rows = q[:, :, start : start + size * step] * scale
             position = start + k.shape[2] - q.shape[2]
             anchors = self._anchors(rows, k, position, zone)
             scores = products(pool_mean(rows, size).to(q.dtype), k[:, :, size:zone]).float()

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, seqlens
-from .checks import check_at_least
+from .checks import bool_fields, count_fields, int_fields
 from .choose import join_lists, top_blocks
 from .lineage import Memory
 from .probes import products
@@ -60,8 +60,9 @@ class Quest(Selector):
     _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_at_least("page_size", self.page_size, 1)
-        check_at_least("budget", self.budget, self.page_size)
+        int_fields(self, page_size=1)
+        count_fields(self, budget=self.page_size)
+        bool_fields(self, "shared")
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

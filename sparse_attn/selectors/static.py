@@ -171,10 +171,10 @@ class LocalStride(Selector):
         block_q = size if (k.shape[2] - q.shape[2]) % size == 0 else 1
         first, _ = block_rows(seqlens(q, k), block_q, 0, q.shape[2], q.device)
         own = first.div(size, rounding_mode="floor")
-        near = own - torch.arange(self.local, device=q.device)
+        num_blocks = -(-k.shape[2] // size)
+        near = own - torch.arange(min(self.local, num_blocks), device=q.device)
         heads = torch.arange(kv_heads, device=q.device)[:, None, None]
         begin = -(heads * max(1, self.stride // kv_heads) + self.offset) % self.stride
-        num_blocks = -(-k.shape[2] // size)
         strided = begin + torch.arange(0, num_blocks, self.stride, device=q.device)
         blocks = torch.cat([x.expand(kv_heads, len(own), -1) for x in (near, strided)], -1)
         blocks = blocks.where((blocks >= 0) & (blocks <= own), num_blocks)
