@@ -32,3 +32,7 @@ __all__ = [
 ]
 
 del autograd
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

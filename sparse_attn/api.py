@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,22 +12,41 @@ from torch.nn import functional as F
 
 from . import autograd, backends, checks, notices, ops, validation, varlen
 from .layout import BlockLayout
+from .typing import Backend, SelectorLike
 
-Selector = Callable[..., BlockLayout]
 
-
+# fmt: off
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
+    is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
+    is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
+    is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout_or_selector: BlockLayout | Selector,
+    layout_or_selector: BlockLayout | SelectorLike,
     *,
     is_causal: bool = True,
     scale: float | None = None,
     softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which each row sees only the keys that a layout names.
 
@@ -96,6 +115,32 @@ def sparse_attention(
     return (out, lse) if return_lse else out
 
 
+# fmt: off
+@overload
+def sparse_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def sparse_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sparse_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 def sparse_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -111,7 +156,7 @@ def sparse_attention_varlen(
     softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`sparse_attention` for sequences of different lengths, without padding; long and short ones
     may be mixed.
@@ -252,7 +297,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _layout(
-    source: BlockLayout | Selector, q: Tensor, k: Tensor, is_causal: bool, scale: float
+    source: BlockLayout | SelectorLike, q: Tensor, k: Tensor, is_causal: bool, scale: float
 ) -> BlockLayout:
     """The layout itself, or what the selector makes of q and k."""
     if not isinstance(source, BlockLayout) and callable(source):
@@ -277,8 +322,8 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    selector: BlockLayout | Selector | None = None,
-    backend: str = "auto",
+    selector: BlockLayout | SelectorLike | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
 
@@ -425,7 +470,7 @@ def _sdpa_refusals(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> list
     return reasons
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> backends.Explanation:
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> backends.Explanation:
     """Which backend `sparse_attention` would run a call on, and every reason against the others;
     runs nothing.
 

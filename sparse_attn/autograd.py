@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from . import derivatives
 from .ops import library, reference_args
 
 
-def run(op, *args):
+def run(op: Callable[..., Any], *args: Any) -> Any:
     """``op(*args)`` for the forward op, past the Autograd key's Python kernel when no gradient is
     asked for: that kernel costs more than a small call.
     """

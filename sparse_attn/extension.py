@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"{error}{_built_against()}"
 
 
-def _record() -> dict:
+def _record() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 

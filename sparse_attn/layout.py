@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -171,7 +171,8 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
-        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
+        return replace(self, **moved)
 
     def __repr__(self) -> str:
         parts = [f"seqlens={tuple(self.seqlens)}, block_size={tuple(self.block_size)}"]
@@ -334,7 +335,7 @@ class BlockLayout:
 
         return union(self, other)
 
-    def __getitem__(self, index) -> BlockLayout:
+    def __getitem__(self, index: Any) -> BlockLayout:
         """``layout[batch]`` or ``layout[batch, heads]``, each an int or a slice; broadcast sizes of
         1 stay.
         """

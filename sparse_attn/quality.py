@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,10 @@ from torch import Tensor
 from .checks import as_bool, check_selector
 from .layout import BlockLayout
 from .layout_algebra import spread_heads
+from .typing import SelectorLike
 from .validation import check_layout, check_qkv, check_scalars, refuse_mask
+
+__all__ = ["Quality", "measure"]
 
 _CHUNK_ELEMENTS = 2**25
 
@@ -46,7 +48,7 @@ def measure(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    selection: BlockLayout | Callable[..., BlockLayout],
+    selection: BlockLayout | SelectorLike,
     *,
     is_causal: bool = True,
     scale: float | None = None,

@@ -1,8 +1,12 @@
 """What a fresh process sees: no optional package, no extension, one plain message."""
 
+import importlib
+import json
 import subprocess
 import sys
 import textwrap
+
+import pytest
 
 PREAMBLE = """
 import importlib.abc, sys
@@ -12,6 +16,13 @@ class Block(importlib.abc.MetaPathFinder):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 """
+
+
+BUILT = {"torch": "9.8", "compiler": "c++ 7"}
+
+
+def missing(name: str = "sparse_attn._C") -> ImportError:
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def run(blocked: set[str], code: str) -> subprocess.CompletedProcess:
@@ -60,6 +71,38 @@ def test_without_the_extension_the_reference_runs_and_says_so_once():
         """,
     )
     assert done.stderr.count("the C++ extension is not available") == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "error", "said"),
+    [
+        (None, missing(), "was never built"),
+        ({"reason": "left out by a variable"}, missing(), "left out by a variable"),
+        (BUILT, missing(), "its file is gone from"),
+        (BUILT, ImportError("undefined symbol: x"), "undefined symbol: x (built against torch 9.8"),
+        ({"reason": "left out"}, ImportError("undefined symbol: x"), "undefined symbol: x"),
+        (BUILT, missing("numpy"), "No module named 'numpy'"),
+    ],
+)
+def test_the_reason_is_the_true_one(tmp_path, monkeypatch, record, error, said):
+    from sparse_attn import extension
+
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(extension, "RECORD", tmp_path / "_build.json")
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    if record is not None:
+        extension.RECORD.write_text(json.dumps(record))
+    module, reason = extension.load()
+    assert module is None and said in reason
+    assert ("built against" in reason) == (record is BUILT and said != "No module named 'numpy'")
+
+
+@pytest.mark.parametrize("name", ["", ".selectors", ".landmark", ".retrieval"])
+def test_dir_shows_the_public_names(name):
+    module = importlib.import_module(f"sparse_attn{name}")
+    assert {x for x in dir(module) if not x.startswith("__")} == {*module.__all__}
 
 
 def test_public_names_are_documented():

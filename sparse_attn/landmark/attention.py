@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,11 +14,29 @@ from .. import backends, checks, ops, validation
 from ..api import autocast
 from ..layout import BlockLayout
 from ..reference import compute_dtype, empty_out
+from ..typing import Backend
 
 _CHUNK = 16  # landmarks whose scores are computed at once
 _TILE_ELEMENTS, _FEWEST_ROWS = 2**19, 256  # of the sums of rows that are computed together
 
 
+# fmt: off
+@overload
+def landmark_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int | None = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def landmark_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int | None = ...,
+    scale: float | None = ..., return_lse: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def landmark_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int | None = ...,
+    scale: float | None = ..., return_lse: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 def landmark_attention(
     q: Tensor,
     k: Tensor,
@@ -27,7 +46,7 @@ def landmark_attention(
     top_k: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention in which the last token of each block, its landmark, decides how much the
     block's tokens weigh (Mohtashami and Jaggi, arXiv 2305.16300).
@@ -108,8 +127,8 @@ class _Blocks:
     block_size: int
     top_k: int | None
     scale: float
-    forward: Callable
-    backward: Callable
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     dense: BlockLayout  # it says the same for all lengths
     trains: bool  # whether gradients will be asked for
 
@@ -176,13 +195,15 @@ class _Blocks:
         tensors = (q[:, :, part.rows], k[:, :, part.keys], v[:, :, part.keys])
         return self.backward(dout, dlse, *tensors, out, lse, *self._layout(part))[:3]
 
-    def _layout(self, part: _Part) -> tuple:
+    def _layout(self, part: _Part) -> tuple[Any, ...]:
         return ops.layout_args(self.dense, None, self.scale, 0.0, part.landmark is None)
 
 
 class _LandmarkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: _Blocks):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: _Blocks
+    ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
         out = empty_out(q, v)
         lse, least = torch.empty(2, *q.shape[:3], dtype=dtype, device=q.device)
@@ -195,7 +216,7 @@ class _LandmarkAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor, dlse: Tensor):
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse, least = ctx.saved_tensors
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))

@@ -17,3 +17,7 @@ __all__ = [
     "shared_by_groups",
     "top_heads",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class NeedlePrompt:
 
 
 def needle_prompt(
-    tokenizer, haystack: str, needle: str, question: str, *, tokens: int, depth: float
+    tokenizer: Any, haystack: str, needle: str, question: str, *, tokens: int, depth: float
 ) -> NeedlePrompt:
     """A text of `tokens` tokens with a needle in it, and a question at its end.
 
@@ -75,7 +76,11 @@ def needle_prompt(
 
 @torch.inference_mode()
 def needle_scores(
-    model, prompts: Iterable[NeedlePrompt], *, max_new_tokens: int = 50, stop: Iterable[int] = ()
+    model: Any,
+    prompts: Iterable[NeedlePrompt],
+    *,
+    max_new_tokens: int = 50,
+    stop: Iterable[int] = (),
 ) -> Tensor:
     """How much of the needles each head copies (Wu et al., arXiv 2404.15574).
 
@@ -115,7 +120,7 @@ def needle_scores(
 
 
 def _copied(
-    model, prompt: NeedlePrompt, max_new_tokens: int, stop: frozenset[int]
+    model: Any, prompt: NeedlePrompt, max_new_tokens: int, stop: frozenset[int]
 ) -> Tensor | None:
     """The share of the needle that each head copies, or None if the model does not write it."""
     liked = torch.full((num_layers(model), num_heads(model)), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class _Observer(Selector):
         return Dense()(q, k)
 
 
-def observed(model, observe: Observe) -> Patch:
+def observed(model: Any, observe: Observe) -> Patch:
     """A context in which each full-attention layer of a transformers model is dense and calls
     ``observe(layer, q, k, scale)`` first.
     """
@@ -37,11 +38,11 @@ def observed(model, observe: Observe) -> Patch:
     return patch(model, {layer: _Observer(layer, observe) for layer in layers})
 
 
-def num_layers(model) -> int:
+def num_layers(model: Any) -> int:
     """Number of layers of a transformers model."""
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
-def num_heads(model) -> int:
+def num_heads(model: Any) -> int:
     """Number of query heads of a transformers model."""
     return model.config.get_text_config(decoder=True).num_attention_heads

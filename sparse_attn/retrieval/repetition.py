@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .observing import num_heads, num_layers, observed
 
 @torch.inference_mode()
 def repetition_scores(
-    model,
+    model: Any,
     *,
     period: int = 2500,
     repeats: int = 4,

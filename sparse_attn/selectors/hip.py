@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +175,7 @@ def hip_select(
             indices[:, :, m, :count] = torch.arange(first_block, first_block + count)
             continue
         queries = q[:, :, rows].to(dtype)
-        origin = 0
+        origin = queries.new_zeros(())
         if end < last_end and len(rows) > 1:
             near = torch.cat([k[:, :, : min(sink, end)], k[:, :, end:last_end]], 2).to(dtype)
             near = near.repeat_interleave(heads // num_kv_heads, 1)
@@ -214,13 +215,13 @@ def _fake_hip_select(q, k, slots, block_q, block_k, *rest) -> tuple[Tensor, Tens
     return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, width), dtype=torch.int32)
 
 
-def _on_triton(q: Tensor, k: Tensor, slots: int, *rest) -> tuple[Tensor, Tensor]:
+def _on_triton(q: Tensor, k: Tensor, slots: int, *rest: Any) -> tuple[Tensor, Tensor]:
     """The Triton kernel, which holds a limited number of nodes; the reference takes any."""
     select = hip_select if slots > triton.MAX_HIP_SLOTS else triton.hip_select
     return select(q, k, slots, *rest)
 
 
-def _on_gpu(q: Tensor, k: Tensor, *rest) -> tuple[Tensor, Tensor]:
+def _on_gpu(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     select = hip_select if triton.reasons(q, k) else _on_triton
     return select(q, k, *rest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,8 @@ class InfiniteHiP(Selector):
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
-        kept = None
-        for stage in range(len(self.chunk)):
+        kept = self.prune(0, None, q, k, is_causal=is_causal, scale=scale)
+        for stage in range(1, len(self.chunk)):
             kept = self.prune(stage, kept, q, k, is_causal=is_causal, scale=scale)
         return self.layout(kept, q, k)
 
@@ -186,7 +187,7 @@ def infinite_hip_stage(
     batch, heads, seqlen_q, _ = q.shape
     seqlen_kv = k.shape[2]
     _check_stage(q, k, counts, indices, parent, chunk, slots, stride_q, block_q, shared)
-    if counts is None:
+    if counts is None or indices is None:
         first = torch.arange(-(-max(0, seqlen_kv - sink - window) // chunk), device=q.device)
         first = first.int().expand(1, 1, 1, -1)
     groups, row_blocks = 1 if shared else heads, -(-seqlen_q // block_q)
@@ -196,11 +197,11 @@ def infinite_hip_stage(
     if out.numel() == 0:
         return out_counts, out
     queries = _means(q, block_q, stride_q)
-    num_candidates = first.shape[-1] if counts is None else indices.shape[-1] * (parent // chunk)
+    num_candidates = first.shape[-1] if indices is None else indices.shape[-1] * (parent // chunk)
     at_once = max(1, _SCORES // max(1, batch * heads * num_candidates)) if score else 1
     for start in range(0, row_blocks, at_once):
         rows = slice(start, min(start + at_once, row_blocks))
-        if counts is None:
+        if counts is None or indices is None:
             chunks = first
         else:
             chunks = _parts(counts[:, :, rows], indices[:, :, rows], parent, chunk, seqlen_kv)
@@ -313,14 +314,14 @@ def _scores(
     return scores
 
 
-def _on_triton(*args) -> Lists:
-    q, k = args[:2]
+def _on_triton(q: Tensor, k: Tensor, *rest: Any) -> Lists:
     if found := triton.reasons(q, k):
         raise ValueError(f"sparse_attn on Triton: {'; '.join(found)}")
-    return infinite_hip_stage(*args, score=triton.infinite_hip_scores)
+    stage: Callable[..., Lists] = infinite_hip_stage
+    return stage(q, k, *rest, score=triton.infinite_hip_scores)
 
 
-def _on_gpu(q: Tensor, k: Tensor, *rest) -> Lists:
+def _on_gpu(q: Tensor, k: Tensor, *rest: Any) -> Lists:
     stage = infinite_hip_stage if triton.reasons(q, k) else _on_triton
     return stage(q, k, *rest)
 

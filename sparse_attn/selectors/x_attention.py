@@ -77,7 +77,8 @@ class XAttention(Selector):
             scores = products(queries[:, :, rows], keys[:, :, : -(-seen // self.stride)])
             scores = scores.float() * (softmax_scale(q, scale) / self.stride)
             if is_causal:
-                ahead = self._ahead(seqlens(q, k), rows.start, *scores.shape[2:], q.device)
+                num_rows, num_keys = scores.shape[2:]
+                ahead = self._ahead(seqlens(q, k), rows.start, num_rows, num_keys, q.device)
                 scores = scores.masked_fill_(ahead, -torch.inf)
             mass = _sum_tiles(scores.softmax(-1).nan_to_num_(0.0), per_block)
             first_key = torch.arange(mass.shape[3], device=q.device) * self.block_size

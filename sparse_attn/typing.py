@@ -1,0 +1,28 @@
+"""The types of arguments, for annotations."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from .layout import BlockLayout
+
+__all__ = ["Backend", "SelectorLike"]
+
+Backend = Literal["auto", "cpu", "triton", "reference"]
+
+
+class SelectorLike(Protocol):
+    """What `sparse_attention` takes for a selector: a `selectors.Selector`, or any function of this
+    signature.
+
+    Example:
+        >>> def window(q, k, *, is_causal, scale):
+        ...     return BlockLayout.sink_window((q.shape[2], k.shape[2]), sink=4, window=64)
+        >>> selector: SelectorLike = window
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, /, *, is_causal: bool, scale: float) -> BlockLayout:
+        """The layout for ``q [B, H, Sq, D]`` and ``k [B, Hkv, Skv, D]``."""
+        ...
