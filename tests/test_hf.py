@@ -691,11 +691,6 @@ def call_layer(mask, seqlen_kv, **kwargs):
         return attention_forward(model.model.layers[0].self_attn, q, k, k, mask, **kwargs)
 
 
-def test_packing_without_a_mask_is_refused():
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q.*position_ids"):
-        call_layer(None, 5, cu_seq_lens_q=torch.tensor([0, 2, 5]))
-
-
 def test_a_mask_that_the_model_changed_is_refused():
     sizes = {"batch_size": 2, "q_length": 5, "kv_length": 5}
     mask = masks.mask_function(**sizes, mask_function=causal_mask_function)
@@ -742,8 +737,5 @@ def test_key_masks_say_what_sdpa_masks_say(window, q_offset, kv_offset, q_length
     assert masks.is_key_mask(encoded) and encoded.shape == (3, 1, 1, kv_length)
     expected = sdpa_mask(**given, allow_is_causal_skip=False)
     actual = masks.to_dense(encoded, q_length, kv_length, window, torch.device("cpu"))
-    columns = torch.arange(q_length) + q_offset
-    valid = torch.nn.functional.pad(mask, (0, 20))[:, columns]
-    assert torch.equal(actual[:, 0][valid], expected[:, 0][valid])
-    assert not actual[:, 0][~valid].any()
+    assert torch.equal(actual, expected)
     assert masks.read(encoded, 3, q_length, kv_length).window == window

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .. import backends
 from ..api import sparse_attention
+from ..layout import BlockLayout
 from ..selectors import Dense, SlidingWindow
 from . import masks
 from .caches import LayerSelectors
+from .packing import PACKING, restrict
 
 # Registered with transformers: for models whose own dense masks are bool, and additive ones.
 NAME = "sparse_attn"
@@ -40,8 +42,6 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-# They tell where packed sequences start, which the mask made from `position_ids` tells too.
-PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
 
 @dataclass(eq=False)
@@ -84,14 +84,28 @@ class _Call:
     dropout: float
     softcap: float
     sinks: Tensor | None
+    eager: bool  # whether the model ran eager attention before
+
+    def part(self, rows: slice, segment: masks.Segment) -> _Call:
+        """The same for some rows of the batch, and the queries and keys of a segment."""
+        queries, keys = segment.queries, segment.keys
+        return replace(
+            self,
+            query=self.query[rows][:, :, queries],
+            key=self.key[rows][:, :, keys],
+            value=self.value[rows][:, :, keys],
+        )
 
     @property
     def layer(self) -> int | None:
         return getattr(self.module, "layer_idx", None)
 
-    def refuse(self, what: str, instead: str) -> None:
+    def refuse(self, what: str, instead: str) -> NoReturn:
         name = type(self.module).__name__
         raise ValueError(f"sparse_attn cannot serve {what} ({name}, layer {self.layer}): {instead}")
+
+    def refuse_argument(self, name: str, why: str) -> NoReturn:
+        self.refuse(f"the argument {name!r}", why)
 
 
 def attention_forward(
@@ -106,12 +120,16 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    *,
+    eager: bool = False,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Serve one attention call of a patched model.
 
     Args are those of transformers' attention interface: query ``[B, H, Sq, D]``, key and value
-    ``[B, Hkv, Skv, D or Dv]``, a mask of `masks.mask_function` or given by the user.
+    ``[B, Hkv, Skv, D or Dv]``, a mask of `masks.mask_function` or given by the user; `eager` is set
+    for models that ran eager attention before, whose rows that see no key are the mean of all
+    values, where torch's attention makes them 0.
 
     Returns:
         ``(out [B, Sq, H, Dv], None)``.
@@ -119,27 +137,34 @@ def attention_forward(
     Raises:
         ValueError: for arguments that would have to be ignored, naming them and the layer.
     """
-    call = _Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux)
+    call = _Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux, eager)
     routers = getattr(module, ROUTERS, ())
     if not routers:
         remedy = "models that share a config object need their own, with copy.deepcopy(config)"
         call.refuse("a layer outside the patched model", remedy)
     router = routers[-1]
-    _check_kwargs(call, kwargs, has_mask=attention_mask is not None)
     _check_mask(call, attention_mask)
     if masks.is_key_mask(attention_mask):  # only causal masks are told that way
         is_causal = True
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    _check_kwargs(call, kwargs, is_causal)
     if not is_causal:
         router.count("not_causal")
         return _explicit(call, attention_mask, window=0, is_causal=False), None
-    visible = masks.read(attention_mask, query.shape[0], query.shape[2], key.shape[2])
+    sizes = (query.shape[0], query.shape[2], key.shape[2])
+    attention_mask = restrict(attention_mask, kwargs, sizes, call.refuse_argument)
+    visible = masks.read(attention_mask, *sizes)
     if visible is None:
         _check_explicit(call, router, own_window=bool(sliding_window))
         router.count("explicit_mask")
         return _explicit(call, attention_mask, window=0, is_causal=True), None
     return _causal(call, router, attention_mask, visible, sliding_window or 0), None
+
+
+def eager_attention_forward(*args, **kwargs) -> tuple[Tensor, None]:
+    """`attention_forward` for models that ran eager attention before."""
+    return attention_forward(*args, eager=True, **kwargs)
 
 
 def _causal(
@@ -163,24 +188,22 @@ def _causal(
     holes_in_window = window and visible.scattered
     if call.dropout or holes_in_window or _torch_is_faster(call, selector, router.backend):
         return _explicit(call, mask, window, is_causal=True)
-    return _by_segments(call, visible, selector, router.backend)
+    return _by_segments(call, visible, selector, window, router.backend)
 
 
 # ----------------------------------------------------------------------------------------- checks
 
 
-def _check_kwargs(call: _Call, kwargs: dict, has_mask: bool) -> None:
+def _check_kwargs(call: _Call, kwargs: dict, is_causal: bool) -> None:
     for name, value in kwargs.items():
         if value is None or value is False or name in HARMLESS:
             continue
         if name == "output_attentions":
             call.refuse("output_attentions=True", "no weights are formed; use 'eager' attention")
         if name not in PACKING:
-            remedy = "it may change the result, and nothing here acts on it"
-            call.refuse(f"the argument {name!r}", remedy)
-        if not has_mask:
-            remedy = "say where sequences start by position_ids that restart at 0"
-            call.refuse(f"the argument {name!r}", remedy)
+            call.refuse_argument(name, "it may change the result, and nothing here acts on it")
+        if not is_causal:
+            call.refuse_argument(name, "only causal attention acts on it")
 
 
 def _check_mask(call: _Call, mask: Tensor | None) -> None:
@@ -212,30 +235,74 @@ def _check_explicit(call: _Call, router: Router, own_window: bool) -> None:
 # ----------------------------------------------------------------------- through the library's op
 
 
-def _by_segments(call: _Call, visible: masks.Visible, selector: Any, backend: str) -> Tensor:
-    """Each segment with its own queries and keys, ``[B, Sq, H, Dv]``; other rows are zero."""
-    query, key, value = call.query, call.key, call.value
-    batch, num_heads, seqlen_q, _ = query.shape
+def _by_segments(
+    call: _Call, visible: masks.Visible, selector: Any, window: int, backend: str
+) -> Tensor:
+    """Each segment with its own queries and keys, ``[B, Sq, H, Dv]``."""
+    batch, num_heads, seqlen_q, _ = call.query.shape
     everything = (slice(0, batch), slice(0, seqlen_q))
-    out = None
+    out, seen = None, torch.zeros(batch, seqlen_q, dtype=torch.bool, device=call.query.device)
     for rows, segments in visible.groups:
         for segment in segments:
-            part = sparse_attention(
-                query[rows][:, :, segment.queries],
-                key[rows][:, :, segment.keys],
-                value[rows][:, :, segment.keys],
-                selector,
-                scale=call.scale,
-                softcap=call.softcap,
-                sinks=call.sinks,
-                backend=backend,
-            ).transpose(1, 2)
+            part = call.part(rows, segment)
+            if not segment.behind:
+                attended = _attend(part, selector, backend)
+            elif window or isinstance(selector, Dense):
+                mask = masks.reached(segment, visible.first, window, seen.device)
+                attended = _explicit(part, mask, window=0, is_causal=False)
+            else:
+                attended = _attend_behind(part, selector, backend)
             if isinstance(segment.queries, slice) and (rows, segment.queries) == everything:
-                return part.contiguous()
+                return attended.contiguous()
             if out is None:
-                out = part.new_zeros(batch, seqlen_q, num_heads, value.shape[-1])
-            out[rows, segment.queries] = part
-    return query.new_zeros(batch, seqlen_q, num_heads, value.shape[-1]) if out is None else out
+                out = attended.new_zeros(batch, seqlen_q, num_heads, call.value.shape[-1])
+            out[rows, segment.queries] = attended
+            seen[rows, segment.queries] = True
+    if out is None:
+        out = call.query.new_zeros(batch, seqlen_q, num_heads, call.value.shape[-1])
+    return _fill_blind(call, out, seen)
+
+
+def _attend(call: _Call, selector: Any, backend: str) -> Tensor:
+    return sparse_attention(
+        call.query,
+        call.key,
+        call.value,
+        selector,
+        scale=call.scale,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        backend=backend,
+    ).transpose(1, 2)
+
+
+def _attend_behind(call: _Call, selector: Any, backend: str) -> Tensor:
+    """Queries that all stand behind the last key: the selector chooses for the last of them.
+
+    To the op they are so many heads of one query.
+    """
+    query = call.query
+    batch, num_heads, rows, head_dim = query.shape
+
+    def choose(_, key: Tensor, **how) -> BlockLayout:
+        return selector(query.detach()[:, :, -1:].to(key.dtype), key, **how)
+
+    folded = replace(
+        call,
+        query=query.reshape(batch, num_heads * rows, 1, head_dim),
+        sinks=None if call.sinks is None else call.sinks.repeat_interleave(rows),
+    )
+    out = _attend(folded, choose, backend)
+    return out.reshape(batch, num_heads, rows, -1).transpose(1, 2)
+
+
+def _fill_blind(call: _Call, out: Tensor, seen: Tensor) -> Tensor:
+    """`out` with what eager attention gives for rows that see no key, where `seen` is False."""
+    if not call.eager or call.sinks is not None:
+        return out
+    groups = call.query.shape[1] // call.key.shape[1]
+    mean = call.value.mean(2).repeat_interleave(groups, dim=1)
+    return torch.where(seen[..., None, None], out, mean[:, None])
 
 
 def _torch_is_faster(call: _Call, selector: Any, backend: str) -> bool:
@@ -257,7 +324,12 @@ def _explicit(call: _Call, mask: Tensor | None, window: int, is_causal: bool) ->
     flag_says_it = seqlen_q == 1 or (seqlen_q == seqlen_kv and plain)
     if masks.is_key_mask(mask) or (mask is None and is_causal and (window or not flag_says_it)):
         mask = masks.to_dense(mask, seqlen_q, seqlen_kv, window, call.query.device)
-    if not plain:
+        return _fill_blind(call, _through_torch(call, mask, is_causal), mask.any(-1)[:, 0])
+    return _through_torch(call, mask, is_causal)
+
+
+def _through_torch(call: _Call, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if call.softcap or call.sinks is not None:
         return _eager(call, mask)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

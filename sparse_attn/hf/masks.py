@@ -8,13 +8,15 @@ All is in the values and nothing in Python attributes, so that it survives ``.co
 ====== ======================================================================================
 bits   mean
 ====== ======================================================================================
-0-30   the sequence of the key, from 1; 0 for padding; `_FUTURE` for keys after the last query
+0-29   the sequence of the key, from 1
+30     set for padding: a key that nobody sees; bits 0-30 all set (`_FUTURE`): after the last query
 31-61  the model's own pattern: 0 for none, `_CHUNK` for chunks, else the width of the window
 62     always set, so that no other int64 tensor is taken for such a mask
 ====== ======================================================================================
 
 The last query stands at the last key that is not `_FUTURE`. A query sees the keys of its own
-sequence up to itself and, with a window, at most ``window - 1`` positions back.
+sequence up to itself and, with a window, at most ``window - 1`` positions back. A query on padding
+sees what a valid one in its place would, except itself: what it saw before the patch.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 _MARK = 1 << 62
 _SHIFT = 31
 _FUTURE = (1 << _SHIFT) - 1
+_PADDING = 1 << 30
 _CHUNK = 1 << 30
 _READ = "_sparse_attn_read"  # on a mask that a layer has read: what it says, for the next layer
 
@@ -80,7 +83,7 @@ def mask_function(
     padding = _padding(attention_mask, kv_offset, kv_length)
     ids = _sequence_ids(rules, batch_size, kv_length, kv_offset, device)
     if padding is not None:
-        ids = torch.where(padding.to(ids.device), ids, 0)
+        ids = torch.where(padding.to(ids.device), ids, ids | _PADDING)
     ids[:, seen:] = _FUTURE
     pattern = _CHUNK if "chunked" in rules else min(rules.get("sliding", 0), _CHUNK - 1)
     return (ids + (_MARK | pattern << _SHIFT))[:, None, None, :].as_subclass(KeyMask)
@@ -164,11 +167,13 @@ def _parts(function: Callable) -> list[tuple[str, object]] | None:
 class Segment:
     """Queries and the keys they see causally, the last query the last key.
 
-    Both are slices, or ascending int64 positions.
+    Both are slices, or ascending int64 positions. Queries `behind` the keys stand on padding after
+    the last of them, and see them all (in a window, those that it reaches).
     """
 
     queries: slice | Tensor
     keys: slice | Tensor
+    behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,8 @@ class Visible:
         window: the model's own window, 0 for none.
         local: whether the pattern is the model's own (a window or chunks).
         exact: whether the segments alone tell what is seen, a window of the layer included.
-        scattered: whether the keys of some segment have holes.
+        scattered: whether the keys that valid queries of some segment see have holes.
+        first: the position among the keys where query 0 stands.
     """
 
     groups: tuple[tuple[slice, tuple[Segment, ...]], ...]
@@ -189,6 +195,7 @@ class Visible:
     local: bool = False
     exact: bool = False
     scattered: bool = False
+    first: int = 0
 
 
 class KeyMask(Tensor):
@@ -240,6 +247,28 @@ def is_key_mask(mask: Tensor | None) -> bool:
     return bool((mask & _MARK != 0).all())  # or the model changed it
 
 
+def plain(batch: int, seqlen: int, device: torch.device) -> KeyMask:
+    """The mask of plain causal attention."""
+    ones = torch.ones(batch, seqlen, dtype=torch.int64, device=device)
+    return (ones | _MARK)[:, None, None, :].as_subclass(KeyMask)
+
+
+def split(mask: Tensor, ids: Tensor, batch: int) -> KeyMask | None:
+    """A mask of `mask_function` whose sequences are split further by `ids` ``[1 or batch, Sq]``.
+
+    None if there are keys before those of the queries.
+    """
+    values = _plain(mask)[:, 0, 0].expand(batch, -1).clone()
+    seqlen_q = ids.shape[1]
+    if int((values[0] & _FUTURE != _FUTURE).sum()) != seqlen_q:
+        return None
+    own = values[:, :seqlen_q] & (_PADDING - 1)
+    ids = (ids - ids.min()).to(own.device)
+    pairs = torch.unique(own * (ids.max() + 1) + ids, return_inverse=True)[1]
+    values[:, :seqlen_q] += pairs + 1 - own
+    return values[:, None, None, :].as_subclass(KeyMask)
+
+
 def _plain(mask: Tensor | None) -> Tensor | None:
     return mask.as_subclass(Tensor) if isinstance(mask, KeyMask) else mask
 
@@ -289,30 +318,43 @@ def _segments(mask: Tensor, batch: int, seqlen_q: int) -> Visible:
     ids = mask[:, 0, 0] & _FUTURE
     ids = ids[:, : int((ids[0] != _FUTURE).sum())].expand(batch, -1)
     pattern = int(mask[0, 0, 0, 0] >> _SHIFT) & (2 * _CHUNK - 1)
+    window = 0 if pattern == _CHUNK else pattern
     first = ids.shape[1] - seqlen_q  # the key of query 0
     groups, scattered = [], False
     for rows, runs in _grouped(ids):
         spans: dict[int, list[tuple[int, int]]] = {}
-        for name, start, stop in runs:
-            if name:
-                spans.setdefault(name, []).append((start, stop))
         segments = []
-        for name, ((start, stop), *others) in spans.items():
-            if others:
-                scattered = True
-                keys = (ids[rows.start] == name).nonzero().flatten()
-                segments.append(Segment(keys[keys >= first] - first, keys))
-            else:
-                queries = slice(max(start - first, 0), max(stop - first, 0))
-                segments.append(Segment(queries, slice(start, stop)))
-        groups.append((rows, tuple(one for one in segments if _holds_queries(one))))
-    window = 0 if pattern == _CHUNK else pattern
-    return Visible(tuple(groups), window, local=pattern != 0, scattered=scattered)
+        for value, start, stop in runs:
+            seen = spans.setdefault(value & ~_PADDING, [])
+            if not value & _PADDING:
+                seen.append((start, stop))
+                continue
+            start = max(start, first)
+            if window and seen:
+                stop = min(stop, seen[-1][1] - 1 + window)
+                seen = [(max(a, start - window + 1), b) for a, b in seen if b > start - window + 1]
+            if seen and stop > start:
+                behind = slice(start - first, stop - first)
+                segments.append(Segment(behind, _positions(seen, 0, ids.device), behind=True))
+        for seen in filter(None, spans.values()):
+            scattered |= len(seen) > 1
+            queries = _positions(seen, first, ids.device)
+            if _length(queries):
+                segments.append(Segment(queries, _positions(seen, 0, ids.device)))
+        groups.append((rows, tuple(segments)))
+    return Visible(tuple(groups), window, pattern != 0, scattered=scattered, first=first)
 
 
-def _holds_queries(segment: Segment) -> bool:
-    queries = segment.queries
-    return queries.stop > queries.start if isinstance(queries, slice) else queries.numel() > 0
+def _positions(spans: list[tuple[int, int]], first: int, device=None) -> slice | Tensor:
+    """The positions in `spans` from `first` on, counted from there."""
+    spans = [(max(a, first) - first, max(b, first) - first) for a, b in spans]
+    if len(spans) == 1:
+        return slice(*spans[0])
+    return torch.cat([torch.arange(a, b, device=device) for a, b in spans])
+
+
+def _length(positions: slice | Tensor) -> int:
+    return positions.stop - positions.start if isinstance(positions, slice) else len(positions)
 
 
 def _row(seen: Tensor, local: bool) -> Visible:
@@ -327,6 +369,17 @@ def _row(seen: Tensor, local: bool) -> Visible:
     return Visible(tuple(groups), local=local, exact=True, scattered=scattered)
 
 
+def reached(segment: Segment, first: int, window: int, device: torch.device) -> Tensor | None:
+    """The bool mask ``[1, 1, Sq, Skv]`` of queries behind their keys; None if they see all."""
+    if not window:
+        return None
+    queries, keys = (
+        torch.arange(x.start, x.stop, device=device) if isinstance(x, slice) else x
+        for x in (segment.queries, segment.keys)
+    )
+    return (keys > queries[:, None] + (first - window))[None, None]
+
+
 def to_dense(
     mask: Tensor | None, seqlen_q: int, seqlen_kv: int, window: int, device: torch.device
 ) -> Tensor:
@@ -336,10 +389,11 @@ def to_dense(
     else:
         ids = _plain(mask)[:, 0, 0] & _FUTURE
     seen = int((ids[0] != _FUTURE).sum())
+    names = ids & ~_PADDING
     keys = torch.arange(seqlen_kv, device=device)
     queries = torch.arange(seen - seqlen_q, seen, device=device)
-    dense = (keys <= queries[:, None]) & (ids > 0)[:, None, :]
-    dense &= ids[:, None, :] == ids[:, queries.clamp(min=0), None]
+    dense = (keys <= queries[:, None]) & (ids & _PADDING == 0)[:, None, :]
+    dense &= names[:, None, :] == names[:, queries.clamp(min=0), None]
     if window:
         dense &= keys > queries[:, None] - window
     return dense[:, None]

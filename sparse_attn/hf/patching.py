@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import backends
-from .forward import EAGER_NAME, NAME, ROUTERS, Router, attention_forward
+from .forward import EAGER_NAME, NAME, ROUTERS, Router, attention_forward, eager_attention_forward
 from .masks import eager_mask_function, mask_function
 
 if TYPE_CHECKING:
@@ -160,9 +160,13 @@ def _transformers():
 
 def _register() -> None:
     transformers = _transformers()
-    for name, masks in ((NAME, mask_function), (EAGER_NAME, eager_mask_function)):
-        transformers.AttentionInterface.register(name, attention_forward)
-        transformers.AttentionMaskInterface.register(name, masks)
+    functions = {
+        NAME: (attention_forward, mask_function),
+        EAGER_NAME: (eager_attention_forward, eager_mask_function),
+    }
+    for name, (attention, mask) in functions.items():
+        transformers.AttentionInterface.register(name, attention)
+        transformers.AttentionMaskInterface.register(name, mask)
 
 
 def _take(module: nn.Module, router: Router) -> None:
