@@ -8,7 +8,7 @@ from .api import (
     sparse_attention_varlen,
 )
 from .backends import Explanation
-from .hf import patch
+from .hf import patch, unpatch
 from .landmark import landmark_attention
 from .layout import BlockLayout
 from .state import merge_states
@@ -29,6 +29,7 @@ __all__ = [
     "selectors",
     "sparse_attention",
     "sparse_attention_varlen",
+    "unpatch",
 ]
 
 del autograd

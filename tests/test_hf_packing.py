@@ -10,7 +10,15 @@ import transformers
 from sparse_attn import patch, selectors
 from sparse_attn.hf.forward import HARMLESS
 
-from .test_hf import SPARSE, assert_close, causal_model, logits, new_model, packed_positions, tokens
+from .hf_models import (
+    SPARSE,
+    assert_close,
+    causal_model,
+    logits,
+    new_model,
+    packed_positions,
+    tokens,
+)
 
 LENGTHS = (4, 9, 6)
 ENDS = torch.tensor([0, 4, 13, 19], dtype=torch.int32)
@@ -155,3 +163,24 @@ def test_bidirectional_attention_is_served_as_before():
     with patch(model, SPARSE) as patched:
         assert_close(logits(model, ids, is_causal=False), expected)
     assert dict(patched.stats) == {"not_causal": 2}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_packed_sequences(name):
+    model, ids = causal_model(name), tokens(batch=1)
+    positions = packed_positions(4, 9, 6)
+    inputs = {"position_ids": positions, "use_cache": False}
+    expected = logits(model, ids, **inputs)
+    assert not torch.allclose(expected, logits(model, ids, use_cache=False), atol=1e-3)
+    starts = torch.tensor([0, 4, 13, 19], dtype=torch.int32)
+    with patch(model, selectors.Dense()):
+        assert_close(logits(model, ids, **inputs), expected)
+        assert_close(logits(model, ids, **inputs, cu_seq_lens_q=starts), expected)
+
+
+def test_sparse_packed_sequences():
+    model, ids = causal_model("llama"), tokens(batch=1)
+    with patch(model, SPARSE):
+        packed = logits(model, ids, position_ids=packed_positions(4, 9, 6), use_cache=False)
+        alone = [logits(model, part, use_cache=False) for part in ids.split([4, 9, 6], dim=1)]
+    assert_close(packed, torch.cat(alone, dim=1))

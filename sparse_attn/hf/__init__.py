@@ -1,5 +1,5 @@
 """Sparse attention for transformers models, through the library's own attention interface."""
 
-from .patching import Patch, patch
+from .patching import Patch, patch, unpatch
 
-__all__ = ["Patch", "patch"]
+__all__ = ["Patch", "patch", "unpatch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from ..selectors import Dense, SlidingWindow
 from . import masks
 from .caches import LayerSelectors
 from .packing import PACKING, restrict
+from .versions import transformers
 
 # Registered with transformers: for models whose own dense masks are bool, and additive ones.
 NAME = "sparse_attn"
@@ -48,15 +50,27 @@ HARMLESS = frozenset(
 class Router:
     """Which selector each layer of one patch uses, and how many calls went where.
 
-    `before` holds, by ``id(config)``, the implementation that the config had without any patch.
+    `before` holds the configs that the patch changed, each with the implementation that it had
+    without any patch. A copy of a patched model holds a copy of the router, whose `before` names
+    the copied configs, but no `Patch` that could remove it: it is `orphaned`.
     """
 
     selector: Any
     exclude_layers: frozenset[int] = frozenset()
     backend: str = "auto"
     stats: Counter = field(default_factory=Counter)
-    before: dict[int, str | None] = field(default_factory=dict)
+    before: list[tuple[Any, str | None]] = field(default_factory=list)
+    orphaned: bool = False
     layers: LayerSelectors = field(default_factory=LayerSelectors)
+
+    def __post_init__(self) -> None:
+        _routers.add(self)
+
+    def __setstate__(self, state: dict) -> None:
+        """Copies and unpickled routers: the process may not know the names yet."""
+        self.__dict__.update(state, orphaned=True)
+        _routers.add(self)
+        register()
 
     def selector_for(self, layer: int | None) -> Any:
         """The selector of a full-attention layer: `Dense()` if excluded or not in the dict."""
@@ -70,6 +84,26 @@ class Router:
         """Add a call to `stats`, except in compiled code: it would recompile at every call."""
         if not torch.compiler.is_compiling():
             self.stats[path] += 1
+
+
+_routers: weakref.WeakSet[Router] = weakref.WeakSet()
+
+
+def patched_elsewhere(config: Any) -> bool:
+    """Whether some patched model uses this config object."""
+    return any(config is one for router in _routers for one, _ in router.before)
+
+
+def register() -> None:
+    """Make the names known to transformers."""
+    package = transformers()
+    functions = {
+        NAME: (attention_forward, masks.mask_function),
+        EAGER_NAME: (eager_attention_forward, masks.eager_mask_function),
+    }
+    for name, (attention, mask) in functions.items():
+        package.AttentionInterface.register(name, attention)
+        package.AttentionMaskInterface.register(name, mask)
 
 
 @dataclass(frozen=True)
@@ -140,7 +174,11 @@ def attention_forward(
     call = _Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux, eager)
     routers = getattr(module, ROUTERS, ())
     if not routers:
-        remedy = "models that share a config object need their own, with copy.deepcopy(config)"
+        remedy = (
+            "the config of this model names sparse_attn, because a patched model has the same "
+            "config object or because it was copied from one; patch this model too, with a config "
+            "of its own, or call its set_attn_implementation('sdpa')"
+        )
         call.refuse("a layer outside the patched model", remedy)
     router = routers[-1]
     _check_mask(call, attention_mask)

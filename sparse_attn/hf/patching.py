@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from .. import backends
-from .forward import EAGER_NAME, NAME, ROUTERS, Router, attention_forward, eager_attention_forward
-from .masks import eager_mask_function, mask_function
+from . import checks
+from .forward import EAGER_NAME, NAME, ROUTERS, Router, patched_elsewhere, register
+from .versions import transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -74,14 +75,17 @@ class Patch:
         backend: str = "auto",
     ) -> None:
         self._model = _pretrained_root(model)
-        excluded = frozenset(exclude_layers)
-        _check_selector(selector)
-        _check_layers(self._model, excluded.union(selector if isinstance(selector, dict) else ()))
+        selector = checks.checked_selector(selector)
+        excluded = checks.checked_layers("exclude_layers", exclude_layers)
+        checks.check_layers_exist(self._model, "exclude_layers", excluded)
+        if isinstance(selector, dict):
+            checks.check_layers_exist(self._model, "selector", selector)
         backends.choose(backend, *torch.empty(2, 1, 1, 1, 1))  # refuses names that do not exist
-        self._router = Router(selector, excluded, backend)
-        self._before: list[tuple[PreTrainedConfig, str | None]] = []
+        checks.check_served(self._model)
+        self._router = Router(selector, frozenset(excluded), backend)
         self._entered = 0
         self._apply()
+        checks.warn_if_nothing_is_causal(self._model)
 
     @property
     def stats(self) -> Counter:
@@ -95,17 +99,15 @@ class Patch:
     @property
     def active(self) -> bool:
         """Whether the patch is on the model, even if a later one covers it."""
-        return bool(self._before)
+        return bool(self._router.before)
 
     def remove(self) -> None:
         """Give the model back the implementation it had before; does nothing if that was done."""
-        for module in self._model.modules():
-            _take(module, self._router)
-        self._router.layers.clear()
-        for config, before in self._before:
-            if not any(getattr(owner, ROUTERS, ()) for owner in _owners(self._model, config)):
-                config._attn_implementation = {"": before}  # as a dict it spares the sub-configs
-        self._before = []
+        _remove(self._model, self._router)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._router.orphaned = False
 
     def __enter__(self) -> Patch:
         if not self.active:
@@ -130,43 +132,68 @@ class Patch:
         return f"Patch({model}, {self._router.selector!r}, {calls} calls{state})"
 
     def _apply(self) -> None:
-        _register()
-        self._before = _implementations(self._model)
-        self._router.before = {id(config): before for config, before in self._before}
+        register()
+        for router in _routers_of(self._model):
+            if router.orphaned:
+                _remove(self._model, router)
+        self._router.before = _implementations(self._model)
         chosen = self._router.selector
         self._router.layers.expect(*(chosen.values() if isinstance(chosen, dict) else (chosen,)))
         reached = False
         try:
             for module in self._model.modules():
                 setattr(module, ROUTERS, (*getattr(module, ROUTERS, ()), self._router))
-            before = self._router.before[id(self._model.config)]
+            before = _lookup(self._router, self._model.config)
             self._model.set_attn_implementation(EAGER_NAME if before == "eager" else NAME)
-            _check_reached(self._model)
+            checks.check_reached(self._model)
             reached = True
         finally:
             if not reached:
                 self.remove()
 
 
-def _transformers():
-    try:
-        import transformers
-        from transformers import AttentionMaskInterface  # noqa: F401  (new in transformers 5)
-    except ImportError as error:
-        message = "sparse_attn.patch needs transformers 5 or later: pip install sparse-attn[hf]"
-        raise ImportError(message) from error
-    return transformers
+def unpatch(model: nn.Module) -> None:
+    """Take every patch off a model, copied ones included; does nothing if there is none.
+
+    Args:
+        model: what was given to `patch`, or a copy of it: from `copy.deepcopy`, `pickle` or
+            `torch.load`, none of which hands out the `Patch` to `remove`.
+
+    Raises:
+        TypeError: if `model` holds no transformers model.
+
+    Example:
+        >>> import copy
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from sparse_attn import patch, selectors, unpatch
+        >>> sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=50)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> with patch(model, selectors.SinkWindow(sink=4, window=64)):
+        ...     copied = copy.deepcopy(model)
+        >>> unpatch(copied)
+        >>> copied.config._attn_implementation
+        'sdpa'
+    """
+    root = _pretrained_root(model)
+    for router in _routers_of(root):
+        _remove(root, router)
 
 
-def _register() -> None:
-    transformers = _transformers()
-    functions = {
-        NAME: (attention_forward, mask_function),
-        EAGER_NAME: (eager_attention_forward, eager_mask_function),
-    }
-    for name, (attention, mask) in functions.items():
-        transformers.AttentionInterface.register(name, attention)
-        transformers.AttentionMaskInterface.register(name, mask)
+def _routers_of(model: nn.Module) -> list[Router]:
+    """Every router on the modules of `model`, once."""
+    found = {id(r): r for module in model.modules() for r in getattr(module, ROUTERS, ())}
+    return list(found.values())
+
+
+def _remove(model: PreTrainedModel, router: Router) -> None:
+    """Take a router off, and give back the implementations where it was the last."""
+    for module in model.modules():
+        _take(module, router)
+    router.layers.clear()
+    for config, before in router.before:
+        if not any(getattr(owner, ROUTERS, ()) for owner in _owners(model, config)):
+            config._attn_implementation = {"": before}  # as a dict it spares the sub-configs
+    router.before = []
 
 
 def _take(module: nn.Module, router: Router) -> None:
@@ -182,7 +209,7 @@ def _take(module: nn.Module, router: Router) -> None:
 
 
 def _pretrained_root(model: nn.Module) -> PreTrainedModel:
-    kind = _transformers().PreTrainedModel
+    kind = transformers().PreTrainedModel
     modules = model.modules() if isinstance(model, nn.Module) else ()
     root = next((module for module in modules if isinstance(module, kind)), None)
     if root is None:
@@ -215,40 +242,19 @@ def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str
         before = config._attn_implementation
         if before in (NAME, EAGER_NAME):
             routers = [r for owner in _owners(model, config) for r in getattr(owner, ROUTERS, ())]
-            before = next((r.before[id(config)] for r in routers if id(config) in r.before), before)
-        if before in (NAME, EAGER_NAME):
-            raise ValueError(
-                f"the config of this {type(model).__name__} is shared with another model that is "
-                "patched; give each model its own, with copy.deepcopy(config)"
-            )
+            routers = [r for r in routers if any(config is one for one, _ in r.before)]
+            if routers:
+                before = _lookup(routers[0], config)
+            elif patched_elsewhere(config):
+                raise ValueError(
+                    f"the config of this {type(model).__name__} is shared with another model that "
+                    "is patched; give each model its own, with copy.deepcopy(config)"
+                )
+            else:  # copied from that of a patched model
+                before = "eager" if before == EAGER_NAME else "sdpa"
         found.append((config, before))
     return found
 
 
-# ----------------------------------------------------------------------------------------- checks
-
-
-def _check_reached(model: PreTrainedModel) -> None:
-    """Whether the text model now asks the attention interface for us."""
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in (NAME, EAGER_NAME):
-        raise ValueError(
-            f"{type(model).__name__} ({config.model_type}) does not use the attention interface of "
-            "transformers, so its attention cannot be replaced"
-        )
-
-
-def _check_selector(selector: Any) -> None:
-    for one in selector.values() if isinstance(selector, dict) else (selector,):
-        if not callable(one) or isinstance(one, type):
-            raise TypeError(
-                "selector must be a selector such as selectors.Dense(), or a dict of them, "
-                f"got {one!r}"
-            )
-
-
-def _check_layers(model: PreTrainedModel, layers: frozenset) -> None:
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for layer in layers:
-        if not isinstance(layer, int) or layer < 0 or (count is not None and layer >= count):
-            raise ValueError(f"there is no layer {layer!r} in a model of {count} layers")
+def _lookup(router: Router, config: PreTrainedConfig) -> str | None:
+    return next(before for one, before in router.before if one is config)
