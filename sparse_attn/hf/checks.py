@@ -114,7 +114,9 @@ def check_reached(model: PreTrainedModel) -> None:
 def warn_if_nothing_is_causal(model: PreTrainedModel) -> None:
     """Warns of encoders, whose attention a selector does not change."""
     config = model.config
-    flags = {m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)}
+    flags = {
+        m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)
+    }
     says_decoder = getattr(config, "is_decoder", False) or getattr(config, "is_causal", False)
     if getattr(config, "is_causal", True) and (flags != {False} or says_decoder):
         return
