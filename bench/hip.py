@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_attn import quality, selectors, sparse_attention
-from sparse_attn.selectors import BlockTopK, HiP, InfiniteHiP, MaskCache, SinkWindow
+from sparse_attn.selectors import BlockTopK, HiP, InfiniteHiP, KeyBuffer, MaskCache, SinkWindow
 
 from . import smollm2, texts
 from .measure import Subject, attending, measure
@@ -82,11 +82,15 @@ def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
     """A decoding step of 32 heads on 8 KV heads, mean over the steps that share a selection."""
     q, k, v = normal(32, 1), normal(8, seqlen), normal(8, seqlen)
     selector = MaskCache(hip, refresh=refresh)
-    lengths = range(seqlen - refresh + 1, seqlen + 1)
+    keys, values = KeyBuffer(k), KeyBuffer(v)
 
     def ours():
-        for n in lengths:
-            sparse_attention(q, k[:, :, :n], v[:, :, :n], selector)
+        for buffer in (keys, values):
+            buffer.crop(seqlen - refresh)
+        for n in range(seqlen - refresh, seqlen):
+            keys.append(k[:, :, n : n + 1])
+            values.append(v[:, :, n : n + 1])
+            sparse_attention(q, keys.keys, values.keys, selector)
 
     calls = {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), "ours": ours}
     times = paired_times(calls, 2.0)
@@ -105,9 +109,7 @@ def decoding(hip: HiP, seqlen: int, refresh: int) -> list[str]:
 def decode_milliseconds(model, ids: torch.Tensor, cache, selector, steps: int = 32) -> float:
     """Of a step, with selections of HiP that last for 8."""
     if isinstance(selector, HiP):
-        hip = replace(selector, margin=7)
-        layers = range(model.config.num_hidden_layers)
-        selector = {layer: MaskCache(hip, refresh=8) for layer in layers}
+        selector = MaskCache(replace(selector, margin=7), refresh=8)
     with attending(model, Subject("", selector)):
         begin = perf_counter()
         for step in range(steps):

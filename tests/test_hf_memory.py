@@ -27,7 +27,7 @@ from sparse_attn.selectors.lineage import Memory
 
 from .remembering import HIP, Compared, Proof
 
-LAYERS, ROOM = 2, 48
+LAYERS, ROOM = 2, 128
 MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 CONFIG = LlamaConfig(
     num_hidden_layers=LAYERS,
@@ -60,7 +60,7 @@ class Generations(RuleBasedStateMachine):
         self.compared = Compared()
         self.patched = patch(MODEL, self.compared)
         self.mode, self.batch = torch.no_grad, 1
-        self.prompt("dynamic", 7, 1)
+        self.prompt("dynamic", 70, 1)
 
     def teardown(self):
         self.patched.remove()
@@ -76,7 +76,7 @@ class Generations(RuleBasedStateMachine):
         assert next(self.compared.calls) == calls + LAYERS + 1
         self.length += count
 
-    @rule(kind=st.sampled_from(sorted(CACHES)), length=st.integers(1, 15), batch=st.integers(1, 2))
+    @rule(kind=st.sampled_from(sorted(CACHES)), length=st.integers(1, 90), batch=st.integers(1, 2))
     def prompt(self, kind, length, batch):
         Proof.lost()
         self.kind, self.batch, self.length = kind, batch, 0
@@ -149,12 +149,12 @@ class Generations(RuleBasedStateMachine):
     @rule(mode=st.sampled_from(MODES))
     def other_mode(self, mode):
         self.mode = mode
-        self.prompt(self.kind, 5, self.batch)
+        self.prompt(self.kind, 70, self.batch)
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def other_dtype(self, dtype):
         MODEL.to(dtype)
-        self.prompt(self.kind, 5, self.batch)
+        self.prompt(self.kind, 70, self.batch)
 
     @rule()
     def patch_again(self):
@@ -165,7 +165,7 @@ class Generations(RuleBasedStateMachine):
 
 
 TestGenerations = Generations.TestCase
-TestGenerations.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestGenerations.settings = settings(max_examples=15, stateful_step_count=10, deadline=None)
 
 
 @pytest.fixture
