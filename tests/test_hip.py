@@ -406,7 +406,7 @@ def test_mask_caches_in_a_model():
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 99, (2, 120))
     hip = HiP(k=400, block_k=2, sink=4, window=16, margin=7)
-    caches = {layer: MaskCache(hip, refresh=8) for layer in (1, 2)}
+    caches = dict.fromkeys((1, 2), MaskCache(hip, refresh=8))
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     with patch(model, caches) as patched:
         sparse = model.generate(ids, **options)
