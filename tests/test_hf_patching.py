@@ -1,13 +1,18 @@
 """Putting `patch` on and taking it off: nesting, copies, other processes."""
 
 import copy
+import gc
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from sparse_attn import patch, selectors
+from sparse_attn import patch, selectors, unpatch
 from sparse_attn.hf import Patch
 
 from .hf_models import (
@@ -93,13 +98,115 @@ def test_models_that_share_a_config_are_refused():
     assert logits(two, ids).shape == (2, 19, VOCAB)
 
 
-def test_a_copy_of_a_patched_model_is_patched_too():
+def copies_of(model, folder):
+    """Copies of a model, by the ways there are."""
+    torch.save(model, folder / "model.pt")
+    return {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "torch.load": torch.load(folder / "model.pt", weights_only=False),
+    }
+
+
+def test_copies_of_a_patched_model_are_patched_too(tmp_path):
     model, ids = new_model(), tokens()
-    with patch(model, SPARSE) as patched:
+    dense = logits(model, ids)
+    with patch(model, SPARSE, exclude_layers=[0]) as patched:
         expected = logits(model, ids)
-        copied = copy.deepcopy(model)
-    assert torch.equal(logits(copied, ids), expected)
-    assert patched.stats["sparse"] == 2
+        copies = copies_of(model, tmp_path)
+    for copied in copies.values():
+        assert torch.equal(logits(copied, ids), expected)
+        assert copied.config._attn_implementation == "sparse_attn"
+    assert dict(patched.stats) == {"sparse": 1, "dense": 1}
+    assert_close(logits(model, ids), dense)
+
+
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+def test_copies_can_be_patched_and_freed(before, tmp_path):
+    model, ids = new_model(), tokens()
+    model.set_attn_implementation(before)
+    dense = logits(model, ids)
+    patched = patch(model, SPARSE)
+    for copied in copies_of(model, tmp_path).values():
+        with patch(copied, selectors.Dense()) as again:  # replaces the patch that was copied
+            assert_close(logits(copied, ids), dense)
+        assert dict(again.stats) == {"dense": 2}
+        assert copied.config._attn_implementation == before
+        assert torch.equal(logits(copied, ids), dense)
+    for copied in copies_of(model, tmp_path).values():
+        unpatch(copied)
+        assert copied.config._attn_implementation == before
+        assert torch.equal(logits(copied, ids), dense)
+    assert patched.active and not torch.allclose(logits(model, ids), dense, atol=1e-3)
+
+
+def test_a_patch_copied_with_its_model_still_removes_itself():
+    model, ids = new_model(), tokens()
+    dense = logits(model, ids)
+    copied, handle = copy.deepcopy((model, patch(model, SPARSE)))
+    assert handle.active
+    with patch(copied, selectors.Dense()):  # nests: the copied handle could remove its own
+        assert_close(logits(copied, ids), dense)
+    assert not torch.allclose(logits(copied, ids), dense, atol=1e-3)
+    assert handle.stats["sparse"] == 2
+    handle.remove()
+    assert torch.equal(logits(copied, ids), dense)
+    assert model.config._attn_implementation == "sparse_attn"
+
+
+def test_a_patched_model_runs_in_another_process(tmp_path):
+    model, ids = new_model(), tokens()
+    with patch(model, SPARSE):
+        torch.save((model, ids), tmp_path / "model.pt")
+        expected = logits(model, ids)
+    code = f"""
+import torch
+model, ids = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_a_model_made_from_the_config_of_a_patched_one():
+    model, ids = new_model(), tokens()
+    patched = patch(model, SPARSE)
+    other = type(model)(copy.deepcopy(model.config))
+    with pytest.raises(ValueError, match=r"copied from one.*set_attn_implementation\('sdpa'\)"):
+        logits(other, ids)
+    with patch(other, selectors.Dense()):
+        logits(other, ids)
+    assert other.config._attn_implementation == "sdpa"
+    assert patched.active
+    patched.remove()
+
+
+def test_unpatch_takes_off_every_patch():
+    model, ids = new_model(), tokens()
+    dense = logits(model, ids)
+    outer, inner = patch(model, SPARSE), patch(model, SPARSE)
+    unpatch(model)
+    assert not outer.active and not inner.active
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, ids), dense)
+    unpatch(model)
+    inner.remove()
+    with outer:  # can be entered again
+        assert model.config._attn_implementation == "sparse_attn"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_config_outlives_its_patched_model():
+    model, ids = new_model(), tokens()
+    config = model.config
+    patch(model, SPARSE)
+    del model
+    gc.collect()
+    other = LlamaForCausalLM(config)
+    with patch(other, SPARSE):
+        logits(other, ids)
+    assert config._attn_implementation == "sdpa"
 
 
 def test_wrapped_models_are_found(tmp_path):

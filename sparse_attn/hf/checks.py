@@ -73,7 +73,7 @@ def check_layers_exist(model: PreTrainedModel, name: str, layers: Iterable[int])
 def check_served(model: PreTrainedModel) -> None:
     """Refuses models all of whose calls would be refused, by what their modules say."""
     for module in model.modules():
-        given = _call_keywords(type(module))
+        given = attention_keywords(type(module))
         reason = None
         kind = getattr(module, "position_embeddings_type", "relative") or ""
         if "position_bias" in given and kind.startswith("relative"):
@@ -90,7 +90,7 @@ def check_served(model: PreTrainedModel) -> None:
             )
 
 
-def _call_keywords(kind: type[nn.Module]) -> set[str]:
+def attention_keywords(kind: type[nn.Module]) -> set[str]:
     """The strings in a `forward` that calls the attention interface: keywords of its calls, too."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names: set[str] = set()
@@ -123,5 +123,5 @@ def warn_if_nothing_is_causal(model: PreTrainedModel) -> None:
     warnings.warn(
         f"no attention layer of this {type(model).__name__} says that it is causal; attention that "
         "is not causal stays dense, whatever the selector (see `stats`)",
-        stacklevel=5,
+        stacklevel=4,
     )
