@@ -1,6 +1,8 @@
 """Sparse long-context attention: one op, one mask type, many ways to choose the mask."""
 
-from . import autograd, landmark, quality, retrieval, selectors
+from typing import TYPE_CHECKING
+
+from . import autograd, landmark, names, quality, retrieval, selectors
 from .api import (
     explain,
     scaled_dot_product_attention,
@@ -37,3 +39,9 @@ del autograd
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if not TYPE_CHECKING:  # to type checkers every name would exist
+    __getattr__ = names.missing(
+        __name__, __all__, lambda: {x: f"sparse_attn.selectors.{x}" for x in selectors.__all__}
+    )

@@ -460,6 +460,10 @@ def _sdpa_refusals(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> list
         validation.check_qkv(q, k, v)
     except (TypeError, ValueError) as error:
         return [*reasons, str(error)]
+    is_causal, enable_gqa = (
+        checks.as_bool(name, x)
+        for name, x in (("is_causal", is_causal), ("enable_gqa", enable_gqa))
+    )
     if not enable_gqa and q.shape[1] != k.shape[1]:
         reasons.append(f"enable_gqa must be True for {q.shape[1]} query and {k.shape[1]} key heads")
     if is_causal and q.shape[2] > k.shape[2]:

@@ -171,6 +171,7 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
+        device = torch.device(device)
         moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
         return replace(self, **moved)
 

@@ -9,7 +9,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .checks import as_int, as_pair
+from .checks import INT32_MAX, as_bool, as_int, as_pair
 from .layout import BlockLayout
 
 
@@ -150,10 +150,11 @@ def refine(layout: BlockLayout, block_size: tuple[int, int]) -> BlockLayout:
         return layout
     rows, parts = old[0] // new[0], old[1] // new[1]
     counts, indices = layout.kv_num_blocks, layout.kv_indices
-    fields = {"block_size": new, "column_group": layout.column_group * rows}
+    fields = {"block_size": new, "column_group": min(layout.column_group * rows, INT32_MAX)}
     if counts is not None:
         num_q_blocks = -(-layout.seqlen_q // new[0])
         num_kv_blocks = -(-layout.seqlen_kv // new[1])
+        rows, parts = min(rows, max(1, num_q_blocks)), min(parts, max(1, num_kv_blocks))
         indices = (
             indices[..., None] * parts + torch.arange(parts, device=layout.device).int()
         ).flatten(-2)
@@ -170,8 +171,8 @@ def _regroup(layout: BlockLayout, column_group: int) -> BlockLayout:
     """Share column lists among fewer query blocks; `column_group` must divide the present one."""
     if layout.num_columns is None:
         return replace(layout, column_group=column_group)
-    times = layout.column_group // column_group
     num_groups = -(-layout.num_q_blocks // column_group)
+    times = min(layout.column_group // column_group, max(1, num_groups))
     return replace(
         layout,
         column_group=column_group,
@@ -301,7 +302,7 @@ def transpose(layout: BlockLayout) -> tuple[Tensor, Tensor]:
 
 
 def density(layout: BlockLayout, *, is_causal: bool) -> float:
-    num_heads = layout.num_heads
+    num_heads, is_causal = layout.num_heads, as_bool("is_causal", is_causal)
     kept, total = _count_static(layout, is_causal, num_heads)
     widths = [x.shape[-1] for x in (layout.kv_indices, layout.column_indices) if x is not None]
     if widths:

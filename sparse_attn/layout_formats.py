@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import as_int, as_pair
+from .checks import as_bool, as_int, as_pair
 from .layout import BlockLayout
-from .layout_algebra import ascending, common_heads, compact, listed, spread_heads
+from .layout_algebra import ascending, common_heads, compact, listed, spread_heads, take
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -104,6 +104,7 @@ def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> Bl
         raise TypeError(
             f"block_mask must be FlexAttention's BlockMask, got {type(block_mask).__name__}"
         )
+    drop_mask_mod = as_bool("drop_mask_mod", drop_mask_mod)
     partial = block_mask.kv_num_blocks
     has_program = block_mask.mask_mod not in (None, noop_mask)
     if has_program and not drop_mask_mod and bool((partial > 0).any()):
@@ -134,7 +135,7 @@ def _table(counts: Tensor, indices: Tensor, size: int) -> Tensor:
 def visible(
     layout: BlockLayout, start: int, stop: int, *, is_causal: bool, num_heads: int | None
 ) -> Tensor:
-    num_heads = common_heads(layout, num_heads)
+    num_heads, is_causal = common_heads(layout, num_heads), as_bool("is_causal", is_causal)
     start = as_int("start", start, 0, layout.seqlen_q)
     stop = as_int("stop", stop, start, layout.seqlen_q)
     device = layout.device
@@ -175,8 +176,8 @@ def to_topk(layout: BlockLayout) -> Tensor:
 
 def to_csr(layout: BlockLayout, batch: int, head: int) -> Tensor:
     _require_blocks(layout)
-    batch, head = as_int("batch", batch), as_int("head", head)
-    counts, indices = layout.kv_num_blocks[batch, head], layout.kv_indices[batch, head]
+    one = take(layout, as_int("batch", batch), as_int("head", head))
+    counts, indices = one.kv_num_blocks[0, 0], one.kv_indices[0, 0]
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     cols = indices[listed(counts, indices)].long()
     values = torch.ones(len(cols), device=cols.device)
@@ -193,7 +194,7 @@ def _require_blocks(layout: BlockLayout) -> None:
 def to_block_mask(layout: BlockLayout, *, is_causal: bool, num_heads: int | None) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
-    num_heads = common_heads(layout, num_heads)
+    num_heads, is_causal = common_heads(layout, num_heads), as_bool("is_causal", is_causal)
     block_q, block_kv = layout.block_size
     seen = [
         _blocks_seen(layout, m, is_causal=is_causal, num_heads=num_heads)

@@ -37,6 +37,10 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not states:
         raise ValueError("merge_states needs at least one (out, lse) pair")
+    for i, state in enumerate(states):
+        pair = isinstance(state, tuple | list) and len(state) == 2
+        if not pair or not all(isinstance(x, Tensor) for x in state):
+            raise TypeError(f"states[{i}] must be a pair of tensors (out, lse), got {state!r:.100}")
     out, lse = states[0]
     for other, other_lse in states:
         if other.shape != out.shape or other_lse.shape != lse.shape or lse.shape != out.shape[:-1]:

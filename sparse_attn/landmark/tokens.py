@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import as_int
+
 
 def is_landmark(seqlen: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Which positions hold a landmark: the last one of every whole block; bool ``[seqlen]``."""
-    _check_block_size(block_size)
+    seqlen, block_size = as_int("seqlen", seqlen, 0), as_int("block_size", block_size, 2)
     return torch.arange(seqlen, device=device) % block_size == block_size - 1
 
 
-def _check_block_size(block_size: int) -> None:
-    if block_size < 2:
-        raise ValueError(f"block_size must be at least 2, got {block_size}")
+def _check_ids(ids: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() == 0:
+        raise ValueError(f"ids must be ints [..., tokens], got {ids.dtype} {list(ids.shape)}")
 
 
 def insert_landmarks(ids: Tensor, landmark: int, *, block_size: int) -> Tensor:
@@ -37,7 +41,8 @@ def insert_landmarks(ids: Tensor, landmark: int, *, block_size: int) -> Tensor:
         >>> insert_landmarks(torch.arange(5), 99, block_size=3)
         tensor([ 0,  1, 99,  2,  3, 99,  4])
     """
-    _check_block_size(block_size)
+    _check_ids(ids)
+    landmark, block_size = as_int("landmark", landmark), as_int("block_size", block_size, 2)
     every = block_size - 1
     whole = ids.shape[-1] // every * every
     blocks = ids[..., :whole].unflatten(-1, (-1, every))
@@ -63,6 +68,8 @@ def landmark_labels(ids: Tensor, *, block_size: int, ignore_index: int = -100) -
         >>> landmark_labels(torch.tensor([0, 1, 99, 2, 3, 99, 4]), block_size=3)
         tensor([   1,    2, -100,    3,    4, -100, -100])
     """
+    _check_ids(ids)
+    ignore_index = as_int("ignore_index", ignore_index)
     marks = is_landmark(ids.shape[-1], block_size, ids.device)
     labels = torch.full_like(ids, ignore_index)
     text = ids[..., ~marks]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .heads import greatest, shared_by_groups
+from ..checks import as_number
+from .heads import check_heads, greatest, shared_by_groups
 
 
 def load_gates(path: str | Path) -> Tensor:
@@ -50,7 +51,7 @@ def full_heads(gates: Tensor, *, sparsity: float, num_heads: int) -> Tensor:
         tensor([[ True, False],
                 [False,  True]])
     """
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    check_heads("gates", gates)
+    sparsity = as_number("sparsity", sparsity, 0, 1)
     count = gates.numel() - math.ceil((gates.numel() - 1) * sparsity) if sparsity < 1 else 0
     return shared_by_groups(greatest(gates, count), num_heads)

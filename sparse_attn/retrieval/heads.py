@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import as_int, as_number, check_selector
 from ..selectors import Dense, PerHead, Selector, SinkWindow
 
 
@@ -27,9 +28,19 @@ def top_heads(scores: Tensor, share: float) -> Tensor:
         tensor([[False,  True],
                 [ True, False]])
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie in [0, 1], got {share}")
+    check_heads("scores", scores)
+    share = as_number("share", share, 0, 1)
     return greatest(scores, round(share * scores.numel()))
+
+
+def check_heads(name: str, value: Tensor) -> None:
+    """Raises a TypeError or a ValueError unless `value` says something of heads: ``[layers,
+    heads]``.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor [layers, heads], got {type(value).__name__}")
+    if value.dim() != 2 or 0 in value.shape:
+        raise ValueError(f"{name} must be [layers, heads], got {list(value.shape)}")
 
 
 def greatest(scores: Tensor, count: int) -> Tensor:
@@ -53,6 +64,8 @@ def shared_by_groups(heads: Tensor, num_heads: int) -> Tensor:
     Raises:
         ValueError: if n does not divide `num_heads`.
     """
+    check_heads("heads", heads)
+    num_heads = as_int("num_heads", num_heads, 1)
     if num_heads % heads.shape[1]:
         raise ValueError(f"{heads.shape[1]} KV heads do not divide {num_heads} query heads")
     return heads.repeat_interleave(num_heads // heads.shape[1], 1)
@@ -77,8 +90,12 @@ def head_selectors(
         >>> head_selectors(torch.tensor([[True, True], [False, True]]))
         {0: Dense(), 1: PerHead(selectors={(1,): Dense()}, default=SinkWindow(sink=64, window=256))}
     """
-    if full.dim() != 2 or full.dtype != torch.bool:
-        raise ValueError(f"full must be bool [layers, heads], got {full.dtype} {list(full.shape)}")
+    check_heads("full", full)
+    if full.dtype != torch.bool:
+        raise ValueError(f"full must be bool [layers, heads], got {full.dtype}")
+    for name, selector in (("retrieval", retrieval), ("streaming", streaming)):
+        if selector is not None:
+            check_selector(name, selector)
     retrieval = Dense() if retrieval is None else retrieval
     streaming = SinkWindow(sink=64, window=256) if streaming is None else streaming
     selectors = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import as_int, as_number
 from ..selectors.probes import products
 from .observing import num_heads, num_layers, observed
 
@@ -54,8 +55,7 @@ def needle_prompt(
     Raises:
         ValueError: if depth is out of range, or the haystack too short or the rest too long.
     """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth must lie in [0, 1], got {depth}")
+    depth, tokens = as_number("depth", depth, 0, 1), as_int("tokens", tokens, 1)
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -107,6 +107,7 @@ def needle_scores(
         >>> # full = top_heads(needle_scores(model, prompts), share=0.05)
         >>> # with patch(model, head_selectors(full)): model.generate(...)
     """
+    max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
     scores = torch.zeros(num_layers(model), num_heads(model), dtype=torch.float64)
     written = 0
     for prompt in prompts:

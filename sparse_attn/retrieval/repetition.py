@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..api import sparse_attention
+from ..checks import as_int, as_number
 from ..layout import BlockLayout
 from ..selectors.probes import softmax_scale
-from .heads import shared_by_groups, top_heads
+from .heads import check_heads, shared_by_groups, top_heads
 from .observing import num_heads, num_layers, observed
 
 
@@ -56,8 +57,8 @@ def repetition_scores(
         >>> induction.shape
         torch.Size([2, 2])
     """
-    if period < 2 or repeats < 2:
-        raise ValueError(f"period and repeats must be at least 2, got {period} and {repeats}")
+    period, repeats = as_int("period", period, 2), as_int("repeats", repeats, 2)
+    seed = as_int("seed", seed, high=None)
     if tokens is not None and not tokens:
         raise ValueError(f"tokens is empty: {tokens}")
     tokens = range(model.get_input_embeddings().num_embeddings) if tokens is None else tokens
@@ -105,6 +106,16 @@ def repetition_heads(
     Returns:
         Tensor: bool ``[layers, heads]``.
     """
+    num_kv_heads = as_int("num_kv_heads", num_kv_heads, 1)
+    for name, scores in (("induction", induction), ("echo", echo)):
+        check_heads(name, scores)
+        if scores.shape[1] % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}, no divisor of the {scores.shape[1]} heads of "
+                f"{name}"
+            )
+    induction_share = as_number("induction_share", induction_share, 0, 1)
+    echo_share = as_number("echo_share", echo_share, 0, 1)
     best = [
         top_heads(scores.unflatten(1, (num_kv_heads, -1)).amax(2), share)
         for scores, share in ((induction, induction_share), (echo, echo_share))

@@ -1,5 +1,8 @@
 """Selectors: callables that look at q and k and say which keys each head attends to."""
 
+from typing import TYPE_CHECKING
+
+from ..names import missing
 from .anchor_attention import AnchorAttention
 from .base import PerHead, PrefillDecode, Selector, Union
 from .block_topk import BlockTopK
@@ -40,3 +43,13 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _others() -> dict[str, str]:
+    import sparse_attn
+
+    return {x: f"sparse_attn.{x}" for x in sparse_attn.__all__}
+
+
+if not TYPE_CHECKING:  # to type checkers every name would exist
+    __getattr__ = missing(__name__, __all__, _others)
