@@ -80,7 +80,7 @@ class FreshQuest(Selector):
 
 def selectors(quest, mask_cache):
     """Selectors of every kind that have a memory somewhere, made of two kinds of parts."""
-    window = SinkWindow(sink=1, window=3)
+    window, one = SinkWindow(sink=1, window=3), quest(budget=8, page_size=4)
     return {
         "Quest": quest(budget=12, page_size=4),
         "shared Quest": quest(budget=8, page_size=3, shared=True),
@@ -90,6 +90,7 @@ def selectors(quest, mask_cache):
         "PerHead": PerHead(
             {(0, 3): mask_cache(HIP, 2), 1: quest(budget=8, page_size=4)}, default=window
         ),
+        "one object in a PerHead": PerHead({0: one, 3: one}, default=window),
         "PrefillDecode": PrefillDecode(quest(budget=8, page_size=4), mask_cache(HIP, 4), 2),
     }
 

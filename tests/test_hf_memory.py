@@ -134,8 +134,8 @@ class Generations(RuleBasedStateMachine):
             return
         kept = [(layer.keys, layer.values) for layer in self.cache.layers]
         self.forward(1)
-        for layer, (keys, values) in zip(self.cache.layers, kept, strict=True):
-            layer.keys, layer.values = keys, values
+        for layer, before in zip(self.cache.layers, kept, strict=True):
+            layer.keys, layer.values = before
         self.length -= 1
         self.forward(2)
 

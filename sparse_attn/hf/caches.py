@@ -78,8 +78,8 @@ def _following(update: Callable, follow: Callable) -> Callable:
 
 
 def _update_dynamic(update: Callable, layer, key_states: Tensor, *args, **kwargs):
-    """An update that leaves ``cat([keys, key_states])`` in a new tensor. torch shall count what is
-    written to it, in inference mode too.
+    """An update that leaves ``cat([keys, key_states])`` in a new tensor. It is a normal tensor in
+    inference mode too, so that torch counts what is written to it.
     """
     old, before = layer.keys, _find(layer.keys)
     if torch.is_inference_mode_enabled():

@@ -17,7 +17,8 @@ from .lineage import take_heads
 
 
 class Selector:
-    """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass.
+    """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass. What
+    it keeps between calls is in a `lineage.Memory`, and `fresh` gives a selector without it.
 
     ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q,
     seqlen_kv)``; ``a | b`` selects what either selects.
@@ -32,8 +33,8 @@ class Selector:
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     def fresh(self) -> Selector:
-        """The selector itself, or if it keeps something between calls, an equal one that has kept
-        nothing yet. What is kept must never change a choice; `patch` gives each layer its own.
+        """The selector itself or, if it keeps something between calls, an equal one that has kept
+        nothing yet; `patch` gives each layer its own.
         """
         return self
 

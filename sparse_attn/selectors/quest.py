@@ -35,11 +35,12 @@ class Quest(Selector):
     The bounds of whole pages are kept from one call to the next, and those of keys that are proven
     to be the same are used again: keys in one tensor that nobody has written to, in a `KeyBuffer`,
     or in transformers' caches in a patched model. All other keys are read anew, so the choice is
-    always that of a new object. The bounds take ``2 / page_size`` of the memory of k, and are of
-    use to one attention layer: give each layer an object, as `patch` does. The paper keeps the
-    first two layers dense, and prefill: ``patch(model, {layer: PrefillDecode(Dense(), Quest()) for
-    layer in range(2, n)})``. Rows choose one by one, so for a prompt the time of choosing is
-    quadratic.
+    always that of a new object. The bounds take ``2 / page_size`` of the memory of k. They are of
+    use to one attention layer: give each layer an object of its own, as `patch` does.
+
+    The paper keeps the first two layers dense, and prefill: ``patch(model, PrefillDecode(Dense(),
+    Quest()), exclude_layers=[0, 1])``. Rows choose one by one, so for a prompt the time of choosing
+    is quadratic.
 
     Args:
         budget: number of keys, at least `page_size`. Default 1024.
