@@ -49,7 +49,7 @@ def as_count(name: str, value: Any, low: int) -> int:
 
 
 def as_pair(name: str, value: Any, low: int) -> tuple[int, int]:
-    """Two ints, as lengths or sizes of blocks are given; a tuple of them comes back as it is."""
+    """Two ints, as lengths or the sizes of blocks are given; a tuple comes back as it is."""
     if type(value) is tuple and len(value) == 2:  # of every layout, so at once
         first, second = value
         ints = type(first) is int and type(second) is int

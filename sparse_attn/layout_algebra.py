@@ -187,8 +187,8 @@ def _has_lists(layout: BlockLayout) -> bool:
 
 def align(layouts: list[BlockLayout]) -> list[BlockLayout]:
     """The same layouts in one common block size and column group."""
-    if len({tuple(x.seqlens) for x in layouts}) > 1:
-        raise ValueError(f"layouts have different seqlens: {[tuple(x.seqlens) for x in layouts]}")
+    if any(x.seqlens != layouts[0].seqlens for x in layouts):
+        raise ValueError(f"layouts have different seqlens: {[x.seqlens for x in layouts]}")
     with_lists = [x for x in layouts if _has_lists(x)] or layouts[:1]
     block_size = tuple(gcd(*(x.block_size[i] for x in with_lists)) for i in (0, 1))
     layouts = [
