@@ -45,9 +45,9 @@ const BackwardKernel& select_kernel(Isa isa, DType dtype) {
 template <class Word>
 bool all_finite(const void* numbers, int64_t n, Word exponent) {
   const Word* words = static_cast<const Word*>(numbers);
-  bool found = false;
-  for (int64_t i = 0; i < n; ++i) found |= (words[i] & exponent) == exponent;
-  return !found;
+  Word found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= static_cast<Word>((words[i] & exponent) == exponent);
+  return found == 0;
 }
 
 bool all_finite(const void* numbers, int64_t n, DType dtype) {

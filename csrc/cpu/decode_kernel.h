@@ -216,7 +216,8 @@ SPARSE_ATTN_INLINE void for_row_parts(int64_t rows, F&& f) {
 }
 
 // Turns products q.k of one row into weights exp(s - m) and brings (m, l, acc) up to date. If a
-// score is no number, so is all the row. While all scores are -inf, l tells that there are some.
+// score is no number, nor is l; if one is infinite besides, nor is m. While all scores are -inf, l
+// tells that there are some.
 static void update_row(const DecodeTile& tile, int count, uint64_t visible, float* scores, float& m,
                        float& l, float* acc) {
   constexpr float kBase2 = kLog2e;
@@ -228,12 +229,17 @@ static void update_row(const DecodeTile& tile, int count, uint64_t visible, floa
     const uint32_t seen = static_cast<uint32_t>(visible >> j) & kAllLanes;
     if (seen != kAllLanes) s = keep_visible(s, seen);
     store(scores + j, s);
-    top = maximum_or_nan(s, top);
+    top = maximum(s, top);
   }
-  const float m_old = m, m_new = maximum_or_nan(reduce_max_or_nan(top), m_old);
+  const float m_old = m;
+  float m_new = std::max(m_old, reduce_max(top));
+  if (m_new == kInfinity) {
+    const bool has_nan = std::any_of(scores, scores + count, [](float s) { return s != s; });
+    if (has_nan || (m_old < kInfinity && l != l)) m_new = kNaN;
+  }
   if (!(m_new <= m_old)) {
     if (m_old == kMinusInfinity) {
-      l = 0;
+      if (l == l) l = 0;
     } else {
       const float factor = std::exp2((m_old - m_new) * kBase2);
       l *= factor;
@@ -246,12 +252,12 @@ static void update_row(const DecodeTile& tile, int count, uint64_t visible, floa
   const float base = m_new == kMinusInfinity ? 0.0f : m_new;
   Vec sum = {};
   for (int j = 0; j < count; j += kLanes) {
-    const Vec p = exp2_nonpositive((load(scores + j) - base) * kBase2);
+    const Vec p = exp2_nonpositive(load(scores + j) - base, kBase2);
     store(scores + j, p);
     sum += p;
   }
   l += reduce_add(sum);
-  if (m == kMinusInfinity && visible != 0) l = 1;
+  if (m == kMinusInfinity && visible != 0 && l == l) l = 1;
 }
 
 // Attention of one tile over all keys that are handed out.
@@ -305,7 +311,10 @@ static uint64_t finish_decode(const DecodeTile& tile, const float* states, int64
     const float* m = states + rows * dims + r;
     const float* l = m + rows;
     float top = kMinusInfinity, sum = 0.0f;
-    for (int64_t s = 0; s < num_states; ++s) top = maximum_or_nan(m[s * stride], top);
+    for (int64_t s = 0; s < num_states; ++s) {
+      const bool is_nan = l[s * stride] != l[s * stride] && m[s * stride] < kInfinity;
+      top = maximum_or_nan(is_nan ? kNaN : m[s * stride], top);
+    }
     const float base = top == kMinusInfinity ? 0.0f : top;
     float total[kMaxHeadDim] = {};
     for (int64_t s = 0; s < num_states; ++s) {

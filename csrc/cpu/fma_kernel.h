@@ -367,7 +367,7 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
     const Vec m_new = maximum(top[0][v], m_old);
     base[v] = m_new == kMinusInfinity ? Vec{} : m_new;
     store(panel.m + v * kLanes, m_new);
-    store(panel.factor + v * kLanes, exp2_nonpositive((m_old - base[v]) * base2));
+    store(panel.factor + v * kLanes, exp2_nonpositive(m_old - base[v], base2));
   }
   float* words = panel.scores;
   for (j = 0; j < num_keys; j += Words::kNumbers, words += kPanel) {
@@ -375,7 +375,7 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
       Vec p[Words::kNumbers];
       for (int i = 0; i < Words::kNumbers; ++i) {
         const Vec s = load(panel.scores + (j + i) * kPanel + v * kLanes);
-        p[i] = exp2_nonpositive((s - base[v]) * base2);
+        p[i] = exp2_nonpositive(s - base[v], base2);
         sum[v] += p[i];
       }
       store(words + v * kLanes, Words::join(p));
@@ -420,9 +420,13 @@ static uint64_t write_rows(const QueryTile& tile, const Panel& panel, double log
   float rows[kLanes * kMaxHeadDim];
   for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
+    Vec zeros = {};  // NaN for rows with what is not finite
     for (int64_t d = 0; d < tile.head_dim_v; d += kLanes) {
       Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) x[i] = load(panel.acc + (d + i) * kPanel + r0);
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = load(panel.acc + (d + i) * kPanel + r0);
+        zeros += x[i] * 0.0f;
+      }
       transpose(x);
       for (int i = 0; i < kLanes; ++i) store(rows + i * stride + d, x[i]);
     }
@@ -432,7 +436,7 @@ static uint64_t write_rows(const QueryTile& tile, const Panel& panel, double log
       const RowEnd end = finish_row(m * logit_scale, panel.l[r0 + r], tile.sink_logit);
       T* out = static_cast<T*>(tile.out) + row * tile.out_row_stride;
       const float* acc = rows + r * stride;
-      if (m == kMinusInfinity || !all_finite(acc, stride)) repeated |= uint64_t{1} << row;
+      if (m == kMinusInfinity || zeros[r] != 0.0f) repeated |= uint64_t{1} << row;
       if constexpr (std::is_same_v<T, float>) {
         if (tile.streams_out) {
           for (int64_t d = 0; d < tile.head_dim_v; d += kLanes) {

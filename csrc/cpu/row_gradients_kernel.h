@@ -23,7 +23,7 @@ static void add_row(float factor, const float* source, int64_t dim, float* dest)
 static double exponentials(float* scores, int64_t n, float top) {
   double total = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec e = exp2_nonpositive((load(scores + i) - top) * static_cast<float>(kLog2e));
+    const Vec e = exp2_nonpositive(load(scores + i) - top, static_cast<float>(kLog2e));
     store(scores + i, e);
     total += reduce_add(e);
   }

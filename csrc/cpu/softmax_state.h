@@ -6,7 +6,9 @@
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 inline constexpr double kLog2e = 1.4426950408889634;
-inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kMinusInfinity = -kInfinity;
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Scores are `scale` times q.k: the sign goes into q, so that `scale` is positive.
 struct ScoreScale {
@@ -35,13 +37,12 @@ struct RowEnd {
 // greatest logit may be no number or infinite: then so are lse, their logarithm, and the weights.
 // A row without keys has l = 0, m = -inf, and result 0.
 static inline RowEnd finish_row(double m, float l, const float* sink_logit) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  const double sink = sink_logit != nullptr ? *sink_logit : -kInfinity;
+  const double sink = sink_logit != nullptr ? *sink_logit : kMinusInfinity;
   const double top = m > sink || m != m ? m : sink;
-  if (!(top > -kInfinity && top < kInfinity)) {
-    return {l == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN(), static_cast<float>(top)};
+  if (!(top > kMinusInfinity && top < kInfinity)) {
+    return {l == 0 ? 0.0f : kNaN, static_cast<float>(top)};
   }
-  if (sink == -kInfinity) return {1.0f / l, static_cast<float>(m + std::log(l))};
+  if (sink == kMinusInfinity) return {1.0f / l, static_cast<float>(m + std::log(l))};
   const double weight = std::exp(m - top), sum = l * weight + std::exp(sink - top);
   return {static_cast<float>(weight / sum), static_cast<float>(top + std::log(sum))};
 }

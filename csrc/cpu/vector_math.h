@@ -41,14 +41,7 @@ SPARSE_ATTN_INLINE float reduce_max(Vec x) {
 }
 
 // The maximum, or NaN if either is.
-SPARSE_ATTN_INLINE Vec maximum_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
 SPARSE_ATTN_INLINE float maximum_or_nan(float a, float b) { return a > b || a != a ? a : b; }
-
-SPARSE_ATTN_INLINE float reduce_max_or_nan(Vec x) {
-  float result = x[0];
-  for (int i = 1; i < kLanes; ++i) result = maximum_or_nan(x[i], result);
-  return result;
-}
 
 SPARSE_ATTN_INLINE float reduce_add(Vec x) {
   float result = 0;
@@ -82,12 +75,14 @@ SPARSE_ATTN_INLINE void transpose(Vec* x) {
   }
 }
 
-// 2^x for x <= 0 to about one ulp; exactly 0 below 2^-126, and for -inf. NaN stays NaN.
-SPARSE_ATTN_INLINE Vec exp2_nonpositive(Vec x) {
-  const Vec clamped = x < -127.0f ? broadcast(-127.0f) : x;
+// 2^(x * factor) for x <= 0 and a positive, normal factor, to about one ulp; exactly 0 below
+// 2^-126, and for -inf. NaN stays NaN.
+SPARSE_ATTN_INLINE Vec exp2_nonpositive(Vec x, float factor = 1.0f) {
+  const float least = -127.0f / factor;
+  const Vec clamped = x < least ? broadcast(least) : x;
   constexpr float kRound = 0x1.8p23f + 127;  // leaves the exponent's bits as the lowest ones
-  const Vec shifted = clamped + kRound;
-  const Vec r = clamped - (shifted - kRound);
+  const Vec shifted = clamped * factor + kRound;
+  const Vec r = clamped * factor - (shifted - kRound);
   Vec p = broadcast(1.5345811278e-4f);
   p = p * r + 1.3399931213e-3f;
   p = p * r + 9.6184889598e-3f;
