@@ -167,8 +167,8 @@ def _rows_of_entry(
 
 @triton.jit
 def _exact_step(
-    dk, dv, column, k, v, j, live, is_band, i, member, exists, head, rows, norms, sink, window,
-    shift, seqlen_q, rule,
+    dk, dv, column, k, v, j, live, is_band, i, member, exists, head, rows, norms, sink,
+    window, shift, seqlen_q, rule,
     CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
     SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -194,19 +194,19 @@ def _exact_step(
     x = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
     x, capped = scores(x, rule, PRESCALED, SOFTCAP)
     p = exact_probabilities(x, peak[None, :], norm[None, :], rule[1])
-    dout = load_part(dout_ptr, dout_offsets, useful, column, HEAD_DIM_V, CHUNK)
-    dv = add_product(dv, p, seen, dout, INPUT_PRECISION)
     dout = load_rows(dout_ptr, dout_offsets, useful, HEAD_DIM_V, BLOCK_DV)
     dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
     ds = score_gradients(p * (dp - delta[None, :]), capped, SOFTCAP)
+    dout = load_part(dout_ptr, dout_offsets, useful, column, HEAD_DIM_V, CHUNK)
+    dv = add_product(dv, p, seen, dout, INPUT_PRECISION)
     q = load_part(q_ptr, q_offsets, useful, column, HEAD_DIM, CHUNK)
     return add_product(dk, ds, seen, q, INPUT_PRECISION), dv
 
 
 @triton.jit
 def _exact_sums(
-    column, k, v, j, live, keys, batch, kv_head, split, splits, rows, norms, limits, lists, entries,
-    shift, seqlen_q, rule,
+    column, k, v, j, live, keys, batch, kv_head, split, splits, rows, norms, limits, lists,
+    entries, shift, seqlen_q, rule,
     IS_BAND: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -257,9 +257,9 @@ def _exact_sums(
                         BLOCKS_PER_TILE, SEARCH_STEPS, not IS_BAND, IS_CAUSAL,
                     )  # fmt: skip
             dk, dv = _exact_step(
-                dk, dv, column, k, v, j, listed, is_band, i, member, exists, head, rows, norms,
-                sink, window, shift, seqlen_q, rule, CHUNK, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-                IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+                dk, dv, column, k, v, j, listed, is_band, i, member, exists, head, rows,
+                norms, sink, window, shift, seqlen_q, rule, CHUNK, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
     return dk, dv
 

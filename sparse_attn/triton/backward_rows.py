@@ -142,8 +142,10 @@ def _backward_rows_kernel(
     delta = tl.load(delta_ptr + state, mask=exists, other=0.0)
     useful = lse != float("inf")
     offsets = b * stride_qb + heads * stride_qh + i.to(tl.int64) * stride_qm
+    queries = (q_ptr, offsets, useful)
     q = load_rows(q_ptr, offsets, useful, HEAD_DIM, BLOCK_D)
     offsets = b * stride_gb + heads * stride_gh + i.to(tl.int64) * stride_gm
+    grads = (dout_ptr, offsets, useful)
     dout = load_rows(dout_ptr, offsets, useful, HEAD_DIM_V, BLOCK_DV)
     k_ptr += b * stride_kb + kv_head * stride_kh
     v_ptr += b * stride_vb + kv_head * stride_vh
@@ -204,16 +206,16 @@ def _backward_rows_kernel(
                 dq, q, dout, lse, delta, p, keys, cache, sink, window, rule, False, HEAD_DIM,
                 HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
-    offsets = state * HEAD_DIM
-    store_rows(dq_ptr, dq * gradient_scale, offsets, exists, HEAD_DIM, BLOCK_D)
+    dq_offsets = state * HEAD_DIM
+    store_rows(dq_ptr, dq * gradient_scale, dq_offsets, exists, HEAD_DIM, BLOCK_D)
     if any_of(exists[:, None] & (is_finite(dq) == 0)):
         peak = tl.load(peak_ptr + state, mask=exists, other=0.0)
         norm = tl.load(norm_ptr + state, mask=exists, other=float("inf"))
         undecided = norm == UNDECIDED
         if tl.max(undecided.to(tl.int32), 0) > 0:
             m_i, l_i = normaliser_of_rows(
-                tiles, walk, q, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D,
-                IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+                tiles, walk, queries, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM,
+                BLOCK_D, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
             empty = m_i == float("-inf")
             m_i = tl.where(empty, 0.0, m_i)
@@ -222,6 +224,7 @@ def _backward_rows_kernel(
                 sink_logit = tl.load(sinks_ptr + heads, mask=exists, other=0.0)
                 sink_logit = tl.where(sink_logit < float("inf"), sink_logit, float("nan"))
                 l_i += tl.exp2((sink_logit - m_i * unit) * LOG2E)
+                dout = load_rows(dout_ptr, offsets, useful, HEAD_DIM_V, BLOCK_DV)
                 not_finite = tl.sum(dout.to(tl.float32) * 0, 1)  # NaN, else 0
                 delta += tl.where(undecided & (empty == 0), not_finite, 0.0)
                 tl.store(delta_ptr + state, delta, mask=exists)
@@ -233,9 +236,9 @@ def _backward_rows_kernel(
         repeated = exists & (norm == norm)  # other rows are NaN
         for column in range(0, HEAD_DIM, CHUNK):
             part = gradients_of_rows(
-                column, tiles, walk, q, dout, peak, norm, delta, cache, rule, CHUNK, BLOCK_N,
+                column, tiles, walk, queries, grads, peak, norm, delta, cache, rule, CHUNK, BLOCK_N,
                 BLOCK_KV, SEARCH_STEPS, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL,
                 PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
             part *= gradient_scale
-            store_part(dq_ptr, part, offsets, repeated, column, HEAD_DIM, CHUNK)
+            store_part(dq_ptr, part, dq_offsets, repeated, column, HEAD_DIM, CHUNK)

@@ -5,8 +5,8 @@ A tile's matrix product adds ``0 * x`` for pairs that do not see each other, whi
 not finite; and sums that are divided at the end can overflow where their parts, divided first, do
 not. Both leave traces in the result, so that programs look at that once and multiply tiles without
 looking at them. Here keys (or rows) that hold NaN or infinities are added one by one to what sees
-them. All is done for `CHUNK` columns of the result at a time, to take fewer registers than the
-programs themselves.
+them. To take no more registers than the programs themselves, `CHUNK` columns of the result are
+found at a time, and each step loads all that it multiplies.
 """
 
 from __future__ import annotations
@@ -33,6 +33,17 @@ from .primitives import (
 @triton.jit
 def is_finite(x):
     return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def load_again(rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows given as ``(pointer, offsets, which exist)``; volatile, lest they are kept in registers
+    from step to step.
+    """
+    ptr, offsets, live = rows
+    columns = tl.arange(0, BLOCK)
+    mask = live[:, None] & (columns < SIZE)[None, :]
+    return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0, volatile=True)
 
 
 @triton.jit
@@ -100,7 +111,7 @@ def keys_of_walk(
 
 @triton.jit
 def scores_of_walk(
-    tile, walk, q, cache, rule, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
+    tile, walk, queries, cache, rule, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
     SEARCH_STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
     SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -113,15 +124,15 @@ def scores_of_walk(
     j, live, seen = keys_of_walk(tile, walk, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL)
     offsets, live_k = key_offsets(j, live, stride_kn, pages_ptr, stride_kp, num_pages, PAGE_SIZE)
     k = load_rows(k_ptr, offsets, live_k, HEAD_DIM, BLOCK_D)
-    x, capped = scores(
-        tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION), rule, PRESCALED, SOFTCAP
-    )
+    q = load_again(queries, HEAD_DIM, BLOCK_D)
+    x = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    x, capped = scores(x, rule, PRESCALED, SOFTCAP)
     return x, capped, j, live, seen
 
 
 @triton.jit
 def values_of_rows(
-    first, begin, end, walk, q, m_i, factor, cache, rule, CHUNK: tl.constexpr,
+    first, begin, end, walk, queries, m_i, factor, cache, rule, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
@@ -136,10 +147,10 @@ def values_of_rows(
     stride_vp, num_pages = cache[6], cache[7]
     divides_first: tl.constexpr = v_ptr.dtype.element_ty != tl.float16
     m_safe = tl.where(m_i == float("-inf"), 0.0, m_i)
-    acc = tl.zeros([q.shape[0], CHUNK], tl.float32)
+    acc = tl.zeros([queries[2].shape[0], CHUNK], tl.float32)
     for tile in tl.range(begin, end, num_stages=1):
         x, _capped, j, live, seen = scores_of_walk(
-            tile, walk, q, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D,
+            tile, walk, queries, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D,
             PAGE_SIZE, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
         p = tl.exp2((x - m_safe[:, None]) * (rule[1] * LOG2E))
@@ -157,7 +168,7 @@ def values_of_rows(
 
 @triton.jit
 def normaliser_of_rows(
-    tiles, walk, q, cache, rule, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
+    tiles, walk, queries, cache, rule, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
     SEARCH_STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -165,11 +176,11 @@ def normaliser_of_rows(
     """The largest score of each row (-inf if it sees no key), and the sum as `online_softmax` has
     it.
     """
-    m_i = tl.full([q.shape[0]], float("-inf"), tl.float32)
-    l_i = tl.zeros([q.shape[0]], tl.float32)
+    m_i = tl.full([queries[2].shape[0]], float("-inf"), tl.float32)
+    l_i = tl.zeros([queries[2].shape[0]], tl.float32)
     for tile in tl.range(tiles, num_stages=1):
         x, _capped, _j, _live, seen = scores_of_walk(
-            tile, walk, q, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D, 1,
+            tile, walk, queries, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D, 1,
             IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
         x = tl.where(seen, x, float("-inf"))
@@ -188,7 +199,7 @@ def exact_probabilities(x, peak, norm, unit):
 
 @triton.jit
 def gradients_of_rows(
-    first, tiles, walk, q, dout, peak, norm, delta, cache, rule, CHUNK: tl.constexpr,
+    first, tiles, walk, queries, grads, peak, norm, delta, cache, rule, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
@@ -196,13 +207,14 @@ def gradients_of_rows(
 ):  # fmt: skip
     """dq of rows, without the scale: columns from number `first` on."""
     k_ptr, v_ptr, stride_kn, stride_vn = cache[0], cache[1], cache[2], cache[3]
-    dq = tl.zeros([q.shape[0], CHUNK], tl.float32)
+    dq = tl.zeros([queries[2].shape[0], CHUNK], tl.float32)
     for tile in tl.range(tiles, num_stages=1):
         x, capped, j, live, seen = scores_of_walk(
-            tile, walk, q, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D, 1,
+            tile, walk, queries, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D, 1,
             IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
         v = load_rows(v_ptr, j.to(tl.int64) * stride_vn, live, HEAD_DIM_V, BLOCK_DV)
+        dout = load_again(grads, HEAD_DIM_V, BLOCK_DV)
         dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
         ds = exact_probabilities(x, peak[:, None], norm[:, None], rule[1]) * (dp - delta[:, None])
         ds = score_gradients(ds, capped, SOFTCAP)

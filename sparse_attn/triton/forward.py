@@ -121,6 +121,7 @@ def _forward_kernel(
     row = q_begin + i
     heads = (head + member).to(tl.int64)
     q_offsets = batch_offset * stride_qb + heads * stride_qh + row * stride_qm
+    queries = (q_ptr, q_offsets, exists)
     q = load_rows(q_ptr, q_offsets, exists, HEAD_DIM, BLOCK_D)
     k_ptr += batch_offset * stride_kb + kv_head * stride_kh + kv_begin * stride_kn
     v_ptr += batch_offset * stride_vb + kv_head * stride_vh + kv_begin * stride_vn
@@ -210,9 +211,9 @@ def _forward_kernel(
     if any_of(repeated[:, None] & (is_finite(acc) == 0)):
         for column in range(0, HEAD_DIM_V, CHUNK):
             out = values_of_rows(
-                column, tile_begin, tile_end, walk, q, m_i, factor, cache, rule, CHUNK, BLOCK_N,
-                BLOCK_KV, SEARCH_STEPS, HEAD_DIM, HEAD_DIM_V, BLOCK_D, PAGE_SIZE, IS_CAUSAL,
-                PRESCALED, SOFTCAP, INPUT_PRECISION,
+                column, tile_begin, tile_end, walk, queries, m_i, factor, cache, rule, CHUNK,
+                BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, HEAD_DIM_V, BLOCK_D, PAGE_SIZE,
+                IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
             store_part(out_ptr, out, out_offsets, repeated, column, HEAD_DIM_V, CHUNK)
 
