@@ -373,6 +373,9 @@ def scaled_dot_product_attention(
     elif reasons := _sdpa_refusals(*call, enable_gqa):
         asker = "a selector" if selector is not None else f"backend={backend!r}"
         raise ValueError(f"scaled_dot_product_attention with {asker}: {'; '.join(reasons)}")
+    if selector is not None and not isinstance(selector, BlockLayout):
+        validation.refuse_mask("selector", selector)
+        checks.check_selector("selector", selector)
     if is_causal and key.shape[2] != query.shape[2]:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if selector is None:

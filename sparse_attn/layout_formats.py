@@ -136,8 +136,8 @@ def visible(
     layout: BlockLayout, start: int, stop: int, *, is_causal: bool, num_heads: int | None
 ) -> Tensor:
     num_heads, is_causal = common_heads(layout, num_heads), as_bool("is_causal", is_causal)
-    start = as_int("start", start, 0, layout.seqlen_q)
-    stop = as_int("stop", stop, start, layout.seqlen_q)
+    stop = as_int("stop", stop, 0, layout.seqlen_q)
+    start = as_int("start", start, 0, stop)
     device = layout.device
     rows = torch.arange(start, stop, device=device)
     keys = torch.arange(layout.seqlen_kv, device=device)

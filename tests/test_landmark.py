@@ -248,5 +248,5 @@ def test_a_block_needs_a_token_besides_its_landmark():
         lambda: landmark_labels(ids, block_size=1),
         lambda: is_landmark(3, 1),
     ):
-        with pytest.raises(ValueError, match="block_size must be at least 2, got 1"):
+        with pytest.raises(ValueError, match="block_size must be an int of at least 2, got 1"):
             make()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from sparse_attn import (
     BlockLayout,
@@ -69,14 +70,6 @@ def test_opcheck_backward(suffix, with_sinks):
     op = getattr(torch.ops.sparse_attn, f"{name}_backward").default
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     torch.library.opcheck(op, (dout, dlse, q, k, v, out, lse, *layout))
-
-
-def test_second_derivatives_are_refused():
-    q, k, v = _inputs(torch.float64, requires_grad=True)
-    out = sparse_attention(q, k, v, _layout())
-    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        dq.sum().backward()
 
 
 def test_gradients_only_where_asked():
@@ -182,14 +175,41 @@ def test_torch_func():
     torch.testing.assert_close(pullback(torch.ones(())), expected)
 
 
-def test_forward_mode_is_refused():
-    q, k, v = _inputs(torch.float32)
-    layout = _layout()
+LENGTHS = (96, 128, 200)
+COUNTED = {
+    "Dense": selectors.Dense(),
+    "SinkWindow": selectors.SinkWindow(sink=4, window=32),
+    "BlockTopK": selectors.BlockTopK(top_k=2, block_size=16, sink=4, window=16),
+    "Union": selectors.SinkWindow(sink=4, window=32) | selectors.BlockTopK(2, 16, 4, 16),
+    "drop-in": None,
+}
 
-    def attend(q):
-        return sparse_attention(q, k, v, layout)
 
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(attend, (q,), (torch.ones_like(q),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        attend(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_serves_all_lengths(name, dynamic):
+    """Once for the first length and once for all others; once if told that lengths vary."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def attend(q, k):
+        if name == "drop-in":
+            return scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+        return sparse_attention(q, k, k, COUNTED[name])
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=dynamic)
+    for seqlen in LENGTHS:
+        q, k, _ = _inputs(torch.float32, seqlens=(seqlen, seqlen))
+        torch.testing.assert_close(compiled(q, k), attend(q, k))
+    assert counter.frame_count <= (1 if dynamic else 2)
+
+
+def test_compiled_code_serves_all_layouts():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(sparse_attention, backend=counter, fullgraph=True)
+    for seqlen in LENGTHS:
+        q, k, v = _inputs(torch.float32, seqlens=(seqlen, seqlen))
+        layout = COUNTED["BlockTopK"](q, k)
+        torch.testing.assert_close(compiled(q, k, v, layout), sparse_attention(q, k, v, layout))
+    assert counter.frame_count <= 2
