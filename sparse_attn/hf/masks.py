@@ -95,12 +95,17 @@ def eager_mask_function(**given) -> Tensor | None:
 
 
 def _dense(given: dict, rules: dict, dense_mask: str) -> Tensor | None:
-    from transformers import masking_utils
+    from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+    unmasked = given["mask_function"] is causal_mask_function and given["attention_mask"] is None
+    whole = given["q_length"] == given["kv_length"]
+    if unmasked and whole and given["allow_is_causal_skip"] and dense_mask == "sdpa_mask":
+        return None  # some versions of torch and transformers do not skip it in compiled code
+    make = {"sdpa_mask": sdpa_mask, "eager_mask": eager_mask}[dense_mask]
     # The stock function also skips the mask of an empty static cache, which has keys to spare.
-    if given["q_length"] != given["kv_length"]:
+    if not whole:
         given = {**given, "allow_is_causal_skip": False}
-    mask = getattr(masking_utils, dense_mask)(**given)
+    mask = make(**given)
     if mask is not None and ("sliding" in rules or "chunked" in rules):
         mask._sparse_attn_local = True  # a hint for decoding: it is the model's own pattern
     return mask
