@@ -68,7 +68,7 @@ def test_an_order_that_does_not_fit_names_the_transposition():
     q, k = torch.randn(1, 1, 8, 16), torch.randn(1, 40, 2, 16)
     with pytest.raises(ValueError, match=r"not a multiple of the 40 heads.*x.transpose\(1, 2\)"):
         sparse_attention(q, k, k, selectors.Dense())
-    with pytest.raises(ValueError, match="not a multiple of the 3 heads of k$"):
+    with pytest.raises(ValueError, match=r"not a multiple of the 3 heads of k$"):
         sparse_attention(torch.randn(1, 4, 9, 16), *torch.randn(2, 1, 3, 12, 16), selectors.Dense())
 
 

@@ -224,7 +224,10 @@ def test_top_heads_are_ranked_over_all_layers():
         (lambda: needle_prompt(Words(), "a", "b", "c", tokens=9, depth=0.5), "tokens must leave"),
         (lambda: needle_prompt(Words(), "a", "b", "c", tokens=3, depth=2), "depth must lie in"),
         (lambda: repetition_scores(small_model(), tokens=range(0)), "tokens is empty"),
-        (lambda: repetition_scores(small_model(), period=1), "period must be an int of at least 2, got 1"),
+        (
+            lambda: repetition_scores(small_model(), period=1),
+            "period must be an int of at least 2, got 1",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, message):
