@@ -164,3 +164,123 @@ def test_refused_by_name(change, message, asker):
 def test_a_named_backend_serves_the_call():
     out = ours(Q, Q, Q, is_causal=True, backend="reference")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(Q, Q, Q, is_causal=True))
+
+
+def _outcome(attend, *args, **kwargs):
+    """What a call gives: its result, or the type and the message of its error."""
+    try:
+        return attend(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, -1.0])
+@pytest.mark.parametrize("shape", [(1, 4, 48, 16), (2, 48, 16), (1, 4, 48, 300)], ids=str)
+def test_scales_that_torchs_kernel_gets_wrong(monkeypatch, few, dtype, scale, shape):
+    """Its kernel for causal calls on CPUs gives NaN with them."""
+    if few:
+        monkeypatch.undo()
+    size = shape[-1] ** 0.25  # so that scores are of the order of 1
+    q, k, v = ((torch.randn(shape) / size).to(dtype).requires_grad_() for _ in range(3))
+    out = ours(q, k, v, is_causal=True, scale=scale)
+    mask = torch.ones(48, 48, dtype=torch.bool).tril()
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = (scale * (leaves[0] @ leaves[1].mT)).masked_fill(~mask, -torch.inf)
+    exact = scores.softmax(-1) @ leaves[2]
+    tolerances = {"rtol": 1e-4, "atol": 1e-5} if dtype.itemsize > 2 else {"rtol": 0.05, "atol": 0.1}
+    torch.testing.assert_close(out.double(), exact, **tolerances)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    expected = torch.autograd.grad(exact.sum(), leaves)
+    torch.testing.assert_close(tuple(x.double() for x in grads), expected, **tolerances)
+
+
+WRONG_KINDS = [
+    {"is_causal": 1}, {"is_causal": None}, {"is_causal": torch.tensor(True)}, {"enable_gqa": 1},
+    {"enable_gqa": None}, {"scale": "1"}, {"scale": [1.0]}, {"dropout_p": None},
+    {"dropout_p": "0"}, {"dropout_p": 1.5}, {"attn_mask": 3}, {"query": None}, {"key": [[1.0]]},
+    {"query": torch.ones(1, 2, 16, 8, dtype=torch.int32)}, {"value": torch.randn(1, 2, 16)},
+    {"key": torch.randn(1, 2, 16, 8, dtype=torch.float64)}, {"query": torch.randn(8)},
+    {"key": torch.randn(1, 3, 16, 8)}, {"key": torch.randn(1, 2, 16, 4)},
+    {"query": torch.randn(1, 2, 16, 8).to(torch.float8_e5m2)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_KINDS, ids=str)
+def test_errors_are_torchs(change):
+    x = torch.randn(1, 2, 16, 8)
+    tensors = [change.get(name, x) for name in ("query", "key", "value")]
+    others = {name: x for name, x in change.items() if name not in ("query", "key", "value")}
+    expected = _outcome(F.scaled_dot_product_attention, *tensors, **others)
+    assert isinstance(expected, tuple)
+    assert _outcome(ours, *tensors, **others) == expected
+
+
+SERVED_KINDS = [
+    {"scale": True}, {"scale": 2}, {"scale": float("inf")}, {"scale": float("nan")},
+    {"scale": torch.tensor(0.5)}, {"dropout_p": False}, {"dropout_p": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SERVED_KINDS, ids=str)
+def test_what_torch_takes_for_a_number_is_taken(change):
+    x = torch.randn(1, 2, 16, 8)
+    expected = F.scaled_dot_product_attention(x, x, x, **change)
+    torch.testing.assert_close(ours(x, x, x, **change), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", torch.nn.attention.SDPBackend.__members__.values(), ids=str)
+def test_a_pinned_kernel_of_torch_runs_or_is_refused(kernel):
+    if kernel == torch.nn.attention.SDPBackend.ERROR:
+        return
+    x = torch.randn(1, 2, 64, 16)
+    with torch.nn.attention.sdpa_kernel(kernel):
+        expected = _outcome(F.scaled_dot_product_attention, x, x, x)
+        got = _outcome(ours, x, x, x)
+    assert isinstance(got, tuple) == isinstance(expected, tuple)
+    assert got == expected if isinstance(got, tuple) else torch.equal(got, expected)
+
+
+def test_a_pinned_kernel_is_pinned_in_compiled_code():
+    x, seen = torch.randn(1, 2, 64, 16), []
+
+    def attend(x):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return ours(x, x, x)
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(attend, backend=backend, fullgraph=True)(x)
+    assert not any("sparse_attn" in name for name in seen)
+    assert any("scaled_dot_product_attention" in name for name in seen)
+
+
+class Recording(torch.Tensor):
+    calls: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_subclasses_of_tensors_see_torchs_function():
+    x = torch.randn(1, 2, 64, 16)
+    for query, value in ((x.as_subclass(Recording), x), (x, x.as_subclass(Recording))):
+        Recording.calls.clear()
+        assert type(ours(query, x, value)) is Recording
+        assert F.scaled_dot_product_attention in Recording.calls
+
+
+def test_tensors_without_data_are_torchs():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 64, 16)
+        assert type(ours(x, x, x)) is FakeTensor
+    meta = torch.empty(1, 2, 64, 16, device="meta")
+    assert ours(meta, meta, meta).is_meta
