@@ -271,7 +271,7 @@ def test_scores_up_to_the_largest_number(backend, dtype, rows):
 def test_scale_and_softcap_at_the_ends_of_float32(backend, dtype, rows, scale, softcap, size):
     q, k, v = torch.randn(3, 1, 2, 40, 16).unbind(0)
     q, k, v = (q[:, :, -rows:] * size).to(dtype), (k * size).to(dtype), v.to(dtype)
-    layout = BlockLayout.sink_window((rows, 40), sink=3, window=20)
+    layout = random_layout((rows, 40), block_size=(18, 8), sink=3, window=20)
     sinks = torch.tensor([0.0, 1.0])
     check(backend, q, k, v, layout, is_causal=True, scale=scale, softcap=softcap, sinks=sinks)
 

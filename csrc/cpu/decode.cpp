@@ -78,13 +78,16 @@ void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64
 }
 
 void add_groups(const AttentionParams& params, std::vector<Group>& groups) {
-  int64_t unit = std::min(params.seqlen_q, kMostDecodeQueries);
+  int64_t unit = params.seqlen_q;
   if (params.columns.present()) unit = std::min(unit, params.block_q * params.column_group);
   if (params.blocks.present()) unit = std::min(unit, params.block_q);
   for (int64_t b = 0; b < params.batch; ++b) {
     for (int64_t kv_head = 0; kv_head < params.num_kv_heads; ++kv_head) {
       for (int64_t row = 0; row < params.seqlen_q; row += unit) {
-        add_groups(params, b, kv_head, row, std::min(unit, params.seqlen_q - row), groups);
+        const int64_t end = std::min(row + unit, params.seqlen_q);
+        for (int64_t first = row; first < end; first += kMostDecodeQueries) {
+          add_groups(params, b, kv_head, first, std::min(kMostDecodeQueries, end - first), groups);
+        }
       }
     }
   }

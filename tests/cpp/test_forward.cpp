@@ -50,6 +50,8 @@ uint16_t to_half(float x, DType dtype) {
   if (dtype == DType::kBFloat16) return static_cast<uint16_t>(bits >> 16);
   const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
   if (exponent <= 0) return 0;
+  if (exponent >= 31)
+    return static_cast<uint16_t>((bits >> 16 & 0x8000) | (x != x ? 0x7e00 : 0x7c00));
   return static_cast<uint16_t>((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023));
 }
 
@@ -120,21 +122,30 @@ struct Tensor {
     return from_half(x, dtype);
   }
 
+  void set(int64_t b, int64_t h, int64_t r, int64_t d, float x) {
+    const uint16_t half = to_half(x, dtype);
+    char* p = bytes.data() + offset(b, h, r, d) * sparse_attn::element_size(dtype);
+    if (dtype == DType::kFloat32) {
+      std::memcpy(p, &x, 4);
+    } else {
+      std::memcpy(p, &half, 2);
+    }
+  }
+
   void fill_normal() {
     std::normal_distribution<float> normal;
     for (int64_t b = 0; b < sizes[0]; ++b)
       for (int64_t h = 0; h < sizes[1]; ++h)
         for (int64_t r = 0; r < sizes[2]; ++r)
-          for (int64_t d = 0; d < sizes[3]; ++d) {
-            const float x = normal(generator);
-            const uint16_t half = to_half(x, dtype);
-            char* p = bytes.data() + offset(b, h, r, d) * sparse_attn::element_size(dtype);
-            if (dtype == DType::kFloat32) {
-              std::memcpy(p, &x, 4);
-            } else {
-              std::memcpy(p, &half, 2);
-            }
-          }
+          for (int64_t d = 0; d < sizes[3]; ++d) set(b, h, r, d, normal(generator));
+  }
+
+  // Puts a number that is not finite, or a huge or tiny one, into a row.
+  void poison() {
+    if (sizes[2] == 0) return;
+    set(random_int(0, sizes[0] - 1), random_int(0, sizes[1] - 1), random_int(0, sizes[2] - 1),
+        random_int(0, sizes[3] - 1),
+        choose({NAN, INFINITY, -INFINITY, 6e4f, 3e18f, -3e38f, 1e-40f}));
   }
 };
 
@@ -820,6 +831,14 @@ int main(int argc, char** argv) {
       if (i % 4 == 2) check_top_blocks();
       if (i % 4 == 0) check_hip(isa);
       if (i % 4 == 1) check_infinite_hip(isa);
+      if (i % 4 == 2) {
+        for (Tensor* x : {&problem.q, &problem.k, &problem.v}) x->poison();
+        problem.run(isa);
+        problem.check_threads(isa, name + " with numbers that are not finite");
+        Gradients poisoned(problem);
+        poisoned.run(isa, Problem::two_threads());
+        poisoned.check_threads(isa, name + " with numbers that are not finite");
+      }
       if (i % 2 == 0) continue;
       Gradients gradients(problem);
       gradients.run(isa, Problem::two_threads());
