@@ -5,17 +5,19 @@ change after they were checked lead nowhere outside the tensors.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sparse_attn import BlockLayout, ops
-from sparse_attn.triton import configs, forward, prepare
+from sparse_attn.triton import backward, configs, forward, lists, prepare
+from sparse_attn.triton.launch import Call
 from sparse_attn.varlen import Packing
 
 from .oracle import GPU, random_layout, sparse_attention
@@ -23,7 +25,10 @@ from .test_varlen import Batch
 
 pytestmark = [pytest.mark.usefixtures("one_thread")] + ([pytest.mark.gpu] if GPU else [])
 interpreted = pytest.mark.skipif(GPU, reason="a test of the interpreter")
-drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+drawn = settings(  # without shrinking, which takes minutes in the interpreter
+    deadline=None, phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
@@ -55,20 +60,27 @@ def with_gradients(attend, q, k, v, sinks, dout, dlse):
     return [x.detach() for x in (out, lse, *grads)]
 
 
-def assert_same(found, exact, context=""):
-    """NaN and both infinities in the same places, finite numbers close, for each of `NAMES`."""
-    for name, x, y in zip(NAMES, found, exact, strict=False):
+def assert_same(found, exact, eager=None):
+    """NaN and both infinities in the same places, finite numbers close, or twice as close as those
+    of eager attention in float32; for each of `NAMES`.
+    """
+    tolerance = 3e-2 if found[0].dtype in (torch.float16, torch.bfloat16) else 3e-4
+    eager = exact if eager is None else eager
+    for name, x, y, z in zip(NAMES, found, exact, eager, strict=False):
+        noise = torch.where(y.isfinite() & z.isfinite(), z - y, 0).abs().max()
         y = y.to(x.dtype)
         kinds = [torch.where(z.isfinite(), 0, z).double() for z in (x, y)]
-        message = f"{context} {name}:\n{x}\n{y}"
+        message = f"{name}:\n{x}\n{y}"
         assert torch.equal(*(z.nan_to_num(7, 8, 9) for z in kinds)), message
         finite = [torch.where(y.isfinite(), z, 0).double() for z in (x, y)]
-        tolerance = 3e-2 if x.dtype in (torch.float16, torch.bfloat16) else 3e-4
         error, size = (finite[0] - finite[1]).abs().max(), finite[1].abs().max()
-        assert error <= tolerance * size + 1e-30, f"{message}\nerror {error}"
+        assert error <= tolerance * size + 2 * noise + 1e-30, f"{message}\nerror {error}"
 
 
-def check(q, k, v, layout, *, is_causal=True, sinks=None, dout=None, dlse=None, **options):
+def check(
+    q, k, v, layout, *, is_causal=True, sinks=None, dout=None, dlse=None, twice_eager=False,
+    **options,
+):  # fmt: skip
     dout = torch.randn(*q.shape[:3], v.shape[-1]).to(q.dtype) if dout is None else dout
     dlse = torch.randn(q.shape[:3]) if dlse is None else dlse
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
@@ -84,7 +96,9 @@ def check(q, k, v, layout, *, is_causal=True, sinks=None, dout=None, dlse=None, 
 
     tensors = [q, k, v, sinks, dout, dlse]
     doubles = [None if x is None else x.double() for x in tensors]
-    assert_same(with_gradients(ours, *tensors), with_gradients(exact, *doubles))
+    singles = [None if x is None else x.float() for x in tensors]
+    noisy = with_gradients(exact, *singles) if twice_eager else None
+    assert_same(with_gradients(ours, *tensors), with_gradients(exact, *doubles), noisy)
 
 
 def poison(x, draw):
@@ -102,28 +116,28 @@ def poison(x, draw):
         x.view(-1)[begin:end] = values[kind] / (1 + n)
 
 
-def draw_layout(draw, seqlens):
+def draw_layout(draw, seqlens, heads=2):
     kind = draw(st.sampled_from(["dense", "window", "lists", "columns"]))
     if kind == "dense":
         return BlockLayout.dense(seqlens)
     if kind == "window":
         return BlockLayout.sink_window(seqlens, sink=draw(st.integers(0, 3)), window=7)
     layout = random_layout(
-        seqlens, heads=draw(st.sampled_from([1, 2])),
+        seqlens, heads=draw(st.sampled_from([1, heads])),
         block_size=draw(st.sampled_from([(8, 4), (32, 16)])), keep=0.4, sink=2, window=5, columns=6,
     )  # fmt: skip
     return layout if kind == "lists" else replace(layout, kv_num_blocks=None, kv_indices=None)
 
 
-@settings(drawn, max_examples=30)
+@settings(drawn, max_examples=10)
 @given(data=st.data())
 def test_what_is_not_finite_comes_out_where_eager_has_it(data):
     """Prefill and decoding, split or not."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 99)))
     dtype = draw(st.sampled_from(DTYPES))
-    heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2)]))
-    rows, keys = draw(st.sampled_from([(1, 200), (3, 140), (20, 70), (35, 20), (70, 70)]))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    rows, keys = draw(st.sampled_from([(1, 200), (3, 140), (20, 40), (30, 20), (40, 70)]))
     dim, dim_v = draw(st.sampled_from([(16, 16), (8, 40)]))
     q, k = torch.randn(1, heads, rows, dim), torch.randn(1, kv_heads, keys, dim)
     v, dout = torch.randn(1, kv_heads, keys, dim_v), torch.randn(1, heads, rows, dim_v)
@@ -134,13 +148,13 @@ def test_what_is_not_finite_comes_out_where_eager_has_it(data):
     if sinks is not None:
         sinks[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
     check(
-        q, k, v, draw_layout(draw, (rows, keys)), sinks=sinks, dout=dout,
+        q, k, v, draw_layout(draw, (rows, keys), heads), sinks=sinks, dout=dout,
         is_causal=draw(st.booleans()), softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
         scale=draw(st.sampled_from([None, None, -0.3, 0.0])),
     )  # fmt: skip
 
 
-@settings(drawn, max_examples=10)
+@settings(drawn, max_examples=4)
 @given(data=st.data())
 def test_packed_and_paged(data):
     draw = data.draw
@@ -193,7 +207,7 @@ def test_a_hidden_infinity_beside_a_visible_one(monkeypatch, splits):
 @pytest.mark.parametrize("rows", [3, 40])
 def test_scores_up_to_the_largest_number(dtype, rows):
     """All alike: any weights are right, gradients know how many; and far apart."""
-    values = (3e4,) if dtype == torch.float16 else (3e4, 3e18)
+    values = (2.0**15,) if dtype == torch.float16 else (2.0**15, 2.0**60)  # no sum is rounded
     for value in values:
         k = torch.full((1, 1, 40, 64), value, dtype=dtype)
         q, v = k[:, :, -rows:] / 8, torch.ones_like(k)
@@ -212,9 +226,7 @@ def test_scores_up_to_the_largest_number(dtype, rows):
         torch.testing.assert_close(dv[0, 0].double(), exact, rtol=3e-2, atol=3e-2)
     q, k = torch.zeros(1, 1, rows, 8, dtype=dtype), torch.zeros(1, 1, 40, 8, dtype=dtype)
     q[..., 0] = torch.tensor([values[-1], -values[-1]]).repeat(rows)[:rows]
-    k[..., 0] = (torch.linspace(-1, 1, 40) * 35 * values[-1]).clamp(-6e4, 6e4)
-    if dtype != torch.float16:
-        k[..., 0] = torch.linspace(-1, 1, 40) * 35 * values[-1]
+    k[..., 0] = torch.linspace(-1, 1, 40) * (6e4 if dtype == torch.float16 else 64 * values[-1])
     v, dout = torch.randn(1, 1, 40, 8).to(dtype), torch.zeros(1, 1, rows, 8, dtype=dtype)
     dlse = torch.zeros(1, 1, rows)
     check(q, k, v, BlockLayout.dense((rows, 40)), scale=1.0, dout=dout, dlse=dlse)
@@ -222,28 +234,30 @@ def test_scores_up_to_the_largest_number(dtype, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("scale", "softcap", "size"),
+    ("scale", "softcap", "exponent"),
     [
-        (3e38, 0.0, 1e-17),
-        (-3e38, 0.0, 1e-17),
-        (1e-38, 0.0, 3e18),
-        (1e-38, 0.0, 1.0),
-        (None, 3e38, 1.0),
-        (1.0, 3e38, 1e18),
-        (3e38, 3e38, 1e-17),
-        (None, 1e-38, 1.0),
-        (3e38, 1e-38, 1.0),
-        (1e-38, 1e-38, 1.0),
-        (1e-38, 3e38, 3e18),
-        (1.0, 1e-45, 1.0),
-        (0.0, 3e38, 1.0),
+        (3e38, 0.0, -56),
+        (-3e38, 0.0, -56),
+        (1e-38, 0.0, 60),
+        (1e-38, 0.0, 0),
+        (None, 3e38, 0),
+        (1.0, 3e38, 60),
+        (3e38, 3e38, -56),
+        (None, 1e-38, 0),
+        (3e38, 1e-38, 0),
+        (1e-38, 1e-38, 0),
+        (1e-38, 3e38, 60),
+        (1.0, 1e-45, 0),
+        (0.0, 3e38, 0),
     ],
 )
-def test_scale_and_softcap_at_the_ends_of_float32(dtype, scale, softcap, size):
-    q, k, v = torch.randn(3, 1, 2, 40, 16).unbind(0)
-    q, k, v = (q[:, :, :5] * size).to(dtype), (k * size).to(dtype), v.to(dtype)
+def test_scale_and_softcap_at_the_ends_of_float32(dtype, scale, softcap, exponent):
+    """Of products that no order of sums rounds, as numpy's depends on where in a tile they are."""
+    q, k = torch.randint(-4, 5, (2, 1, 2, 40, 16)) * 2.0**exponent
+    q, k, v = (x.to(dtype) for x in (q[:, :, :5], k, torch.randn(1, 2, 40, 16)))
     layout = BlockLayout.sink_window((5, 40), sink=3, window=20)
-    check(q, k, v, layout, scale=scale, softcap=softcap, sinks=torch.tensor([0.0, 1.0]))
+    sinks = torch.tensor([0.0, 1.0])
+    check(q, k, v, layout, scale=scale, softcap=softcap, sinks=sinks, twice_eager=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,7 +273,7 @@ def test_values_up_to_the_largest_number(dtype):
 
 # --- lists that change after they were checked
 
-WILD = (-(2**31), -7, 10**6, 2**30, 2**31 - 1)
+WILD = (-(2**31), 10**6, 2**31 - 1)
 
 
 def fenced(*shape):
@@ -270,71 +284,80 @@ def fenced(*shape):
 
 
 def disturbed(monkeypatch, tensors):
-    """Fills all `tensors` with each wild number in turn, behind the back of a call that has checked
-    them; yields for each.
+    """Fills all `tensors` with a wild number behind the back of a call that has checked them:
+    before its first kernel is described, or before the first one runs. Yields for each number and
+    time the module that is disturbed.
     """
-    launches, steps = prepare.launches, forward.steps
-    for wild in WILD:
+    good = [x.clone() for x in tensors]
+    for wild, module in itertools.product(WILD, (prepare, forward, backward)):
+        name = "launches" if module is prepare else "steps"
+        describe = getattr(module, name)
 
-        def launches_then(*args, wild=wild):
+        def then_wild(*args, wild=wild, is_first=module is prepare, describe=describe):
+            found = None if is_first else describe(*args)
             for x in tensors:
                 x.fill_(wild)
-            return launches(*args)
+            return describe(*args) if is_first else found
 
-        def steps_then(*args, wild=wild, **options):
-            found = steps(*args, **options)
-            for x in tensors:
-                x.fill_(wild)
-            return found
-
-        for module, name, function in (
-            (prepare, "launches", launches_then),
-            (forward, "steps", steps_then),
-        ):
-            with monkeypatch.context() as context:
-                context.setattr(module, name, function)
-                yield
+        for x, y in zip(tensors, good, strict=True):
+            x.copy_(y)
+        with monkeypatch.context() as context:
+            context.setattr(module, name, then_wild)
+            yield module
 
 
 @interpreted
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_lists_that_change_during_a_call(monkeypatch, is_causal):
-    q, k, v = fenced(1, 2, 40, 16), fenced(1, 2, 50, 16), fenced(1, 2, 50, 16)
-    layout = random_layout((40, 50), heads=2, block_size=(16, 8), sink=1, window=3, columns=9)
-    good = [x.clone() for x in layout.tensors().values()]
-    arguments = ops.layout_args(layout, None, 0.25, 0.0, is_causal)
+def test_lists_that_change_during_a_call(monkeypatch):
+    q, k, v = fenced(1, 2, 24, 16), fenced(1, 2, 40, 16), fenced(1, 2, 40, 16)
+    layout = random_layout((24, 40), heads=2, block_size=(16, 8), sink=1, window=3, columns=9)
+    arguments = [ops.layout_args(layout, None, 0.25, 0.0, x) for x in (True, False)]
     attend = torch.ops.sparse_attn.attention_triton
     gradients = torch.ops.sparse_attn.attention_triton_backward
-    out, lse = attend(q, k, v, *arguments)
-    dout = torch.randn_like(out)
-    for _ in disturbed(monkeypatch, list(layout.tensors().values())):
-        for call in (
-            lambda: attend(q, k, v, *arguments),
-            lambda: gradients(dout, torch.zeros_like(lse), q, k, v, out, lse, *arguments)[:3],
-        ):
-            for x, y in zip(layout.tensors().values(), good, strict=True):
-                x.copy_(y)
-            found = call()
-            assert all(not x.isnan().any() for x in found)
+    results = [attend(q, k, v, *x) for x in arguments]
+    dout, dlse = torch.randn(1, 2, 24, 16), torch.zeros(1, 2, 24)
+    tensors = list(layout.tensors().values())
+    for n, module in enumerate(disturbed(monkeypatch, tensors)):
+        given = arguments[n // 3 % 2]
+        if module is forward:
+            found = attend(q, k, v, *given)
+        else:
+            found = gradients(dout, dlse, q, k, v, *results[n // 3 % 2], *given)[:3]
+        assert all(not x.isnan().any() for x in found)
 
 
 @interpreted
 @pytest.mark.parametrize("paged", [True, False])
 def test_sequences_that_change_during_a_call(monkeypatch, paged):
-    lengths, ends = torch.tensor([9, 30], dtype=torch.int32), torch.tensor([0, 9, 39])
-    cu_q, cu_kv = torch.tensor([0, 4, 9], dtype=torch.int32), ends.int()
-    table = torch.tensor([[1, 0, 0, 0], [0, 2, 3, 4]], dtype=torch.int32)
+    def int32(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
     shape = (5, 8, 2, 16) if paged else (39, 2, 16)
     q, k, v = fenced(9, 2, 16), fenced(*shape), fenced(*shape)
-    packing = Packing(cu_q, None, lengths, table) if paged else Packing(cu_q, cu_kv)
+    ends = int32(0, 4, 9)
+    packing = Packing(ends, int32(0, 9, 39))
+    if paged:
+        packing = Packing(ends, None, int32(9, 30), int32(1, 0, 0, 0, 0, 2, 3, 4).view(2, 4))
     tensors = [x for x in vars(packing).values() if x is not None]
-    good = [x.clone() for x in tensors]
-    arguments = ops.layout_args(BlockLayout.dense((5, 30)), None, 0.25, 0.0, True)
+    attend = torch.ops.sparse_attn.attention_varlen_triton
+    layout = ops.layout_args(BlockLayout.dense((5, 30)), None, 0.25, 0.0, True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # not all rows are some sequence's
     for _ in disturbed(monkeypatch, tensors):
-        for x, y in zip(tensors, good, strict=True):
-            x.copy_(y)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        out, _ = torch.ops.sparse_attn.attention_varlen_triton(
-            q, k, v, *vars(packing).values(), 5, 30, *arguments
-        )
-        assert out.shape == q.shape
+        out, lse = attend(q, k, v, *vars(packing).values(), 5, 30, *layout)
+        assert out.shape == q.shape and lse.shape == (2, 9)
+
+
+@interpreted
+def test_columns_that_change_while_they_are_transposed(monkeypatch):
+    layout = random_layout((24, 40), heads=2, block_size=(16, 8), columns=9)
+    call = Call(layout, 2, 2, 1, None, 0.25, 0.0, True)
+    expected, _ = lists.transposed_columns(call, 64)
+    where = torch.where
+
+    def then_wild(*args):
+        found = where(*args)
+        layout.column_indices.fill_(10**6)
+        return found
+
+    monkeypatch.setattr(torch, "where", then_wild)
+    keys, _ = lists.transposed_columns(call, 64)
+    assert torch.equal(keys, expected)

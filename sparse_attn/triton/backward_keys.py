@@ -191,7 +191,7 @@ def _exact_step(
     q_offsets = heads * stride_qh + row * stride_qm
     dout_offsets = heads * stride_gh + row * stride_gm
     q = load_rows(q_ptr, q_offsets, useful, HEAD_DIM, BLOCK_D)
-    x = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+    x = tl.trans(tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION))  # as rows have it
     x, capped = scores(x, rule, PRESCALED, SOFTCAP)
     p = exact_probabilities(x, peak[None, :], norm[None, :], rule[1])
     dout = load_rows(dout_ptr, dout_offsets, useful, HEAD_DIM_V, BLOCK_DV)

@@ -76,6 +76,16 @@ def add_product(acc, a, seen, b, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exact_probabilities(x, peak, norm, unit):
+    """``exp((x - peak) * unit) / 2**norm``: lse as two numbers, for `x` of any size; rows without
+    keys have a norm of inf. At most 1, though products in other tiles than the peak's may be
+    rounded otherwise.
+    """
+    exponent = (x - peak) * (unit * LOG2E) - norm
+    return tl.exp2(tl.where(exponent > 0, 0.0, exponent))
+
+
+@triton.jit
 def keys_of_walk(
     tile, walk, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -153,7 +163,7 @@ def values_of_rows(
             tile, walk, queries, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D,
             PAGE_SIZE, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
-        p = tl.exp2((x - m_safe[:, None]) * (rule[1] * LOG2E))
+        p = exact_probabilities(x, m_safe[:, None], 0.0, rule[1])
         if divides_first:
             p = p * factor[:, None]
         offsets, live_v = key_offsets(
@@ -187,14 +197,6 @@ def normaliser_of_rows(
         floor = tl.where(tl.max(seen.to(tl.int32), 1) > 0, LOWEST, float("-inf"))
         _p, _alpha, m_i, l_i = online_sum(m_i, l_i, x, floor, rule[1])
     return m_i, l_i
-
-
-@triton.jit
-def exact_probabilities(x, peak, norm, unit):
-    """``exp((x - peak) * unit) / 2**norm``: lse as two numbers, for `x` of any size; rows without
-    keys have a norm of inf.
-    """
-    return tl.exp2((x - peak) * (unit * LOG2E) - norm)
 
 
 @triton.jit

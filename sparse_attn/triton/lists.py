@@ -176,8 +176,9 @@ def transposed_columns(call: Call, keys_per_tile: int) -> tuple[Tensor, Transpos
         heads = call.num_heads
         counts, indices = (spread_heads(x, 1, heads) for x in (counts, indices))
     owners = 1 if heads == 1 else call.num_kv_heads
-    valid = listed(counts, indices) & (indices >= 0) & (indices < seqlen_kv)
-    columns = torch.where(valid, indices, seqlen_kv).long()
+    columns = torch.where(listed(counts, indices), indices, -1).long()  # which may change meanwhile
+    valid = (columns >= 0) & (columns < seqlen_kv)
+    columns = torch.where(valid, columns, seqlen_kv)
     by_owner = columns.view(len(columns), owners, -1)
     active = torch.zeros(
         len(columns), owners, seqlen_kv + 1, dtype=torch.bool, device=layout.device
