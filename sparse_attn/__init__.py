@@ -3,16 +3,12 @@
 from typing import TYPE_CHECKING
 
 from . import autograd, landmark, names, quality, retrieval, selectors
-from .api import (
-    explain,
-    scaled_dot_product_attention,
-    sparse_attention,
-    sparse_attention_varlen,
-)
+from .api import explain, sparse_attention, sparse_attention_varlen
 from .backends import Explanation
 from .hf import patch, unpatch
 from .landmark import landmark_attention
 from .layout import BlockLayout
+from .sdpa import scaled_dot_product_attention
 from .state import merge_states
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ INFO = next(x for x in op_db if x.name == "nn.functional.scaled_dot_product_atte
 
 @pytest.fixture(autouse=True)
 def kernels_for_small_calls(monkeypatch):
-    monkeypatch.setattr("sparse_attn.api._FEWEST_SCORES", 0)
+    monkeypatch.setattr("sparse_attn.sdpa._FEWEST_SCORES", 0)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

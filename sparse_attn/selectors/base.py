@@ -181,7 +181,7 @@ def fresh_copy(selector: Any) -> Any:
     return selector.fresh() if isinstance(selector, Selector) else selector
 
 
-def _same(own: tuple, before: tuple) -> bool:
+def _same(own: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     return all(a is b for a, b in zip(own, before, strict=True))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+Frame = tuple[Any, ...]  # where a view lies in memory, and in what shape
 _MOST_FRAMES = 8  # views of one tensor that are told apart
 _MOST_ORIGINS = 8  # earlier states that a state knows
 
@@ -60,7 +61,7 @@ class _Views:
     """Sources of the views of a tensor, by where they lie, as long as it has this version."""
 
     version: int
-    sources: dict[tuple, Source] = field(default_factory=dict)
+    sources: dict[Frame, Source] = field(default_factory=dict)
 
 
 _VIEWS = WeakTensorKeyDictionary()  # from a tensor that is no view to its `_Views`
@@ -116,7 +117,7 @@ def _enter(k: Tensor, source: Source) -> None:
     views.sources[frame] = source
 
 
-def _place(k: Tensor) -> tuple[Tensor, int, tuple] | None:
+def _place(k: Tensor) -> tuple[Tensor, int, Frame] | None:
     """The tensor that k is a view of, its version, and where k lies; None if torch counts no writes
     (inference tensors) or k has no memory of its own (subclasses, tensors that are being traced).
     """
@@ -139,7 +140,7 @@ class Memory:
     def __init__(self) -> None:
         self.forget()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
         return Memory, ()
 
     def forget(self) -> None:

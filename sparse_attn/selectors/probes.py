@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 # Without such units torch multiplies bfloat16 at a tenth of the speed of float32.
-_capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
+# Older versions of torch do not tell.
+_capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 _CPU_MULTIPLIES_BFLOAT16 = any(_capabilities.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
