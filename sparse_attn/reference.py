@@ -55,7 +55,7 @@ def _per_row(sinks: Tensor, scores: Tensor) -> Tensor:
     return _grouped(sinks.to(scores.dtype)[None], scores.shape[1])[..., None, None]
 
 
-def _softmax(scores: Tensor, mask: Tensor, sinks: Tensor | None):
+def _softmax(scores: Tensor, mask: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the visible ones in the last dimension, the sink logit in its denominator; the
     share of the latter; and the log of the denominator.
     """
