@@ -125,11 +125,9 @@ class Backward {
         dsinks_(params.dsinks != nullptr ? num_query_tiles_ : 0) {}
 
   void run(const Parallel& parallel) {
-    if (has_ordinary_scale(params_)) {
-      run_tiles(parallel);
-    } else {
-      std::fill(needs_rows_.begin(), needs_rows_.end(), true);
-    }
+    const bool by_tiles = has_ordinary_scale(params_);
+    std::fill(needs_rows_.begin(), needs_rows_.end(), !by_tiles);
+    if (by_tiles) run_tiles(parallel);
     run_rows(parallel);
     sum_dsinks();
   }

@@ -630,12 +630,12 @@ uint64_t write_rows(const QueryTile& tile, const Scratch& scratch, double logit_
     const RowEnd end = finish_row(scratch.m[r] * logit_scale, l, tile.sink_logit);
     const __m512 factor = _mm512_set1_ps(end.factor);
     const float* acc = scratch.acc + r * acc_stride;
-    const bool is_right = scratch.m[r] > kMinusInfinity && all_finite(acc, acc_stride);
-    repeated |= static_cast<uint64_t>(!is_right) << r;
+    __m512 zeros = _mm512_setzero_ps();  // NaN for what is not finite
     T* out = static_cast<T*>(tile.out) + r * tile.out_row_stride;
     for (int64_t d = 0; d < tile.head_dim_v; d += 32) {
-      const Floats x = {_mm512_mul_ps(_mm512_loadu_ps(acc + d), factor),
-                        _mm512_mul_ps(_mm512_loadu_ps(acc + d + 16), factor)};
+      const __m512 acc0 = _mm512_loadu_ps(acc + d), acc1 = _mm512_loadu_ps(acc + d + 16);
+      const Floats x = {_mm512_mul_ps(acc0, factor), _mm512_mul_ps(acc1, factor)};
+      zeros = _mm512_fmadd_ps(_mm512_add_ps(acc0, acc1), _mm512_setzero_ps(), zeros);
       if constexpr (kStreams) {
         stream_floats(out + d, x);
       } else {
@@ -643,6 +643,8 @@ uint64_t write_rows(const QueryTile& tile, const Scratch& scratch, double logit_
       }
     }
     tile.lse[r] = end.lse;
+    const bool is_finite = _mm512_cmp_ps_mask(zeros, zeros, _CMP_UNORD_Q) == 0;
+    repeated |= static_cast<uint64_t>(!is_finite || !(scratch.m[r] > kMinusInfinity)) << r;
   }
   return repeated;
 }
