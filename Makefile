@@ -81,3 +81,32 @@ sanitize-threads:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparse_attn/_C*.so sparse_attn/_build.json
+
+# The smoke tests of `patch` under the oldest transformers and the newest, and under the oldest torch,
+# each in an environment of its own. Only the last is large: torch from PyPI brings 7 GB for CUDA.
+.PHONY: test-versions test-oldest-transformers test-newest-transformers test-oldest-torch
+
+VERSIONS := build/versions
+OLDEST_TRANSFORMERS := $(shell sed -n 's/^OLDEST_TRANSFORMERS = "\([0-9.]*\)".*/\1/p' sparse_attn/hf/versions.py)
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = .*torch>=\([0-9.]*\).*/\1/p' pyproject.toml)
+SMOKE := -m pytest -p no:cacheprovider -W ignore::FutureWarning tests/test_hf_versions.py
+
+test-versions: test-oldest-transformers test-newest-transformers test-oldest-torch
+
+$(VERSIONS)/oldest-transformers: WANTED = transformers==$(OLDEST_TRANSFORMERS).0
+$(VERSIONS)/newest-transformers: WANTED = transformers
+$(VERSIONS)/%-transformers: $(TOOLS) sparse_attn/hf/versions.py
+	rm -rf $@
+	$(PYTHON) -m pip install --quiet --no-compile --target $@ $(WANTED)
+
+test-oldest-transformers test-newest-transformers: test-%-transformers: $(VERSIONS)/%-transformers
+	PYTHONPATH=$< OMP_NUM_THREADS=1 $(PYTHON) $(SMOKE)
+
+$(VERSIONS)/oldest-torch: pyproject.toml
+	rm -rf $@
+	python3 -m venv $@
+	$@/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' transformers \
+		numpy pytest pytest-benchmark hypothesis expecttest einops
+
+test-oldest-torch: $(VERSIONS)/oldest-torch $(TOOLS)
+	OMP_NUM_THREADS=1 $</bin/python $(SMOKE) tests/test_attention.py -k 'not triton'

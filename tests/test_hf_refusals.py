@@ -115,10 +115,19 @@ T5 = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 LATENT |= {"v_head_dim": 8, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 LATENT |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+COMPRESSED = LATENT | {"num_hidden_layers": 4, "o_lora_rank": 16, "head_dim": 16}
+DEEP = {
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}
 OWN_ATTENTION = {  # class prefix of the config and of the model, options, what the refusal says
     "t5": ("T5", "T5EncoderModel", T5, "T5Attention passes 'position_bias'"),
     "mt5": ("MT5", "MT5ForConditionalGeneration", T5, "MT5Attention passes 'position_bias'"),
     "deepseek": ("DeepseekV32", "DeepseekV32ForCausalLM", SMALL | LATENT, "'indices'"),
+    "deepseek_v4": ("DeepseekV4", "DeepseekV4ForCausalLM", SMALL | COMPRESSED, "compressed keys"),
+    "minimax": ("MiniMaxM3VLText", "MiniMaxM3VLTextModel", SMALL | DEEP, "'block_indices'"),
     "glm": ("GlmMoeDsa", "GlmMoeDsaForCausalLM", SMALL | LATENT, "'indices'"),
 }
 
@@ -128,9 +137,10 @@ def test_models_whose_every_call_would_be_refused_are_refused_at_once(name):
     prefix, kind, options, match = OWN_ATTENTION[name]
     with torch.device("meta"):
         model = getattr(transformers, kind)(getattr(transformers, prefix + "Config")(**options))
+    before = model.config._attn_implementation
     with pytest.raises(ValueError, match=f"sparse_attn cannot serve {kind}.*{match}"):
         patch(model, selectors.Dense())
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == before
 
 
 def interface_keywords(source):

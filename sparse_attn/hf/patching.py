@@ -25,25 +25,30 @@ def patch(
     """Run the full-attention layers of a transformers model with `selector`.
 
     Layers with a window of their own (Mistral, Gemma) keep it, token for token. Attention that is
-    not causal (encoders, vision towers, cross attention) stays dense. Of a selector that keeps
-    something between calls, such as ``selectors.Quest()``, each layer has a copy of its own.
+    not causal (encoders, vision towers, cross attention) stays dense; a model in which no layer
+    says that it is causal is warned of. With ``selectors.Dense()`` the model computes what it did
+    before, in rows of padding too. Of a selector that keeps something between calls, such as
+    ``selectors.Quest()``, each layer has a copy of its own.
 
     Args:
         model: a transformers model, or a module that wraps one (PEFT, DDP, a compiled model).
         selector: what chooses the keys of each layer, such as ``selectors.BlockTopK()``; or a dict
             ``{layer_idx: selector}``: layers that it lacks stay dense.
-        exclude_layers: indices of layers that stay dense. Default none.
+        exclude_layers: indices of layers that stay dense, integers from 0. Default none.
         backend: passed on to `sparse_attention`. Default ``"auto"``.
 
     Returns:
         Patch: `remove` gives the model its former implementation back, and so does leaving
-        ``with patch(model, selector):``.
+        ``with patch(model, selector):``. Copies of the model are patched too: see `unpatch`.
 
     Raises:
-        ValueError: if the model's attention cannot be replaced, if it shares its config object
-            with another patched model, or if a layer index or `backend` does not exist.
-        TypeError: if `model` holds no transformers model, or `selector` is not a selector.
-        ImportError: without transformers 5 or later.
+        ValueError: if the model's attention cannot be replaced or gives arguments that nothing
+            here acts on (T5, DeepSeek V3.2), if it shares its config object with another patched
+            model, or if a layer index or `backend` does not exist. Calls that could only be served
+            by ignoring an argument raise it later, naming the argument and the layer.
+        TypeError: if `model` holds no transformers model, `selector` is not a selector or a dict of
+            them (a class, say), or layer indices are not integers.
+        ImportError: without transformers, or with an older one than is needed, naming both.
 
     Example:
         >>> import torch
