@@ -31,8 +31,11 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, with an optional selector of keys.
 
     Without a selector the result is torch's in every case: dense calls that the C++ kernels serve
-    run there, all others (masks, dropout, other ranks and dtypes, GPUs, `torch.func`, and those of
-    less than 16384 scores) go to torch itself.
+    run there, all others (masks, dropout, other ranks and dtypes, subclasses of tensors, GPUs,
+    `torch.func`, `torch.nn.attention.sdpa_kernel`, and those of less than 16384 scores) go to torch
+    itself. Two things are better than torch's on CPUs: causal calls with ``scale <= 0``, for which
+    its kernel gives NaN, are right, and what the C++ kernels serve has second derivatives and
+    forward mode.
     With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
     it is refused by name.
 
@@ -139,7 +142,8 @@ def _torchs(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tens
     """torch's function, right for every scale: its CPU kernel for causal calls gives NaN, or other
     numbers, with ``scale <= 0``. The sign, or the 0, goes into q, exactly.
     """
-    if is_causal is True and type(scale) is float and scale <= 0 and isinstance(q, Tensor):
+    wrong = is_causal is True and isinstance(scale, float | int) and scale <= 0
+    if wrong and isinstance(q, Tensor):
         q, scale = (q * -1, -scale) if scale < 0 else (q * 0, 1.0)
     return F.scaled_dot_product_attention(
         q,
