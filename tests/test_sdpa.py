@@ -176,7 +176,7 @@ def _outcome(attend, *args, **kwargs):
 
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, -1.0])
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, -1.0, -1, 0])
 @pytest.mark.parametrize("shape", [(1, 4, 48, 16), (2, 48, 16), (1, 4, 48, 300)], ids=str)
 def test_scales_that_torchs_kernel_gets_wrong(monkeypatch, few, dtype, scale, shape):
     """Its kernel for causal calls on CPUs gives NaN with them."""
