@@ -60,7 +60,7 @@ class Histories(RuleBasedStateMachine):
     def step(self, count):
         self.buffer.append(self.draw(count))
         self.k = self.buffer.keys
-        self.rows = count
+        self.rows, self.causal = count, True
 
     @rule()
     def steps(self):
@@ -139,6 +139,15 @@ class Histories(RuleBasedStateMachine):
             self.step(1)
             self.all_choose_as_without_memory()
             Proof.lost()
+
+    @rule(rows=st.sampled_from([1, 3]), scale=st.sampled_from([None, -1.0]))
+    def another_call_between_steps(self, rows, scale):
+        self.step(1)
+        self.all_choose_as_without_memory()
+        self.rows, self.scale, before = rows, scale, self.scale
+        self.all_choose_as_without_memory()
+        self.scale = before
+        self.step(1)
 
     @rule(rows=st.integers(1, 4), causal=st.booleans(), scale=st.sampled_from([None, -1.0, 0.5]))
     def another_kind_of_call(self, rows, causal, scale):
