@@ -71,6 +71,8 @@ def scaled_dot_product_attention(
         >>> window = selectors.SlidingWindow(window=64)
         >>> banded = scaled_dot_product_attention(q, k, v, is_causal=True, selector=window)
     """
+    if selector is None and backend == "auto" and _few_scores(query, key):
+        return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     query, key, value = autocast(query, key, value)
     call = (query, key, value, attn_mask, dropout_p, is_causal)
     if selector is None and backend == "auto":
@@ -94,6 +96,14 @@ def scaled_dot_product_attention(
 _FEWEST_SCORES = 2**14  # where the call itself no longer outweighs what the kernels gain
 
 
+def _few_scores(q: Tensor, k: Tensor) -> bool:
+    """Whether a call is so small that torch's function is the quicker one."""
+    if not (_plain(q) and _plain(k)):
+        return False
+    batch, heads, rows, _ = q.shape
+    return batch * heads * rows * k.shape[2] < _FEWEST_SCORES
+
+
 def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
     """Whether the C++ kernels serve a call of torch's function, in less time than torch. What they
     refuse is left to torch, and so are subclasses of tensors, `torch.func` and `sdpa_kernel`.
@@ -104,9 +114,7 @@ def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
         return False
     if not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
         return False
-    if not all(_plain(x) for x in (q, k, v)):
-        return False
-    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] < _FEWEST_SCORES:
+    if not (_plain(q) and _plain(k) and _plain(v)):
         return False
     if torch._C._are_functorch_transforms_active() or _pinned():
         return False

@@ -171,7 +171,7 @@ class Generations(RuleBasedStateMachine):
 
 
 TestGenerations = Generations.TestCase
-TestGenerations.settings = settings(max_examples=12, stateful_step_count=10, deadline=None)
+TestGenerations.settings = settings(max_examples=10, stateful_step_count=10, deadline=None)
 
 
 @pytest.fixture

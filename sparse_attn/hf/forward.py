@@ -279,14 +279,14 @@ def _by_segments(
     """Each segment with its own queries and keys, ``[B, Sq, H, Dv]``."""
     batch, num_heads, seqlen_q, _ = call.query.shape
     everything = (slice(0, batch), slice(0, seqlen_q))
-    out, seen = None, torch.zeros(batch, seqlen_q, dtype=torch.bool, device=call.query.device)
+    out = None
     for rows, segments in visible.groups:
         for segment in segments:
             part = call.part(rows, segment)
             if not segment.behind:
                 attended = _attend(part, selector, backend)
             elif window or isinstance(selector, Dense):
-                mask = masks.reached(segment, visible.first, window, seen.device)
+                mask = masks.reached(segment, visible.first, window, call.query.device)
                 attended = _explicit(part, mask, window=0, is_causal=False)
             else:
                 attended = _attend_behind(part, selector, backend)
@@ -294,10 +294,12 @@ def _by_segments(
                 return attended.contiguous()
             if out is None:
                 out = attended.new_zeros(batch, seqlen_q, num_heads, call.value.shape[-1])
+                seen = torch.zeros(batch, seqlen_q, dtype=torch.bool, device=out.device)
             out[rows, segment.queries] = attended
             seen[rows, segment.queries] = True
     if out is None:
         out = call.query.new_zeros(batch, seqlen_q, num_heads, call.value.shape[-1])
+        seen = torch.zeros(batch, seqlen_q, dtype=torch.bool, device=out.device)
     return _fill_blind(call, out, seen)
 
 
