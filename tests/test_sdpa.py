@@ -207,7 +207,7 @@ WRONG_KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", WRONG_KINDS, ids=str)
+@pytest.mark.parametrize("change", WRONG_KINDS, ids=lambda changes: "-".join(changes))
 def test_errors_are_torchs(change):
     x = torch.randn(1, 2, 16, 8)
     tensors = [change.get(name, x) for name in ("query", "key", "value")]
