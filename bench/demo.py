@@ -150,15 +150,17 @@ def parts() -> list[Part]:
 def notes(shown: list[Part]) -> str:
     """How the numbers of the tables were taken."""
     took = "; ".join(part.took() for part in shown)
+    asked = max(part.size.rounds for part in shown if part.retrieval)
+    depths = " and ".join(f"{depth:.0%}" for depth in DEPTHS[:asked])
     return f"""\
 Taken by this machine: {took}.
 
 Batch 1, with a cache. The rows take turns after a warm-up; "attention alone" and "whole prefill"
 are speed-ups, medians of the paired ratios to torch SDPA. The time of attention is measured around
 the attention function of every layer, choosing keys included. Density is the share of the causal
-(query, key) pairs that are seen, mean over layers. A number, said once at a depth of
-{", ".join(f"{depth:.0%}" for depth in DEPTHS)} of the text, one depth a round, is asked for at the
-end. Three numbers in one text show that it works; they do not measure how well. Perplexity is over
+(query, key) pairs that are seen, mean over layers. A number, said once at {depths} of the text, one
+depth a round, is asked for at the end. A few numbers in one text show that it works; they do not
+measure how well. Perplexity is over
 the documentation of Python (gemma3: over the last quarter); its change is against torch SDPA. The
 loss on the second copy (nats per token) is over the second half of a text of three quarters of the
 tokens that is a text twice: low only if attention finds the first copy."""
