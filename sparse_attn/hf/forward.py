@@ -14,7 +14,7 @@ from .. import backends
 from ..api import sparse_attention
 from ..layout import BlockLayout
 from ..selectors import Dense, SlidingWindow
-from . import masks
+from . import dense, masks
 from .caches import LayerSelectors
 from .packing import PACKING, restrict
 from .versions import transformers
@@ -107,7 +107,7 @@ def register() -> None:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One attention call with the arguments that every way of serving it needs."""
 
     module: nn.Module
@@ -120,9 +120,13 @@ class _Call:
     sinks: Tensor | None
     eager: bool  # whether the model ran eager attention before
 
-    def part(self, rows: slice, segment: masks.Segment) -> _Call:
+    def part(self, rows: slice, segment: masks.Segment) -> Call:
         """The same for some rows of the batch, and the queries and keys of a segment."""
         queries, keys = segment.queries, segment.keys
+        if isinstance(queries, slice) and isinstance(keys, slice):
+            sizes = (self.query.shape[0], self.query.shape[2], self.key.shape[2])
+            if (rows, queries, keys) == tuple(slice(0, size) for size in sizes):
+                return self
         return replace(
             self,
             query=self.query[rows][:, :, queries],
@@ -171,7 +175,7 @@ def attention_forward(
     Raises:
         ValueError: for arguments that would have to be ignored, naming them and the layer.
     """
-    call = _Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux, eager)
+    call = Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux, eager)
     routers = getattr(module, ROUTERS, ())
     if not routers:
         remedy = (
@@ -189,14 +193,14 @@ def attention_forward(
     _check_kwargs(call, kwargs, is_causal)
     if not is_causal:
         router.count("not_causal")
-        return _explicit(call, attention_mask, window=0, is_causal=False), None
+        return dense.explicit(call, attention_mask, window=0, is_causal=False), None
     sizes = (query.shape[0], query.shape[2], key.shape[2])
     attention_mask = restrict(attention_mask, kwargs, sizes, call.refuse_argument)
     visible = masks.read(attention_mask, *sizes)
     if visible is None:
         _check_explicit(call, router, own_window=bool(sliding_window))
         router.count("explicit_mask")
-        return _explicit(call, attention_mask, window=0, is_causal=True), None
+        return dense.explicit(call, attention_mask, window=0, is_causal=True), None
     return _causal(call, router, attention_mask, visible, sliding_window or 0), None
 
 
@@ -206,7 +210,7 @@ def eager_attention_forward(*args, **kwargs) -> tuple[Tensor, None]:
 
 
 def _causal(
-    call: _Call, router: Router, mask: Tensor | None, visible: masks.Visible, sliding_window: int
+    call: Call, router: Router, mask: Tensor | None, visible: masks.Visible, sliding_window: int
 ) -> Tensor:
     """A causal call whose mask is known as segments."""
     window = 0
@@ -225,14 +229,14 @@ def _causal(
     # A segment's keys are put side by side: in a window that would let in keys from too far back.
     holes_in_window = window and visible.scattered
     if call.dropout or holes_in_window or _torch_is_faster(call, selector, router.backend):
-        return _explicit(call, mask, window, is_causal=True)
+        return dense.explicit(call, mask, window, is_causal=True)
     return _by_segments(call, visible, selector, window, router.backend)
 
 
 # ----------------------------------------------------------------------------------------- checks
 
 
-def _check_kwargs(call: _Call, kwargs: dict, is_causal: bool) -> None:
+def _check_kwargs(call: Call, kwargs: dict, is_causal: bool) -> None:
     for name, value in kwargs.items():
         if value is None or value is False or name in HARMLESS:
             continue
@@ -244,7 +248,7 @@ def _check_kwargs(call: _Call, kwargs: dict, is_causal: bool) -> None:
             call.refuse_argument(name, "only causal attention acts on it")
 
 
-def _check_mask(call: _Call, mask: Tensor | None) -> None:
+def _check_mask(call: Call, mask: Tensor | None) -> None:
     if mask is None:
         return
     seqlen_q, seqlen_kv = call.query.shape[2], call.key.shape[2]
@@ -262,7 +266,7 @@ def _check_mask(call: _Call, mask: Tensor | None) -> None:
         call.refuse(f"an attention mask of {list(mask.shape)}", rows)
 
 
-def _check_explicit(call: _Call, router: Router, own_window: bool) -> None:
+def _check_explicit(call: Call, router: Router, own_window: bool) -> None:
     selector = router.selector_for(call.layer)
     if own_window or isinstance(selector, Dense):
         return
@@ -274,7 +278,7 @@ def _check_explicit(call: _Call, router: Router, own_window: bool) -> None:
 
 
 def _by_segments(
-    call: _Call, visible: masks.Visible, selector: Any, window: int, backend: str
+    call: Call, visible: masks.Visible, selector: Any, window: int, backend: str
 ) -> Tensor:
     """Each segment with its own queries and keys, ``[B, Sq, H, Dv]``."""
     batch, num_heads, seqlen_q, _ = call.query.shape
@@ -286,8 +290,8 @@ def _by_segments(
             if not segment.behind:
                 attended = _attend(part, selector, backend)
             elif window or isinstance(selector, Dense):
-                mask = masks.reached(segment, visible.first, window, call.query.device)
-                attended = _explicit(part, mask, window=0, is_causal=False)
+                mask = dense.window_mask(segment, visible.first, window, call.query.device)
+                attended = dense.explicit(part, mask, window=0, is_causal=False)
             else:
                 attended = _attend_behind(part, selector, backend)
             if isinstance(segment.queries, slice) and (rows, segment.queries) == everything:
@@ -300,10 +304,10 @@ def _by_segments(
     if out is None:
         out = call.query.new_zeros(batch, seqlen_q, num_heads, call.value.shape[-1])
         seen = torch.zeros(batch, seqlen_q, dtype=torch.bool, device=out.device)
-    return _fill_blind(call, out, seen)
+    return dense.fill_blind(call, out, seen)
 
 
-def _attend(call: _Call, selector: Any, backend: str) -> Tensor:
+def _attend(call: Call, selector: Any, backend: str) -> Tensor:
     return sparse_attention(
         call.query,
         call.key,
@@ -316,7 +320,7 @@ def _attend(call: _Call, selector: Any, backend: str) -> Tensor:
     ).transpose(1, 2)
 
 
-def _attend_behind(call: _Call, selector: Any, backend: str) -> Tensor:
+def _attend_behind(call: Call, selector: Any, backend: str) -> Tensor:
     """Queries that all stand behind the last key: the selector chooses for the last of them.
 
     To the op they are so many heads of one query.
@@ -336,75 +340,10 @@ def _attend_behind(call: _Call, selector: Any, backend: str) -> Tensor:
     return out.reshape(batch, num_heads, rows, -1).transpose(1, 2)
 
 
-def _fill_blind(call: _Call, out: Tensor, seen: Tensor) -> Tensor:
-    """`out` with what eager attention gives for rows that see no key, where `seen` is False."""
-    if not call.eager or call.sinks is not None:
-        return out
-    groups = call.query.shape[1] // call.key.shape[1]
-    mean = call.value.mean(2).repeat_interleave(groups, dim=1)
-    return torch.where(seen[..., None, None], out, mean[:, None])
-
-
-def _torch_is_faster(call: _Call, selector: Any, backend: str) -> bool:
+def _torch_is_faster(call: Call, selector: Any, backend: str) -> bool:
     """Whether dense attention has no compiled kernel, with the choice left to us."""
     if backend != "auto" or not isinstance(selector, Dense):
         return False
     if call.softcap or call.sinks is not None:
         return False
     return backends.choose(backend, call.query, call.value).backend == "reference"
-
-
-# ---------------------------------------------------------------------- through an explicit mask
-
-
-def _explicit(call: _Call, mask: Tensor | None, window: int, is_causal: bool) -> Tensor:
-    """Dense attention ``[B, Sq, H, Dv]`` through torch; the mask is written out if need be."""
-    seqlen_q, seqlen_kv = call.query.shape[2], call.key.shape[2]
-    plain = not call.softcap and call.sinks is None
-    flag_says_it = seqlen_q == 1 or (seqlen_q == seqlen_kv and plain)
-    if masks.is_key_mask(mask) or (mask is None and is_causal and (window or not flag_says_it)):
-        mask = masks.to_dense(mask, seqlen_q, seqlen_kv, window, call.query.device)
-        return _fill_blind(call, _through_torch(call, mask, is_causal), mask.any(-1)[:, 0])
-    return _through_torch(call, mask, is_causal)
-
-
-def _through_torch(call: _Call, mask: Tensor | None, is_causal: bool) -> Tensor:
-    if call.softcap or call.sinks is not None:
-        return _eager(call, mask)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(
-        call.module,
-        call.query,
-        call.key,
-        call.value,
-        mask,
-        dropout=call.dropout,
-        scaling=call.scale,
-        is_causal=is_causal,
-    )[0]
-
-
-def _eager(call: _Call, mask: Tensor | None) -> Tensor:
-    """The same with softcap and sinks, which torch's SDPA lacks; it forms the scores."""
-    query, key, value = call.query, call.key, call.value
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    scores = (query @ key.transpose(2, 3)).float() * scale
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    lowest = torch.finfo(scores.dtype).min
-    hides = mask is not None and mask.dtype == torch.bool
-    if hides:
-        scores = scores.masked_fill(~mask, lowest)
-    elif mask is not None:
-        scores = (scores + mask).clamp(min=lowest)
-    if call.sinks is not None:
-        sinks = call.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sinks), dim=-1)
-    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
-    if hides:
-        weights = weights * mask.any(-1, keepdim=True)  # rows that see nothing are zero
-    weights = torch.nn.functional.dropout(weights.to(value.dtype), call.dropout)
-    return (weights @ value).transpose(1, 2).contiguous()

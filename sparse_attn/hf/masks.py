@@ -374,17 +374,6 @@ def _row(seen: Tensor, local: bool) -> Visible:
     return Visible(tuple(groups), local=local, exact=True, scattered=scattered)
 
 
-def reached(segment: Segment, first: int, window: int, device: torch.device) -> Tensor | None:
-    """The bool mask ``[1, 1, Sq, Skv]`` of queries behind their keys; None if they see all."""
-    if not window:
-        return None
-    queries, keys = (
-        torch.arange(x.start, x.stop, device=device) if isinstance(x, slice) else x
-        for x in (segment.queries, segment.keys)
-    )
-    return (keys > queries[:, None] + (first - window))[None, None]
-
-
 def to_dense(
     mask: Tensor | None, seqlen_q: int, seqlen_kv: int, window: int, device: torch.device
 ) -> Tensor:
