@@ -10,7 +10,10 @@ import os
 import torch
 from torch import Tensor
 
+from ..contract.request import Request
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEATURES = frozenset({"blocks", "columns", "softcap", "sink_logits", "packed", "paged"})
 MAX_HEAD_DIM = 256
 MAX_HIP_SLOTS = 2048  # what one program sorts in its registers
 
@@ -32,9 +35,9 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
-def reasons(q: Tensor, v: Tensor) -> list[str]:
+def reasons(request: Request) -> list[str]:
     """Why the kernels cannot run a call, one sentence each."""
-    found = []
+    q, found = request.q, []
     if not INSTALLED:
         found.append("triton is not installed: pip install 'triton>=3.3'")
     if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreting()):
@@ -44,17 +47,17 @@ def reasons(q: Tensor, v: Tensor) -> list[str]:
         )
     if q.dtype not in DTYPES:
         found.append(f"the dtype is {q.dtype}; it takes float32, bfloat16 and float16")
-    for name, x in (("head_dim", q), ("head_dim_v", v)):
-        if not 1 <= x.size(-1) <= MAX_HEAD_DIM:
-            found.append(f"{name} is {x.size(-1)}; it takes 1 to {MAX_HEAD_DIM}")
-    return found
+    for name, size in request.head_dims():
+        if not 1 <= size <= MAX_HEAD_DIM:
+            found.append(f"{name} is {size}; it takes 1 to {MAX_HEAD_DIM}")
+    return [*found, *request.unserved(FEATURES)]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+def attention(*args, **options) -> tuple[Tensor, Tensor]:
     """`sparse_attn::attention`."""
     from . import ops
 
-    return ops.attention(q, k, v, *args)
+    return ops.attention(*args, **options)
 
 
 def attention_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,11 +67,11 @@ def attention_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ops.attention_backward(*args)
 
 
-def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+def attention_varlen(*args) -> tuple[Tensor, Tensor]:
     """`sparse_attn::attention_varlen`."""
     from . import ops
 
-    return ops.attention_varlen(q, k, v, *args)
+    return ops.attention_varlen(*args)
 
 
 def hip_select(*args) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..contract.packing import Packing
 from ..layout import BlockLayout
-from ..varlen import Packing
 from . import DTYPES, backward, forward, hip, infinite_hip, lists, prepare
 from .autotune import Choice
 from .configs import Target

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import empty_out
-from ..varlen import Packing
+from ..contract.packing import Packing
+from ..contract.results import empty_out
 from . import configs, lists
 from .autotune import Choice
 from .launch import Call, Launch, input_precision, strides

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation
+from ..contract import validation
 from . import configs
 from .launch import Launch, strides
 from .ops import _refuse, _rows, _run
