@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import as_bool, check_selector
 from .contract.validation import check_layout, check_qkv, check_scalars, refuse_mask
 from .layout import BlockLayout
-from .layout_algebra import spread_heads
+from .layout.lists import spread_heads
 from .typing import SelectorLike
 
 __all__ = ["Quality", "measure"]

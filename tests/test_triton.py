@@ -15,7 +15,7 @@ from sparse_attn import BlockLayout, explain, selectors, sparse_attention
 from sparse_attn.contract.arguments import Arguments
 from sparse_attn.contract.packing import Packing
 from sparse_attn.contract.packing import violations as violations_of_packing
-from sparse_attn.layout_algebra import violations
+from sparse_attn.layout.rules import violations
 from sparse_attn.triton import backward, configs, forward, lists
 from sparse_attn.triton.launch import Call
 

@@ -11,26 +11,31 @@ from torch import Tensor
 from ..contract.dtypes import compute_dtype
 from ..contract.packing import Packing, check_values, key_rows
 from ..layout import BlockLayout
+from ..layout.fields import with_lists
+from ..layout.lists import IndexLists
 
 
 def sequence_layout(layout: BlockLayout, b: int, seqlens: tuple[int, int]) -> BlockLayout:
     """What a layout for the greatest lengths means for sequence `b`: its first rows, and of their
     lists the blocks and columns that the sequence has.
     """
-    fields = {}
     rows_q = -(-seqlens[0] // layout.block_size[0])
-    for counts, indices, rows, most in (
-        ("kv_num_blocks", "kv_indices", rows_q, -(-seqlens[1] // layout.block_size[1])),
-        ("num_columns", "column_indices", -(-rows_q // layout.column_group), seqlens[1]),
-    ):
-        if getattr(layout, counts) is None:
-            continue
-        batch = slice(b, b + 1) if getattr(layout, counts).shape[0] > 1 else slice(None)
-        n, x = (getattr(layout, name)[batch, :, :rows] for name in (counts, indices))
-        listed = torch.arange(x.shape[-1], device=x.device) < n[..., None]
-        fields[counts] = (listed & (x < most)).sum(-1, dtype=torch.int32)
-        fields[indices] = x.contiguous()
-    return replace(layout, seqlens=seqlens, **fields)
+    groups = -(-rows_q // layout.column_group)
+    lists = with_lists(
+        _of_sequence(layout.blocks, b, rows_q, -(-seqlens[1] // layout.block_size[1])),
+        _of_sequence(layout.columns, b, groups, seqlens[1]),
+    )
+    return replace(layout, seqlens=seqlens, **lists)
+
+
+def _of_sequence(lists: IndexLists | None, b: int, num_rows: int, most: int) -> IndexLists | None:
+    """The first `num_rows` lists of sequence `b`, and of them the entries below `most`."""
+    if lists is None:
+        return None
+    batch = slice(b, b + 1) if lists.counts.shape[0] > 1 else slice(None)
+    lists = IndexLists(*(x[batch, :, :num_rows] for x in lists))
+    counts = (lists.listed() & (lists.indices < most)).sum(-1, dtype=torch.int32)
+    return IndexLists(counts, lists.indices.contiguous())
 
 
 def attention(

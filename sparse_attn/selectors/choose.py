@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout_algebra import ascending
+from ..layout.lists import ascending
 from ..ops.top_blocks import top_blocks as _top_blocks
 
 

@@ -22,8 +22,9 @@ from .launch import Call, Launch
 _MAX_LENGTH = 2**30 - 1
 
 
-def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if found := reasons(Request("attention", q, k, v)):
+def refuse(request: Request) -> None:
+    """Raises a ValueError with all reasons against a request."""
+    if found := reasons(request):
         raise ValueError(f"sparse_attn on Triton: {'; '.join(found)}")
 
 
@@ -92,8 +93,8 @@ def attention(
     """out and lse; float32 in three products of TF32 if `split_float32` permits it and no gradient
     will compute the scores again.
     """
-    _refuse(q, k, v)
     arguments = Arguments(*rest)
+    refuse(Request("attention", q, k, v, arguments.features()))
     validation.check_qkv(q, k, v)
     layout = _layout((q.shape[2], k.shape[2]), arguments)
     validation.check_layout(layout, q, k)
@@ -111,8 +112,8 @@ def attention_varlen(
     *rest,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and lse of packed sequences."""
-    _refuse(q, k, v)
     arguments = Arguments(*rest)
+    refuse(Request("attention", q, k, v, arguments.features()))
     packing = Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
     validation.check_packed(q, k, v, packing)
     layout = _layout((max_seqlen_q, max_seqlen_kv), arguments)
@@ -140,8 +141,8 @@ def attention_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradients of the sink logits (empty without any)."""
-    _refuse(q, k, v)
     arguments = Arguments(*rest)
+    refuse(Request("attention", q, k, v, arguments.features()))
     validation.check_qkv(q, k, v)
     layout = _layout((q.shape[2], k.shape[2]), arguments)
     validation.check_layout(layout, q, k)

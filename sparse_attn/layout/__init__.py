@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checks import INT32_MAX, as_count, as_int, as_pair
+from ..checks import INT32_MAX, as_count
+from . import algebra, formats, mask, rules
+from . import density as densities
+from .fields import Fields
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _INT_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-_TENSORS = ("sink", "window", "kv_num_blocks", "kv_indices", "num_columns", "column_indices")
 
 
-@dataclass(frozen=True, eq=False)
-class BlockLayout:
+class BlockLayout(Fields):
     """The set of keys that each query row attends to, in O(kept) memory.
 
     Row ``i`` of head ``h`` of batch element ``b`` stands at ``p = i + seqlen_kv - seqlen_q`` (the
@@ -64,121 +65,11 @@ class BlockLayout:
                 [1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
 
-    seqlens: tuple[int, int]
-    sink: Tensor
-    window: Tensor
-    block_size: tuple[int, int] = (64, 64)
-    kv_num_blocks: Tensor | None = None
-    kv_indices: Tensor | None = None
-    num_columns: Tensor | None = None
-    column_indices: Tensor | None = None
-    column_group: int = 1
-
-    def __post_init__(self) -> None:
-        self._check_sizes()
-        self._check_field("sink", self.sink, (None,))
-        self._check_field("window", self.window, (None,))
-        if self.kv_num_blocks is not None or self.kv_indices is not None:
-            self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
-        if self.num_columns is not None or self.column_indices is not None:
-            self._check_lists("num_columns", "column_indices", self.num_column_groups)
-
-    def _check_sizes(self) -> None:
-        """The sizes are Python's ints; numpy's, and lists of two, become so."""
-        seqlens = as_pair("seqlens", self.seqlens, 0)
-        block_size = as_pair("block_size", self.block_size, 1)
-        group = as_int("column_group", self.column_group, 1)
-        if seqlens is not self.seqlens or block_size is not self.block_size:
-            object.__setattr__(self, "seqlens", seqlens)
-            object.__setattr__(self, "block_size", block_size)
-        if group is not self.column_group:
-            object.__setattr__(self, "column_group", group)
-
-    def _check_field(self, name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {value.dtype}")
-        if value.device != self.sink.device:
-            raise ValueError(f"{name} is on {value.device}, but sink is on {self.sink.device}")
-        sizes = value.shape
-        wrong = len(sizes) != len(shape)
-        if len(shape) > 1:
-            for want, got in zip(shape, sizes, strict=False):
-                wrong = wrong or (want is not None and want != got)
-        if wrong:
-            shown = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"{name} must have shape [{shown}], got {list(sizes)}")
-        if 0 in sizes[: 1 if len(shape) == 1 else 2]:
-            raise ValueError(f"{name} has a batch or head size of 0: {list(sizes)}")
-
-    def _check_lists(self, counts_name: str, indices_name: str, rows: int) -> None:
-        counts, indices = getattr(self, counts_name), getattr(self, indices_name)
-        if counts is None or indices is None:
-            raise ValueError(f"{counts_name} and {indices_name} must be given together")
-        self._check_field(counts_name, counts, (None, None, rows))
-        self._check_field(indices_name, indices, (*counts.shape, None))
-
-    # --- sizes
-
-    @property
-    def seqlen_q(self) -> int:
-        """Number of query rows."""
-        return self.seqlens[0]
-
-    @property
-    def seqlen_kv(self) -> int:
-        """Number of keys."""
-        return self.seqlens[1]
-
-    @property
-    def num_q_blocks(self) -> int:
-        """``Mq = ceil(seqlen_q / block_q)``."""
-        return -(-self.seqlens[0] // self.block_size[0])
-
-    @property
-    def num_kv_blocks(self) -> int:
-        """``Mkv = ceil(seqlen_kv / block_kv)``."""
-        return -(-self.seqlens[1] // self.block_size[1])
-
-    @property
-    def num_column_groups(self) -> int:
-        """``Mg = ceil(Mq / column_group)``."""
-        return -(-self.num_q_blocks // self.column_group)
-
-    @property
-    def num_heads(self) -> int:
-        """The largest head size of its tensors (1 if every head shares everything)."""
-        sizes = [self.sink.shape[0], self.window.shape[0]]
-        sizes += [x.shape[1] for x in (self.kv_num_blocks, self.num_columns) if x is not None]
-        return max(sizes)
-
-    @property
-    def batch(self) -> int:
-        """The largest batch size of its tensors (1 if every batch element shares everything)."""
-        return max(
-            [1] + [x.shape[0] for x in (self.kv_num_blocks, self.num_columns) if x is not None]
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """The device of every tensor in the layout."""
-        return self.sink.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are present, by field name."""
-        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
-
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         device = torch.device(device)
         moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
         return replace(self, **moved)
-
-    def __repr__(self) -> str:
-        parts = [f"seqlens={tuple(self.seqlens)}, block_size={tuple(self.block_size)}"]
-        parts += [f"{name}={list(x.shape)}" for name, x in self.tensors().items()]
-        return f"BlockLayout({', '.join(parts)})"
 
     # --- builders
 
@@ -250,9 +141,7 @@ class BlockLayout:
             >>> layout.kv_indices.flatten()
             tensor([0, 1, 2, 3], dtype=torch.int32)
         """
-        from .layout_formats import from_dense
-
-        return from_dense(block_mask, block_size=block_size, seqlens=seqlens)
+        return BlockLayout(**formats.from_dense(block_mask, block_size=block_size, seqlens=seqlens))
 
     @staticmethod
     def from_topk(
@@ -261,9 +150,7 @@ class BlockLayout:
         """The blocks listed in ``[B|1, H', Mq, k]`` integer indices; -1 pads; any order, duplicates
         count once.
         """
-        from .layout_formats import from_topk
-
-        return from_topk(indices, block_size=block_size, seqlens=seqlens)
+        return BlockLayout(**formats.from_topk(indices, block_size=block_size, seqlens=seqlens))
 
     @staticmethod
     def from_csr(
@@ -272,9 +159,7 @@ class BlockLayout:
         """The blocks stored in a torch sparse CSR tensor ``[Mq, Mkv]``, or in a BSR tensor of
         tokens; one for all heads.
         """
-        from .layout_formats import from_csr
-
-        return from_csr(csr, block_size=block_size, seqlens=seqlens)
+        return BlockLayout(**formats.from_csr(csr, block_size=block_size, seqlens=seqlens))
 
     @staticmethod
     def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> BlockLayout:
@@ -284,9 +169,7 @@ class BlockLayout:
         is refused. Pass ``drop_mask_mod=True`` when it says only what `is_causal`, a sink or a
         window say too.
         """
-        from .layout_formats import from_block_mask
-
-        return from_block_mask(block_mask, drop_mask_mod=drop_mask_mod)
+        return BlockLayout(**formats.from_block_mask(block_mask, drop_mask_mod=drop_mask_mod))
 
     # --- converters
 
@@ -294,9 +177,7 @@ class BlockLayout:
         self, start: int, stop: int, *, is_causal: bool = True, num_heads: int | None = None
     ) -> Tensor:
         """The token mask of rows ``[start, stop)``: bool ``[B', H, stop - start, seqlen_kv]``."""
-        from .layout_formats import visible
-
-        return visible(self, start, stop, is_causal=is_causal, num_heads=num_heads)
+        return mask.visible(self, start, stop, is_causal=is_causal, num_heads=num_heads)
 
     def to_dense(self, *, is_causal: bool = True, num_heads: int | None = None) -> Tensor:
         """The full token mask, bool ``[B', H, seqlen_q, seqlen_kv]``: O(S^2) memory, for tests and
@@ -306,25 +187,19 @@ class BlockLayout:
 
     def to_topk(self) -> Tensor:
         """The block lists as int32 ``[B', H', Mq, width]`` padded with -1."""
-        from .layout_formats import to_topk
-
-        return to_topk(self)
+        return formats.to_topk(self)
 
     def to_csr(self, batch: int = 0, head: int = 0) -> Tensor:
         """The block lists of one head as a torch sparse CSR tensor of ones, float32 ``[Mq,
         Mkv]``.
         """
-        from .layout_formats import to_csr
-
-        return to_csr(self, batch, head)
+        return formats.to_csr(self, batch, head)
 
     def to_block_mask(self, *, is_causal: bool = True, num_heads: int | None = None) -> BlockMask:
         """FlexAttention's `BlockMask` with the same visibility (full-width indices: ``Mq * Mkv``
         memory).
         """
-        from .layout_formats import to_block_mask
-
-        return to_block_mask(self, is_causal=is_causal, num_heads=num_heads)
+        return formats.to_block_mask(self, is_causal=is_causal, num_heads=num_heads)
 
     # --- algebra
 
@@ -332,39 +207,29 @@ class BlockLayout:
         """The union: a key seen through either side is seen, once."""
         if not isinstance(other, BlockLayout):
             return NotImplemented
-        from .layout_algebra import union
-
-        return union(self, other)
+        return algebra.union(self, other)
 
     def __getitem__(self, index: Any) -> BlockLayout:
         """``layout[batch]`` or ``layout[batch, heads]``, each an int or a slice; broadcast sizes of
         1 stay.
         """
-        from .layout_algebra import take
-
         batch, heads = index if isinstance(index, tuple) else (index, slice(None))
-        return take(self, batch, heads)
+        return algebra.take(self, batch, heads)
 
     def expand_heads(self, num_heads: int) -> BlockLayout:
         """The same layout with every tensor spelled out for `num_heads` query heads."""
-        from .layout_algebra import expand_heads
-
-        return expand_heads(self, num_heads)
+        return algebra.expand_heads(self, num_heads)
 
     def refine(self, block_size: tuple[int, int]) -> BlockLayout:
         """The same layout in smaller blocks; `block_size` must divide the present one."""
-        from .layout_algebra import refine
-
-        return refine(self, block_size)
+        return algebra.refine(self, block_size)
 
     @cached_property
     def transposed(self) -> tuple[Tensor, Tensor]:
         """``(q_num_blocks, q_indices)``: for each key block the query blocks that list it,
         ascending; for backward.
         """
-        from .layout_algebra import transpose
-
-        return transpose(self)
+        return algebra.transpose(self)
 
     # --- measures
 
@@ -381,9 +246,7 @@ class BlockLayout:
         Returns:
             float: in [0, 1]; 0.0 if there are no pairs.
         """
-        from .layout_algebra import density
-
-        return density(self, is_causal=is_causal)
+        return densities.density(self, is_causal=is_causal)
 
     def validate(self) -> BlockLayout:
         """Check every value: ranges of sinks and windows, counts, ranges, order and duplicates of
@@ -395,7 +258,5 @@ class BlockLayout:
         Raises:
             ValueError: naming the tensor, the place and the value.
         """
-        from .layout_algebra import validate
-
-        validate(self)
+        rules.validate(self)
         return self
