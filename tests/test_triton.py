@@ -335,7 +335,7 @@ assert "sparse_attn.triton.ops" not in sys.modules
 
 
 def test_a_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr("sparse_attn.triton.INSTALLED", False)
+    monkeypatch.setattr("sparse_attn.triton.support.INSTALLED", False)
     q = torch.randn(1, 1, 4, 8)
     with pytest.raises(ValueError, match="triton: triton is not installed"):
         sparse_attention(q, q, q, selectors.Dense(), backend="triton")

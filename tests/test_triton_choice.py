@@ -14,10 +14,11 @@ import torch
 from sparse_attn import BlockLayout
 from sparse_attn.contract.arguments import Arguments
 from sparse_attn.contract.packing import Packing
-from sparse_attn.triton import DTYPES, autotune, backward, configs, forward, prepare
+from sparse_attn.triton import autotune, backward, configs, forward, prepare
 from sparse_attn.triton.compile_cases import HEAD_DIMS, compiled_calls, steps_of
 from sparse_attn.triton.configs import Config, Target
 from sparse_attn.triton.launch import Call
+from sparse_attn.triton.support import DTYPES
 
 from .oracle import GPU, random_layout
 from .test_attention import check, make_qkv

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import triton
 from ..contract.arguments import DIFFERENTIABLE, SCHEMA, Arguments
 from ..contract.dtypes import compute_dtype
 from ..contract.packing import Packing
@@ -16,6 +15,7 @@ from ..contract.results import empty_lse, empty_out
 from ..layout import BlockLayout
 from ..reference import attention as reference
 from ..reference import varlen
+from ..triton import entry as triton
 from . import autograd
 from .register import register
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import extension, notices, triton
+from .. import extension, notices
 from ..contract.dtypes import DTYPES
 from ..contract.request import Request
+from ..triton import support as triton
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_HEAD_DIM = 256

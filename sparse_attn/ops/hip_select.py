@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import triton
 from ..contract.request import Request
 from ..reference import hip_select as reference
+from ..triton import entry as triton
+from ..triton.support import MAX_HIP_SLOTS
 from .backends import op_for
 from .register import register
 
@@ -48,7 +49,7 @@ def hip_select(
 
 def _on_triton(q: Tensor, k: Tensor, slots: int, *rest: Any) -> tuple[Tensor, Tensor]:
     """The Triton kernel, which holds a limited number of nodes; the reference takes any."""
-    select = reference.hip_select if slots > triton.MAX_HIP_SLOTS else triton.hip_select
+    select = reference.hip_select if slots > MAX_HIP_SLOTS else triton.hip_select
     return select(q, k, slots, *rest)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import triton
 from ..contract.request import Request
 from ..reference import infinite_hip_stage as reference
 from ..reference.infinite_hip_stage import Lists
+from ..triton import entry as triton
+from ..triton.support import reasons
 from .backends import op_for
 from .register import register
 
@@ -58,7 +59,7 @@ def _request(q: Tensor, k: Tensor, *rest: Any) -> Request:
 
 def _on_triton(q: Tensor, k: Tensor, *rest: Any) -> Lists:
     """The reference's steps with Triton's scores."""
-    if found := triton.reasons(_request(q, k)):
+    if found := reasons(_request(q, k)):
         raise ValueError(f"sparse_attn on Triton: {'; '.join(found)}")
     return reference.infinite_hip_stage(q, k, *rest, score=triton.infinite_hip_scores)
 

@@ -12,10 +12,11 @@ import torch
 
 from ..contract.packing import Packing
 from ..layout import BlockLayout
-from . import DTYPES, backward, forward, hip, infinite_hip, lists, prepare
+from . import backward, forward, hip, infinite_hip, lists, prepare
 from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
+from .support import DTYPES
 
 _TYPES = {
     torch.float32: "*fp32",

@@ -14,10 +14,11 @@ from ..contract.arguments import Arguments
 from ..contract.packing import Packing
 from ..contract.request import Request
 from ..layout import BlockLayout
-from . import backward, forward, prepare, reasons
+from . import backward, forward, prepare
 from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
+from .support import reasons
 
 _MAX_LENGTH = 2**30 - 1
 
