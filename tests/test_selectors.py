@@ -239,7 +239,7 @@ def test_block_topk_finds_needles_that_a_window_loses():
 def test_block_topk_in_chunks_is_the_same(monkeypatch):
     q, k, _ = structured_qk(512)
     whole = BlockTopK(3, 16, 4, 32)(q, k)
-    monkeypatch.setattr("sparse_attn.selectors.block_topk._CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(BlockTopK, "chunk_elements", 300)
     assert torch.equal(BlockTopK(3, 16, 4, 32)(q, k).kv_indices, whole.kv_indices)
 
 
