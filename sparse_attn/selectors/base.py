@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,17 +12,25 @@ from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from ..layout.algebra import assemble_heads
+from ..typing import SelectorLike
 from .checks import as_int, check_selector, count_fields, selector_fields
 from .lineage import take_heads
+from .probes import softmax_scale
 
 
 class Selector:
     """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass. What
-    it keeps between calls is in a `lineage.Memory`, and `fresh` gives a selector without it.
+    it keeps between calls is in a `lineage.Memory`, and `for_layer` gives a selector without it.
 
     ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q,
     seqlen_kv)``; ``a | b`` selects what either selects.
+
+    Attributes:
+        is_dense: whether every call selects all keys, so that any other way of computing dense
+            attention serves it as well. Default False.
     """
+
+    is_dense: ClassVar[bool] = False
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -32,17 +40,72 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
-    def fresh(self) -> Selector:
-        """The selector itself or, if it keeps something between calls, an equal one that has kept
-        nothing yet; `patch` gives each layer its own.
+    def for_layer(self, layer: int | None) -> SelectorLike:
+        """The selector of one attention layer: by default this one. One that keeps something
+        between calls returns an equal one that has kept nothing yet, as keys are those of a layer.
+
+        Args:
+            layer: the index of the layer, or None if it has none.
         """
         return self
 
-    def __or__(self, other: Selector) -> Union:
-        if not isinstance(other, Selector):
+    def __or__(self, other: SelectorLike) -> Union:
+        if isinstance(other, type) or not callable(other):
             return NotImplemented
-        mine = self.selectors if isinstance(self, Union) else (self,)
-        return Union(mine + (other.selectors if isinstance(other, Union) else (other,)))
+        return Union((*_alternatives(self), *_alternatives(other)))
+
+    def __ror__(self, other: SelectorLike) -> Union:
+        if isinstance(other, type) or not callable(other):
+            return NotImplemented
+        return Union((*_alternatives(other), *_alternatives(self)))
+
+
+class Refreshable(Protocol):
+    """A selector that chooses in stages, whose selection can be kept for later rows: what
+    `MaskCache` asks of one. A call is all stages, one after the other::
+
+        kept = None
+        for stage in range(num_stages):
+            kept = prune(stage, kept, q, k, is_causal=is_causal, scale=scale)
+        return layout(kept, q, k)
+
+    Attributes:
+        margin: the last keys of the window that are searched too, so many of them: as many rows may
+            follow before the first key leaves the window that was never searched.
+        num_stages: number of stages, at least 1.
+    """
+
+    @property
+    def margin(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def prune(
+        self,
+        stage: int,
+        kept: Any,
+        q: Tensor,
+        k: Tensor,
+        *,
+        is_causal: bool = True,
+        scale: float | None = None,
+    ) -> Any:
+        """What a stage keeps, in a form of its own; nothing writes to it.
+
+        Args:
+            stage: its number, from 0.
+            kept: what the stage before it has kept; None for the first one.
+            q, k, is_causal, scale: as in a call.
+        """
+
+    def layout(self, kept: Any, q: Tensor, k: Tensor) -> BlockLayout:
+        """The layout of what the last stage has kept. Later rows may have more keys."""
+        ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +116,7 @@ class Union(Selector):
         selectors: the selectors, at least one.
     """
 
-    selectors: tuple[Selector, ...]
+    selectors: tuple[SelectorLike, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.selectors, tuple | list):
@@ -63,14 +126,20 @@ class Union(Selector):
         for i, selector in enumerate(self.selectors):
             check_selector(f"selectors[{i}]", selector)
 
-    def fresh(self) -> Union:
-        own = tuple(fresh_copy(x) for x in self.selectors)
+    @property
+    def alternatives(self) -> tuple[SelectorLike, ...]:
+        """The same: ``a | b | c`` is one union of three."""
+        return self.selectors
+
+    def for_layer(self, layer: int | None) -> Union:
+        own = tuple(for_layer(x, layer) for x in self.selectors)
         return self if _same(own, self.selectors) else Union(own)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         first, *others = self.selectors
+        scale = softmax_scale(q, scale)
         layout = first(q, k, is_causal=is_causal, scale=scale)
         for other in others:
             layout = layout | other(q, k, is_causal=is_causal, scale=scale)
@@ -92,8 +161,8 @@ class PerHead(Selector):
         >>> retrieval = PerHead({(0, 3): Dense()}, default=SinkWindow(sink=16, window=256))
     """
 
-    selectors: Mapping[int | tuple[int, ...], Selector]
-    default: Selector | None = None
+    selectors: Mapping[int | tuple[int, ...], SelectorLike]
+    default: SelectorLike | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.selectors, Mapping):
@@ -104,9 +173,9 @@ class PerHead(Selector):
         if self.default is not None:
             check_selector("default", self.default)
 
-    def fresh(self) -> PerHead:
-        default = None if self.default is None else fresh_copy(self.default)
-        own = {heads: fresh_copy(x) for heads, x in self.selectors.items()}
+    def for_layer(self, layer: int | None) -> PerHead:
+        default = None if self.default is None else for_layer(self.default, layer)
+        own = {heads: for_layer(x, layer) for heads, x in self.selectors.items()}
         before = (*self.selectors.values(), self.default)
         return self if _same((*own.values(), default), before) else PerHead(own, default)
 
@@ -114,6 +183,7 @@ class PerHead(Selector):
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        scale = softmax_scale(q, scale)
         layouts, heads = [], []
         for named, selector in self._assignments(num_heads):
             queries, keys = q[:, named], take_heads(k, [h // group for h in named])
@@ -121,7 +191,7 @@ class PerHead(Selector):
             heads.append(named)
         return assemble_heads(layouts, heads, num_heads)
 
-    def _assignments(self, num_heads: int) -> list[tuple[list[int], Selector]]:
+    def _assignments(self, num_heads: int) -> list[tuple[list[int], SelectorLike]]:
         """(heads, selector) pairs that together name each head once."""
         pairs = [(_named_heads(heads), s) for heads, s in self.selectors.items()]
         named = [h for heads, _ in pairs for h in heads]
@@ -155,16 +225,16 @@ class PrefillDecode(Selector):
         >>> both = PrefillDecode(prefill=SinkWindow(sink=64, window=4096), decode=Dense())
     """
 
-    prefill: Selector
-    decode: Selector
+    prefill: SelectorLike
+    decode: SelectorLike
     decode_rows: int = 16
 
     def __post_init__(self) -> None:
         selector_fields(self, "prefill", "decode")
         count_fields(self, decode_rows=1)
 
-    def fresh(self) -> PrefillDecode:
-        prefill, decode = fresh_copy(self.prefill), fresh_copy(self.decode)
+    def for_layer(self, layer: int | None) -> PrefillDecode:
+        prefill, decode = for_layer(self.prefill, layer), for_layer(self.decode, layer)
         if _same((prefill, decode), (self.prefill, self.decode)):
             return self
         return replace(self, prefill=prefill, decode=decode)
@@ -173,12 +243,23 @@ class PrefillDecode(Selector):
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         selector = self.decode if q.shape[2] <= self.decode_rows else self.prefill
-        return selector(q, k, is_causal=is_causal, scale=scale)
+        return selector(q, k, is_causal=is_causal, scale=softmax_scale(q, scale))
 
 
-def fresh_copy(selector: Any) -> Any:
-    """`Selector.fresh` of a selector; any other callable as it is."""
-    return selector.fresh() if isinstance(selector, Selector) else selector
+def for_layer(selector: SelectorLike, layer: int | None) -> SelectorLike:
+    """`Selector.for_layer` of a selector; a callable without that method as it is."""
+    method = getattr(selector, "for_layer", None)
+    return selector if method is None else method(layer)
+
+
+def is_dense(selector: SelectorLike) -> bool:
+    """`Selector.is_dense` of a selector; False for a callable without that attribute."""
+    return getattr(selector, "is_dense", False)
+
+
+def _alternatives(selector: SelectorLike) -> tuple[SelectorLike, ...]:
+    """The selectors that a `Union` joins; any other one alone."""
+    return getattr(selector, "alternatives", (selector,))
 
 
 def _same(own: tuple[Any, ...], before: tuple[Any, ...]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .checks import count_fields, int_fields
+from .checks import count_fields
 from .choose import top_blocks
 from .scored import BlockScores
 
@@ -42,8 +42,8 @@ class BlockTopK(BlockScores):
     window: int = 256
 
     def __post_init__(self) -> None:
-        count_fields(self, top_k=1, sink=0, window=1)
-        int_fields(self, block_size=1)
+        super().__post_init__()
+        count_fields(self, top_k=1, window=1)
 
     def choose(self, scores: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
         return top_blocks(scores, self.top_k, forced)

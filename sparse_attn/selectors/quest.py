@@ -59,6 +59,7 @@ class Quest(BlockScores):
     _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         int_fields(self, page_size=1)
         count_fields(self, budget=self.page_size)
         bool_fields(self, "shared")
@@ -90,7 +91,7 @@ class Quest(BlockScores):
     def choose(self, scores: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
         return top_blocks(scores, self.budget // self.page_size, forced)
 
-    def fresh(self) -> Quest:
+    def for_layer(self, layer: int | None) -> Quest:
         return replace(self)
 
     def _whole_pages(self, k: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from .base import Selector, block_rows, chunk_starts, pool_mean, seqlens
+from .checks import count_fields, int_fields
 from .choose import join_lists
 from .probes import products, softmax_scale
 
@@ -81,7 +82,12 @@ class BlockScores(Selector):
         block_size: rows of a query block and keys of a key block.
         sink: number of leading keys that every row sees. Default 0.
         window: number of trailing keys that every row sees, itself included. Default 0.
+        margin: the last keys that the window shows are candidates too, so many of them, at most
+            `window`: with a field of this name a selector serves in a `MaskCache`. Default 0.
         chunk_elements: most elements that the scores of one chunk have. Default ``2**22``.
+
+    Raises:
+        ValueError: if `block_size`, `sink`, `window` or `margin` is not an int in its range.
 
     Example:
         >>> from dataclasses import dataclass
@@ -100,7 +106,16 @@ class BlockScores(Selector):
     block_size: int
     sink: int = 0
     window: int = 0
+    margin: int = 0
     chunk_elements: ClassVar[int] = 2**22
+
+    def __post_init__(self) -> None:
+        """Checks the fields above; one of a subclass calls this and checks the rest."""
+        if hasattr(self, "block_size"):
+            int_fields(self, block_size=1)
+        count_fields(self, sink=0, window=0, margin=0)
+        if self.margin > self.window:
+            raise ValueError(f"margin is {self.margin}, more than window = {self.window}")
 
     @property
     def block_sizes(self) -> tuple[int, int]:
@@ -165,11 +180,27 @@ class BlockScores(Selector):
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
-        base = BlockLayout.sink_window(
-            seqlens(q, k), sink=self.sink, window=self.window, device=q.device
-        )
+        return self.layout(self.prune(0, None, q, k, is_causal=is_causal, scale=scale), q, k)
+
+    @property
+    def num_stages(self) -> int:
+        return 1
+
+    def prune(
+        self,
+        stage: int,
+        kept: None,
+        q: Tensor,
+        k: Tensor,
+        *,
+        is_causal: bool = True,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The chosen blocks of all query blocks, or None if there are no rows or no keys. See
+        `Refreshable`.
+        """
         if k.shape[2] == 0 or q.shape[2] == 0:
-            return base
+            return None
         prepared = self.prepare(q, k, is_causal=is_causal, scale=softmax_scale(q, scale))
         at_once = max(
             1, self.chunk_elements // (q.shape[0] * q.shape[1] * self.elements(k.shape[2]))
@@ -179,12 +210,21 @@ class BlockScores(Selector):
             numbers = slice(start, start + at_once)
             blocks = QueryBlocks(seqlens(q, k), self.block_sizes, numbers, is_causal, q.device)
             lists.append(self._chosen(prepared, blocks))
-        counts, indices = join_lists(lists)
+        return join_lists(lists)
+
+    def layout(self, kept: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> BlockLayout:
+        """The layout of the chosen blocks."""
+        base = BlockLayout.sink_window(
+            seqlens(q, k), sink=self.sink, window=self.window, device=q.device
+        )
+        if kept is None:
+            return base
+        counts, indices = kept
         return replace(base, block_size=self.block_sizes, kv_num_blocks=counts, kv_indices=indices)
 
     def _chosen(self, prepared: Any, blocks: QueryBlocks) -> tuple[Tensor, Tensor]:
         scores, forced = self.scores(prepared, blocks), self.forced(prepared, blocks)
-        hidden, width = blocks.hidden(self.sink, self.window), scores.shape[-1]
+        hidden, width = blocks.hidden(self.sink, self.window - self.margin), scores.shape[-1]
         if width < len(blocks.first_key):
             forced = None if forced is None else forced[..., :width]
             hidden = None if hidden is None else hidden[:, :width]

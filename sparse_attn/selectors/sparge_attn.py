@@ -49,6 +49,7 @@ class SpargeAttn(BlockScores):
     block_k: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share_fields(self, "top", *(() if self.mass is None else ("mass",)))
         number_field(self, "similarity", -1, 1)
         int_fields(self, block_q=1, block_k=1)

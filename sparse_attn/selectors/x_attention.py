@@ -47,8 +47,9 @@ class XAttention(BlockScores):
     chunk_elements: ClassVar[int] = 2**20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share_fields(self, "mass")
-        int_fields(self, stride=1, block_size=1)
+        int_fields(self, stride=1)
         if self.block_size % self.stride:
             raise ValueError(
                 f"stride must divide block_size, got {self.stride} and {self.block_size}"
