@@ -31,6 +31,9 @@ class BlockTopK(BlockScores):
         sink: number of leading keys every row sees. Default 64.
         window: number of trailing keys every row sees, itself included, at least 1. Default 256.
 
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = BlockTopK(top_k=2, block_size=32, sink=4, window=32)(q, k)

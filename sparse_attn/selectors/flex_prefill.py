@@ -45,7 +45,8 @@ class FlexPrefill(Selector):
         max_budget: greatest number of keys, or None for no limit. Default None.
 
     Raises:
-        ValueError: when called with ``is_causal=False``.
+        ValueError: if an argument is no number of its kind or out of range; when called with
+            ``is_causal=False``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)

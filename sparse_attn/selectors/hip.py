@@ -61,6 +61,11 @@ class HiP(Selector):
             window shows the keys that the later rows of the block would have searched. Default
             False.
 
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range: `stride_q` at most
+            `block_q`, `stride_k` at most `block_k`, `margin` at most `window`, and with `strict`
+            at most ``window - block_q``.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = HiP(k=32, block_q=32, sink=4, window=32)(q, k)

@@ -50,6 +50,10 @@ class InfiniteHiP(Selector):
             them, at most `window` and ``chunk[0]``. They may then be found before they leave the
             window, while a selection is reused for later rows, see `MaskCache`. Default 0.
 
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range, or if `chunk`,
+            `keep` and `stride_q` differ in length or a size is not the multiple that it has to be.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
         >>> sizes = dict(chunk=(32, 8), keep=(128, 64), stride_q=(4, 1))

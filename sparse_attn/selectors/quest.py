@@ -46,6 +46,9 @@ class Quest(BlockScores):
         shared: whether the query heads of a KV head share their pages: the sum of their scores
             chooses. Default False.
 
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range.
+
     Example:
         >>> k = torch.randn(1, 2, 300, 64)
         >>> layout = Quest(budget=64)(torch.randn(1, 8, 1, 64), k)

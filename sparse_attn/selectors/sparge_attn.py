@@ -37,6 +37,9 @@ class SpargeAttn(BlockScores):
         block_q: rows of a query block. Default 128.
         block_k: keys of a key block. Default 64.
 
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
         >>> layout = SpargeAttn(top=0.25, block_q=32, block_k=32)(q, k, is_causal=False)

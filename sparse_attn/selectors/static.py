@@ -42,6 +42,9 @@ class SlidingWindow(Selector):
         window: number of keys, at least 1; not causal: keys closer than `window` on both sides.
             Default 1024.
 
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = SlidingWindow(window=64)(q, k)
@@ -67,6 +70,9 @@ class SinkWindow(Selector):
     Args:
         sink: number of leading keys, at least 0. Default 64.
         window: number of trailing keys, itself included, at least 1. Default 1024.
+
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -99,6 +105,9 @@ class TriShape(Selector):
         window: number of trailing keys, itself included, at least 1. Default 3968.
         last: number of rows that see all keys, rounded up so that they begin at a multiple of 64.
             Default 100.
+
+    Raises:
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -146,7 +155,8 @@ class LocalStride(Selector):
         block_size: tokens of a block. Default 64.
 
     Raises:
-        ValueError: when called with ``is_causal=False``.
+        ValueError: if an argument is no number of its kind or out of range; when called with
+            ``is_causal=False``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
