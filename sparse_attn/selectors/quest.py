@@ -86,10 +86,8 @@ class Quest(BlockScores):
         scores = torch.cat([products(some, x) for x in bounds], -1).float()
         if self.shared:
             scores = scores.unflatten(1, (bounds[0].shape[1], -1)).sum(2)
-        return pad(scores, (0, len(blocks.first_key) - scores.shape[3]))
-
-    def forced(self, prepared: Any, blocks: QueryBlocks) -> Tensor:
-        return blocks.own()
+        scores = pad(scores, (0, len(blocks.first_key) - scores.shape[3]))
+        return scores.masked_fill_(blocks.own(), torch.inf)  # the page that the row stands in
 
     def choose(self, scores: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
         return top_blocks(scores, self.budget // self.page_size, forced)
