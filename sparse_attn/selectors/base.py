@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +11,8 @@ from torch.nn.functional import pad
 
 from ..layout import BlockLayout
 from ..typing import SelectorLike
-
-if TYPE_CHECKING:
-    from .combine import Union
+from .checks import check_selector
+from .probes import softmax_scale
 
 
 class Selector:
@@ -117,10 +117,60 @@ def _is_selector(value: object) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
-def _union(*selectors: SelectorLike) -> Union:
-    from .combine import Union  # it derives from `Selector`, so it cannot be imported above
+@dataclass(frozen=True)
+class Union(Selector):
+    """Every key that any of several selectors selects; written ``a | b``.
 
+    Args:
+        selectors: the selectors, at least one.
+
+    Raises:
+        TypeError: if `selectors` is not a tuple of selectors.
+        ValueError: if it is empty.
+
+    Example:
+        >>> either = BlockTopK(top_k=8) | SinkWindow(sink=4, window=64)
+        >>> len(either.selectors)
+        2
+    """
+
+    selectors: tuple[SelectorLike, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selectors, tuple | list):
+            raise TypeError(f"selectors must be a tuple, got {type(self.selectors).__name__}")
+        if not self.selectors:
+            raise ValueError("selectors must hold at least one selector")
+        for i, selector in enumerate(self.selectors):
+            check_selector(f"selectors[{i}]", selector)
+
+    @property
+    def alternatives(self) -> tuple[SelectorLike, ...]:
+        """The same: ``a | b | c`` is one union of three."""
+        return self.selectors
+
+    def for_layer(self, layer: int | None) -> Union:
+        own = tuple(for_layer(x, layer) for x in self.selectors)
+        return self if same(own, self.selectors) else Union(own)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout:
+        first, *others = self.selectors
+        scale = softmax_scale(q, scale)
+        layout = first(q, k, is_causal=is_causal, scale=scale)
+        for other in others:
+            layout = layout | other(q, k, is_causal=is_causal, scale=scale)
+        return layout
+
+
+def _union(*selectors: SelectorLike) -> Union:
     return Union(tuple(x for one in selectors for x in getattr(one, "alternatives", (one,))))
+
+
+def same(own: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Whether both hold the same objects."""
+    return all(a is b for a, b in zip(own, before, strict=True))
 
 
 def seqlens(q: Tensor, k: Tensor) -> tuple[int, int]:

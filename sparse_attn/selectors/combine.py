@@ -1,67 +1,19 @@
-"""Selectors made of others."""
+"""Selectors made of others: by head, and by prefill and decoding. `base` has their union."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from ..layout import BlockLayout
 from ..layout.algebra import assemble_heads
 from ..typing import SelectorLike
-from .base import Selector, for_layer
+from .base import Selector, for_layer, same
 from .checks import as_int, check_selector, count_fields, selector_fields
 from .lineage import take_heads
 from .probes import softmax_scale
-
-
-@dataclass(frozen=True)
-class Union(Selector):
-    """Every key that any of several selectors selects; written ``a | b``.
-
-    Args:
-        selectors: the selectors, at least one.
-
-    Raises:
-        TypeError: if `selectors` is not a tuple of selectors.
-        ValueError: if it is empty.
-
-    Example:
-        >>> either = BlockTopK(top_k=8) | SinkWindow(sink=4, window=64)
-        >>> len(either.selectors)
-        2
-    """
-
-    selectors: tuple[SelectorLike, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.selectors, tuple | list):
-            raise TypeError(f"selectors must be a tuple, got {type(self.selectors).__name__}")
-        if not self.selectors:
-            raise ValueError("selectors must hold at least one selector")
-        for i, selector in enumerate(self.selectors):
-            check_selector(f"selectors[{i}]", selector)
-
-    @property
-    def alternatives(self) -> tuple[SelectorLike, ...]:
-        """The same: ``a | b | c`` is one union of three."""
-        return self.selectors
-
-    def for_layer(self, layer: int | None) -> Union:
-        own = tuple(for_layer(x, layer) for x in self.selectors)
-        return self if _same(own, self.selectors) else Union(own)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
-    ) -> BlockLayout:
-        first, *others = self.selectors
-        scale = softmax_scale(q, scale)
-        layout = first(q, k, is_causal=is_causal, scale=scale)
-        for other in others:
-            layout = layout | other(q, k, is_causal=is_causal, scale=scale)
-        return layout
 
 
 @dataclass(frozen=True)
@@ -97,7 +49,7 @@ class PerHead(Selector):
         default = None if self.default is None else for_layer(self.default, layer)
         own = {heads: for_layer(x, layer) for heads, x in self.selectors.items()}
         before = (*self.selectors.values(), self.default)
-        return self if _same((*own.values(), default), before) else PerHead(own, default)
+        return self if same((*own.values(), default), before) else PerHead(own, default)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -161,7 +113,7 @@ class PrefillDecode(Selector):
 
     def for_layer(self, layer: int | None) -> PrefillDecode:
         prefill, decode = for_layer(self.prefill, layer), for_layer(self.decode, layer)
-        if _same((prefill, decode), (self.prefill, self.decode)):
+        if same((prefill, decode), (self.prefill, self.decode)):
             return self
         return replace(self, prefill=prefill, decode=decode)
 
@@ -170,7 +122,3 @@ class PrefillDecode(Selector):
     ) -> BlockLayout:
         selector = self.decode if q.shape[2] <= self.decode_rows else self.prefill
         return selector(q, k, is_causal=is_causal, scale=softmax_scale(q, scale))
-
-
-def _same(own: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    return all(a is b for a, b in zip(own, before, strict=True))
