@@ -603,8 +603,11 @@ PyObject* set_cpu_isa(PyObject*, PyObject* name) {
     active_isa() = isa;
     Py_RETURN_NONE;
   }
-  PyErr_Format(PyExc_ValueError,
-               "unknown instruction set '%s': expected generic, avx2, avx512 or amx", text);
+  std::string names = cpu::kIsaNames[0];
+  for (int level = 1; level < cpu::kNumIsas; ++level) {
+    names += (level + 1 < cpu::kNumIsas ? ", " : " or ") + std::string(cpu::kIsaNames[level]);
+  }
+  PyErr_Format(PyExc_ValueError, "unknown instruction set '%s': expected %s", text, names.c_str());
   return nullptr;
 }
 

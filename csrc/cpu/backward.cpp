@@ -17,6 +17,7 @@
 #include "backward_kernel.h"
 #include "decode.h"
 #include "head_queue.h"
+#include "kernels.h"
 #include "layout_check.h"
 #include "row_gradients.h"
 #include "waiting_room.h"
@@ -31,16 +32,6 @@ constexpr int64_t kMinRows = 32;  // in a query tile
 constexpr float kMostExactLse = 8192;
 
 alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
-
-const BackwardKernel& select_kernel(Isa isa, DType dtype) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_bf16_backward_kernel();
-  if (isa >= Isa::kAvx512Bf16 && dtype == DType::kBFloat16) return avx512_bf16_backward_kernel();
-  if (isa >= Isa::kAvx512) return avx512_backward_kernel(dtype);
-  if (isa == Isa::kAvx2) return avx2_backward_kernel(dtype);
-#endif
-  return generic_backward_kernel(dtype);
-}
 
 template <class Word>
 bool all_finite(const void* numbers, int64_t n, Word exponent) {
@@ -396,7 +387,7 @@ void backward(const BackwardParams& given, Isa isa, const Parallel& parallel) {
   BackwardParams params = given;
   const CheckedLayout layout(params, parallel);
   if (params.batch == 0 || params.num_heads == 0) return;
-  Backward(params, select_kernel(isa, params.dtype), isa).run(parallel);
+  Backward(params, find_kernel(isa, &Kernels::backward, params.dtype), isa).run(parallel);
 }
 
 }  // namespace sparse_attn::cpu

@@ -4,15 +4,9 @@
 // dk and dv are kept transposed, so that p and ds are right factors as they come, row by row:
 // dv^T += dout^T p, dk^T += q^T ds. Dims are rounded up to 32 with zeros.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <bit>
-#include <cmath>
-#include <limits>
-
-#include "backward_kernel.h"
+#include "amx_kernels.h"
 #include "prefetch.h"
+#include "standard_headers.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
@@ -343,21 +337,18 @@ void write_keys(const TileShape& shape, std::byte* memory, int64_t keys, void* d
 
 }  // namespace amx_backward
 
-const BackwardKernel& amx_bf16_backward_kernel() {
-  static constexpr BackwardKernel kKernel = {
-      kMaxRows,
-      amx_backward::PackedQueries::bytes,
-      amx_backward::Scratch::bytes,
-      amx_backward::pack_queries,
-      amx_backward::pack_keys,
-      amx_backward::add_pair,
-      amx_backward::write_queries,
-      amx_backward::write_keys,
-      amx_backward::enter_kernel,
-      amx_backward::leave_kernel,
-  };
-  return kKernel;
-}
+constinit const BackwardKernel kAmxBackward = {
+    .max_rows = kMaxRows,
+    .query_tile_bytes = amx_backward::PackedQueries::bytes,
+    .scratch_bytes = amx_backward::Scratch::bytes,
+    .pack_queries = amx_backward::pack_queries,
+    .pack_keys = amx_backward::pack_keys,
+    .add_pair = amx_backward::add_pair,
+    .write_queries = amx_backward::write_queries,
+    .write_keys = amx_backward::write_keys,
+    .enter = amx_backward::enter_kernel,
+    .leave = amx_backward::leave_kernel,
+};
 
 }  // namespace sparse_attn::cpu
 #endif

@@ -7,7 +7,7 @@
 // q, dout and ds, is there in two forms.
 #pragma once
 
-#include "backward_kernel.h"
+#include "fma_kernel.h"
 #include "prefetch.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -327,24 +327,23 @@ static void write_keys(const TileShape& shape, std::byte* memory, int64_t keys, 
 }
 
 template <class T, class Words = FloatWords>
-static const BackwardKernel& fma_backward_kernel() {
-  static constexpr BackwardKernel kKernel = {kMaxBackwardRows,
-                                             PackedQueries<Words>::bytes,
-                                             BackwardScratch<Words>::bytes,
-                                             pack_queries<T, Words>,
-                                             pack_keys<T, Words>,
-                                             add_pair<Words>,
-                                             write_queries<T, Words>,
-                                             write_keys<T, Words>,
-                                             enter_kernel,
-                                             leave_kernel};
-  return kKernel;
-}
+static constexpr BackwardKernel kFmaBackward = {
+    .max_rows = kMaxBackwardRows,
+    .query_tile_bytes = PackedQueries<Words>::bytes,
+    .scratch_bytes = BackwardScratch<Words>::bytes,
+    .pack_queries = pack_queries<T, Words>,
+    .pack_keys = pack_keys<T, Words>,
+    .add_pair = add_pair<Words>,
+    .write_queries = write_queries<T, Words>,
+    .write_keys = write_keys<T, Words>,
+    .enter = enter_kernel,
+    .leave = leave_kernel,
+};
 
-static inline const BackwardKernel& fma_backward_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return fma_backward_kernel<BFloat16>();
-  if (dtype == DType::kFloat16) return fma_backward_kernel<Float16>();
-  return fma_backward_kernel<float>();
-}
+static constexpr ByDType<BackwardKernel> kFmaBackwards = {
+    .float32 = &kFmaBackward<float>,
+    .bfloat16 = &kFmaBackward<BFloat16>,
+    .float16 = &kFmaBackward<Float16>,
+};
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -28,36 +28,29 @@ struct TileShape {
 };
 
 struct BackwardKernel {
-  int64_t max_rows;  // in a query tile
+  int64_t max_rows = 0;  // in a query tile
 
-  int64_t (*query_tile_bytes)(const TileShape& shape);
-  int64_t (*scratch_bytes)(const TileShape& shape);
+  int64_t (*query_tile_bytes)(const TileShape& shape) = nullptr;
+  int64_t (*scratch_bytes)(const TileShape& shape) = nullptr;
 
   // Packs rows given by pointers to their first elements; delta becomes rowsum(dout * out).
   void (*pack_queries)(const TileShape& shape, const void* const* q, const void* const* dout,
-                       const void* const* out, std::byte* tile);
+                       const void* const* out, std::byte* tile) = nullptr;
   // Packs kKeyTile keys and sets dk and dv to zero.
   void (*pack_keys)(const TileShape& shape, const void* const* k, const void* const* v,
-                    std::byte* scratch);
+                    std::byte* scratch) = nullptr;
   // Adds what one query tile and the key tile give to dq, dk and dv; `first` sets dq. Fetches the
   // tile that comes next, unless it is null.
   void (*add_pair)(const TileShape& shape, const Visibility& visibility, bool first,
-                   std::byte* tile, const std::byte* next_tile, std::byte* scratch);
+                   std::byte* tile, const std::byte* next_tile, std::byte* scratch) = nullptr;
   // Write rows of the results, without gaps between them.
-  void (*write_queries)(const TileShape& shape, std::byte* tile, int64_t rows, void* dq);
-  void (*write_keys)(const TileShape& shape, std::byte* scratch, int64_t keys, void* dk, void* dv);
+  void (*write_queries)(const TileShape& shape, std::byte* tile, int64_t rows, void* dq) = nullptr;
+  void (*write_keys)(const TileShape& shape, std::byte* scratch, int64_t keys, void* dk,
+                     void* dv) = nullptr;
 
   // Put the calling thread into the state that the kernel needs, and back.
-  uint32_t (*enter)();
-  void (*leave)(uint32_t saved);
+  uint32_t (*enter)() = nullptr;
+  void (*leave)(uint32_t saved) = nullptr;
 };
-
-const BackwardKernel& generic_backward_kernel(DType dtype);
-#if defined(__x86_64__)
-const BackwardKernel& avx2_backward_kernel(DType dtype);
-const BackwardKernel& avx512_backward_kernel(DType dtype);
-const BackwardKernel& avx512_bf16_backward_kernel();
-const BackwardKernel& amx_bf16_backward_kernel();
-#endif
 
 }  // namespace sparse_attn::cpu

@@ -6,20 +6,13 @@
 #include <vector>
 
 #include "aligned_buffer.h"
+#include "kernels.h"
 
 namespace sparse_attn::cpu {
 
 namespace {
 
 constexpr int64_t kSplitKeys = 2048;
-
-const DecodeKernel& select_kernel(Isa isa, DType dtype) {
-#if defined(__x86_64__)
-  if (isa >= Isa::kAvx512) return avx512_decode_kernel(dtype);
-  if (isa == Isa::kAvx2) return avx2_decode_kernel(dtype);
-#endif
-  return generic_decode_kernel(dtype);
-}
 
 const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
   return static_cast<const std::byte*>(base) + elements * element_size(dtype);
@@ -140,8 +133,8 @@ DecodeTile describe_tile(const Group& group) {
 // may have mattered are repeated.
 void finish_group(const Group& group, const float* states, Isa isa) {
   const AttentionParams& params = *group.params;
-  uint64_t repeated =
-      select_kernel(isa, params.dtype).finish(describe_tile(group), states, group.num_splits);
+  uint64_t repeated = find_kernel(isa, &Kernels::decode, params.dtype)
+                          .finish(describe_tile(group), states, group.num_splits);
   const auto [b, head, row, queries] = group.index;
   if (queries == 1) return;
   for (; repeated != 0; repeated &= repeated - 1) {
@@ -256,7 +249,7 @@ bool is_decode(const AttentionParams& params, Isa isa) {
 
 void decode_row(const AttentionParams& params, const TileIndex& row, Isa isa) {
   thread_local AlignedBuffer memory;
-  const DecodeKernel& kernel = select_kernel(isa, params.dtype);
+  const DecodeKernel& kernel = find_kernel(isa, &Kernels::decode, params.dtype);
   const Group group = make_group(params, row, 1);
   const int64_t state_bytes =
       group.num_splits * group.floats_per_state() * static_cast<int64_t>(sizeof(float));
@@ -275,7 +268,7 @@ void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& par
   groups.clear();
   int64_t num_tasks = 0, num_floats = 0, bytes_read = 0, most_scratch = 0;
   if (calls.empty()) return;
-  const DecodeKernel& kernel = select_kernel(isa, calls.front().dtype);
+  const DecodeKernel& kernel = find_kernel(isa, &Kernels::decode, calls.front().dtype);
   for (const AttentionParams& params : calls) add_groups(params, groups);
   if (groups.empty()) return;
   for (Group& group : groups) {

@@ -71,20 +71,14 @@ inline int64_t state_floats(int64_t rows, int64_t head_dim_v) {
 }
 
 struct DecodeKernel {
-  int64_t (*scratch_bytes)(int64_t rows, int64_t head_dim);
-  void (*run)(const DecodeTile& tile, DecodeKeys& keys, float* state, std::byte* scratch);
+  int64_t (*scratch_bytes)(int64_t rows, int64_t head_dim) = nullptr;
+  void (*run)(const DecodeTile& tile, DecodeKeys& keys, float* state, std::byte* scratch) = nullptr;
   // Joins states in their order and writes out and lse. Returns the rows, as bits, with sums that
   // are not finite: in a tile of several queries, keys that a row does not see may be the cause.
-  uint64_t (*finish)(const DecodeTile& tile, const float* states, int64_t num_states);
-  uint32_t (*enter)();
-  void (*leave)(uint32_t saved);
+  uint64_t (*finish)(const DecodeTile& tile, const float* states, int64_t num_states) = nullptr;
+  uint32_t (*enter)() = nullptr;
+  void (*leave)(uint32_t saved) = nullptr;
 };
-
-const DecodeKernel& generic_decode_kernel(DType dtype);
-#if defined(__x86_64__)
-const DecodeKernel& avx2_decode_kernel(DType dtype);
-const DecodeKernel& avx512_decode_kernel(DType dtype);
-#endif
 
 bool is_decode(const AttentionParams& params, Isa isa);
 

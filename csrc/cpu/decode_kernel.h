@@ -1,10 +1,6 @@
 // The decode kernel in float32 fused multiply-adds, for any vector width.
 #pragma once
 
-#include <cstring>
-#include <utility>
-
-#include "decode.h"
 #include "fma_kernel.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -336,16 +332,18 @@ static uint64_t finish_decode(const DecodeTile& tile, const float* states, int64
 }
 
 template <class T>
-static const DecodeKernel& decode_kernel() {
-  static constexpr DecodeKernel kKernel = {decode_scratch_bytes, run_decode<T>, finish_decode<T>,
-                                           enter_kernel, leave_kernel};
-  return kKernel;
-}
+static constexpr DecodeKernel kFmaDecode = {
+    .scratch_bytes = decode_scratch_bytes,
+    .run = run_decode<T>,
+    .finish = finish_decode<T>,
+    .enter = enter_kernel,
+    .leave = leave_kernel,
+};
 
-static inline const DecodeKernel& decode_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return decode_kernel<BFloat16>();
-  if (dtype == DType::kFloat16) return decode_kernel<Float16>();
-  return decode_kernel<float>();
-}
+static constexpr ByDType<DecodeKernel> kFmaDecodes = {
+    .float32 = &kFmaDecode<float>,
+    .bfloat16 = &kFmaDecode<BFloat16>,
+    .float16 = &kFmaDecode<Float16>,
+};
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -6,6 +6,8 @@
 // they are packed; where products of bfloat16 pairs exist, keys and head dims are walked in twos.
 #pragma once
 
+#include "kernels.h"
+#include "key_cursor.h"
 #include "softmax_state.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -601,29 +603,24 @@ static void leave_kernel(uint32_t saved) {
 }
 
 template <class T, class Words = FloatWords>
-static const TileKernel& fma_kernel() {
-  static constexpr TileKernel kKernel = {kFmaBlockM,
-                                         kFmaGranules,
-                                         std::is_same_v<T, float>,
-                                         k_granule_bytes<Words>,
-                                         v_granule_bytes<Words>,
-                                         0,
-                                         0,
-                                         false,
-                                         0,
-                                         pack_k<T, Words>,
-                                         pack_v<T, Words>,
-                                         fma_scratch_bytes,
-                                         run_tile<T, Words>,
-                                         enter_kernel,
-                                         leave_kernel};
-  return kKernel;
-}
+static constexpr TileKernel kFmaTile = {
+    .block_m = kFmaBlockM,
+    .granules_per_step = kFmaGranules,
+    .in_place = std::is_same_v<T, float>,
+    .k_granule_bytes = k_granule_bytes<Words>,
+    .v_granule_bytes = v_granule_bytes<Words>,
+    .pack_k = pack_k<T, Words>,
+    .pack_v = pack_v<T, Words>,
+    .scratch_bytes = fma_scratch_bytes,
+    .run_tile = run_tile<T, Words>,
+    .enter = enter_kernel,
+    .leave = leave_kernel,
+};
 
-static inline const TileKernel& fma_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return fma_kernel<BFloat16>();
-  if (dtype == DType::kFloat16) return fma_kernel<Float16>();
-  return fma_kernel<float>();
-}
+static constexpr ByDType<TileKernel> kFmaTiles = {
+    .float32 = &kFmaTile<float>,
+    .bfloat16 = &kFmaTile<BFloat16>,
+    .float16 = &kFmaTile<Float16>,
+};
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -11,22 +11,9 @@
 
 #include "aligned_buffer.h"
 #include "hip_keys.h"
+#include "kernels.h"
 
 namespace sparse_attn::cpu {
-
-const HipKernel& hip_kernel(Isa isa, DType dtype, int64_t num_rows) {
-#if defined(__x86_64__)
-  if (num_rows > kFewHipRows) {
-    if (isa == Isa::kAmx && dtype == DType::kBFloat16) return amx_hip_kernel();
-    if (isa >= Isa::kAvx512Bf16 && dtype == DType::kBFloat16) return avx512_bf16_hip_rows_kernel();
-    if (isa >= Isa::kAvx512) return avx512_hip_rows_kernel(dtype);
-    if (isa == Isa::kAvx2) return avx2_hip_rows_kernel(dtype);
-  }
-  if (isa >= Isa::kAvx512) return avx512_hip_kernel(dtype);
-  if (isa == Isa::kAvx2) return avx2_hip_kernel(dtype);
-#endif
-  return generic_hip_kernel(dtype);
-}
 
 namespace {
 
@@ -403,7 +390,7 @@ void hip_select(const HipParams& params, Isa isa, const Parallel& parallel) {
   if (num_tasks == 0) return;
   const int64_t block_rows = std::min(params.block_q, params.seqlen_q);
   const int64_t sampled = params.strict ? 1 : ceil_div(block_rows, params.stride_q);
-  const HipKernel& kernel = hip_kernel(isa, params.dtype, sampled);
+  const HipKernel& kernel = find_hip_kernel(isa, params.dtype, sampled);
   const int64_t num_heads = params.batch * params.num_kv_heads;
   const int64_t tasks = params.num_heads / params.num_kv_heads * rows;  // of a KV head
   std::vector<SampledKeys> keys;

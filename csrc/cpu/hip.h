@@ -40,42 +40,28 @@ inline constexpr int64_t kHipRun = 16;  // keys
 // The scores of keys: their largest product with any of the sampled rows, the products of a row
 // counted from its origin.
 struct HipKernel {
-  int64_t (*query_bytes)(int64_t num_rows, int64_t head_dim);
-  // The mean of rows, in their dtype.
-  void (*mean)(const void* const* rows, int64_t num_rows, int64_t head_dim, void* result);
+  int64_t (*query_bytes)(int64_t num_rows, int64_t head_dim) = nullptr;
   void (*prepare_queries)(const void* const* rows, int64_t num_rows, int64_t head_dim,
-                          std::byte* queries);
+                          std::byte* queries) = nullptr;
   // Makes the greatest product of each row with these keys, a multiple of kHipKeys, its origin,
   // which was 0. What is not finite is left 0.
   void (*set_origins)(std::byte* queries, int64_t num_rows, int64_t head_dim,
-                      const void* const* keys, int64_t count);
+                      const void* const* keys, int64_t count) = nullptr;
   void (*score)(const std::byte* queries, int64_t num_rows, int64_t head_dim,
-                const void* const* keys, int64_t count, float* best);
+                const void* const* keys, int64_t count, float* best) = nullptr;
   // For each search, the greatest score of each run of kHipRun keys, which lie row_bytes apart.
   // Null if a kernel gains nothing from that; only for head_dim % 32 == 0.
   void (*score_runs)(const std::byte* const* queries, int64_t num_searches, int64_t num_rows,
                      int64_t head_dim, const std::byte* const* runs, int64_t count,
-                     int64_t row_bytes, float* const* best);
-  uint32_t (*enter)();
-  void (*leave)(uint32_t saved);
+                     int64_t row_bytes, float* const* best) = nullptr;
+  uint32_t (*enter)() = nullptr;
+  void (*leave)(uint32_t saved) = nullptr;
 };
 
-// Kernels that multiply groups of 16 rows take as long for fewer.
-inline constexpr int64_t kFewHipRows = 4;
-
-const HipKernel& generic_hip_kernel(DType dtype);
-#if defined(__x86_64__)
-const HipKernel& avx2_hip_kernel(DType dtype);
-const HipKernel& avx512_hip_kernel(DType dtype);
-// Those below are for more than kFewHipRows sampled rows.
-const HipKernel& avx2_hip_rows_kernel(DType dtype);
-const HipKernel& avx512_hip_rows_kernel(DType dtype);
-const HipKernel& avx512_bf16_hip_rows_kernel();  // bfloat16
-const HipKernel& amx_hip_kernel();               // bfloat16
-#endif
-
-// The kernel to use for so many sampled rows, of at most the given instruction set.
-const HipKernel& hip_kernel(Isa isa, DType dtype, int64_t num_rows);
+// The mean of rows, in their dtype.
+struct MeanKernel {
+  void (*run)(const void* const* rows, int64_t num_rows, int64_t head_dim, void* result) = nullptr;
+};
 
 void hip_select(const HipParams& params, Isa isa, const Parallel& parallel);
 

@@ -2,12 +2,8 @@
 // are loaded where they lie if 16 of them are evenly spaced, as those of one block are. The rows
 // are right factors, packed once for a whole search.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-
-#include "hip.h"
+#include "amx_kernels.h"
+#include "standard_headers.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
@@ -365,14 +361,15 @@ void score_runs(const std::byte* const* queries, int64_t num_searches, int64_t n
 
 }  // namespace amx_hip
 
-const HipKernel& amx_hip_kernel() {
-  static const HipKernel kKernel = {
-      amx_hip::query_bytes,     avx512_hip_kernel(DType::kBFloat16).mean,
-      amx_hip::prepare_queries, amx_hip::set_origins,
-      amx_hip::score,           amx_hip::score_runs,
-      amx_hip::enter_kernel,    amx_hip::leave_kernel};
-  return kKernel;
-}
+constinit const HipKernel kAmxHipOfRows = {
+    .query_bytes = amx_hip::query_bytes,
+    .prepare_queries = amx_hip::prepare_queries,
+    .set_origins = amx_hip::set_origins,
+    .score = amx_hip::score,
+    .score_runs = amx_hip::score_runs,
+    .enter = amx_hip::enter_kernel,
+    .leave = amx_hip::leave_kernel,
+};
 
 }  // namespace sparse_attn::cpu
 #endif

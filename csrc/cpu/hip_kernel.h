@@ -3,7 +3,6 @@
 #pragma once
 
 #include "decode_kernel.h"
-#include "hip.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -91,17 +90,28 @@ static void set_hip_origins(std::byte* queries, int64_t num_rows, int64_t head_d
 }
 
 template <class T>
-static const HipKernel& hip_kernel() {
-  static constexpr HipKernel kKernel = {
-      hip_query_bytes,   mean_of_rows<T>, prepare_hip_queries<T>, set_hip_origins<T>,
-      score_hip_keys<T>, nullptr,         enter_kernel,           leave_kernel};
-  return kKernel;
-}
+static constexpr HipKernel kFmaHip = {
+    .query_bytes = hip_query_bytes,
+    .prepare_queries = prepare_hip_queries<T>,
+    .set_origins = set_hip_origins<T>,
+    .score = score_hip_keys<T>,
+    .enter = enter_kernel,
+    .leave = leave_kernel,
+};
 
-static inline const HipKernel& hip_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return hip_kernel<BFloat16>();
-  if (dtype == DType::kFloat16) return hip_kernel<Float16>();
-  return hip_kernel<float>();
-}
+static constexpr ByDType<HipKernel> kFmaHips = {
+    .float32 = &kFmaHip<float>,
+    .bfloat16 = &kFmaHip<BFloat16>,
+    .float16 = &kFmaHip<Float16>,
+};
+
+template <class T>
+static constexpr MeanKernel kMean = {.run = mean_of_rows<T>};
+
+static constexpr ByDType<MeanKernel> kMeans = {
+    .float32 = &kMean<float>,
+    .bfloat16 = &kMean<BFloat16>,
+    .float16 = &kMean<Float16>,
+};
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -209,22 +209,20 @@ static void score_runs_of_rows(const std::byte* const* queries, int64_t num_sear
 }
 
 template <class T, class Words = FloatWords>
-static const HipKernel& hip_rows_kernel() {
-  static constexpr HipKernel kKernel = {HipRows<Words>::bytes,
-                                        mean_of_rows<T>,
-                                        prepare_hip_rows<T, Words>,
-                                        set_origins_of_rows<T, Words>,
-                                        score_hip_rows<T, Words>,
-                                        score_runs_of_rows<T, Words>,
-                                        enter_kernel,
-                                        leave_kernel};
-  return kKernel;
-}
+static constexpr HipKernel kFmaHipOfRows = {
+    .query_bytes = HipRows<Words>::bytes,
+    .prepare_queries = prepare_hip_rows<T, Words>,
+    .set_origins = set_origins_of_rows<T, Words>,
+    .score = score_hip_rows<T, Words>,
+    .score_runs = score_runs_of_rows<T, Words>,
+    .enter = enter_kernel,
+    .leave = leave_kernel,
+};
 
-static inline const HipKernel& hip_rows_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return hip_rows_kernel<BFloat16>();
-  if (dtype == DType::kFloat16) return hip_rows_kernel<Float16>();
-  return hip_rows_kernel<float>();
-}
+static constexpr ByDType<HipKernel> kFmaHipsOfRows = {
+    .float32 = &kFmaHipOfRows<float>,
+    .bfloat16 = &kFmaHipOfRows<BFloat16>,
+    .float16 = &kFmaHipOfRows<Float16>,
+};
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

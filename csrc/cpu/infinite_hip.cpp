@@ -7,6 +7,7 @@
 
 #include "aligned_buffer.h"
 #include "hip.h"
+#include "kernels.h"
 
 namespace sparse_attn::cpu {
 
@@ -22,9 +23,9 @@ struct Block {
   int64_t batch, row;
 };
 
-class Candidates {
+class CandidateChunks {
  public:
-  explicit Candidates(const InfiniteHipParams& params) : params_(params) {
+  explicit CandidateChunks(const InfiniteHipParams& params) : params_(params) {
     const int64_t searched = params.seqlen_kv - params.sink - params.window;
     num_chunks_ = ceil_div(std::max<int64_t>(0, searched), params.chunk);
   }
@@ -94,9 +95,9 @@ struct Search {
 // The searches of one query block and head after the other, in memory that is kept.
 class ChunkScores {
  public:
-  ChunkScores(const InfiniteHipParams& params, const Candidates& candidates,
-              const HipKernel& kernel)
-      : params_(params), candidates_(candidates), kernel_(kernel) {}
+  ChunkScores(const InfiniteHipParams& params, const CandidateChunks& candidates,
+              const HipKernel& kernel, const MeanKernel& mean)
+      : params_(params), candidates_(candidates), kernel_(kernel), mean_(mean) {}
 
   // The scores of a block's candidates.
   void run(const Block& block, int64_t head, float* scores) {
@@ -153,7 +154,7 @@ class ChunkScores {
       if (rows_.size() == 1) {
         pointers_.push_back(rows_[0]);
       } else {
-        kernel_.mean(rows_.data(), static_cast<int64_t>(rows_.size()), params_.head_dim, mean);
+        mean_.run(rows_.data(), static_cast<int64_t>(rows_.size()), params_.head_dim, mean);
         pointers_.push_back(mean);
       }
     }
@@ -185,8 +186,9 @@ class ChunkScores {
   }
 
   const InfiniteHipParams& params_;
-  const Candidates& candidates_;
+  const CandidateChunks& candidates_;
   const HipKernel& kernel_;
+  const MeanKernel& mean_;
   const std::byte* keys_ = nullptr;
   int64_t num_queries_ = 0;
   AlignedBuffer means_, queries_;
@@ -199,7 +201,7 @@ class ChunkScores {
 // Writes the list of the candidates of highest score; of equal ones the first.
 class Selection {
  public:
-  Selection(const InfiniteHipParams& params, const Candidates& candidates)
+  Selection(const InfiniteHipParams& params, const CandidateChunks& candidates)
       : params_(params), candidates_(candidates) {}
 
   // The scores of the heads that share the list begin `head_stride` apart.
@@ -235,7 +237,7 @@ class Selection {
   }
 
   const InfiniteHipParams& params_;
-  const Candidates& candidates_;
+  const CandidateChunks& candidates_;
   std::vector<int32_t> chunks_;
   std::vector<float> best_, sorted_;
 };
@@ -257,8 +259,9 @@ void infinite_hip_stage(const InfiniteHipParams& params, Isa isa, const Parallel
   const int64_t rows = params.num_rows(), num_blocks = params.batch * rows;
   if (num_blocks == 0 || params.num_heads == 0) return;
   const int64_t num_queries = ceil_div(std::min(params.block_q, params.seqlen_q), params.stride_q);
-  const HipKernel& kernel = hip_kernel(isa, params.dtype, num_queries);
-  const Candidates candidates(params);
+  const HipKernel& kernel = find_hip_kernel(isa, params.dtype, num_queries);
+  const MeanKernel& mean = find_kernel(isa, &Kernels::mean, params.dtype);
+  const CandidateChunks candidates(params);
   const int64_t width = std::max<int64_t>(1, candidates.most());
   constexpr int64_t kScores = int64_t{1} << 22;
   const int64_t at_once = std::clamp<int64_t>(kScores / (width * params.num_heads), 1, num_blocks);
@@ -269,7 +272,8 @@ void infinite_hip_stage(const InfiniteHipParams& params, Isa isa, const Parallel
     const int64_t head_stride = at_once * width;
     // The blocks of a head follow each other, as they read many of the same keys.
     for_each(
-        n * params.num_heads, parallel, [&] { return ChunkScores(params, candidates, kernel); },
+        n * params.num_heads, parallel,
+        [&] { return ChunkScores(params, candidates, kernel, mean); },
         [&](int64_t i, ChunkScores& search) {
           const int64_t head = i / n;
           const uint32_t saved = kernel.enter();

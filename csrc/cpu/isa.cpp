@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include "kernels.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -9,6 +11,11 @@
 #endif
 
 namespace sparse_attn::cpu {
+
+extern const Kernels kGenericKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
+#endif
 
 namespace {
 
@@ -25,29 +32,51 @@ bool request_amx() {
 bool request_amx() { return false; }
 #endif
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+  return has;
+}
+
+bool has_avx512() {
+  static const bool has = has_avx2() && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has;
+}
+
+bool has_avx512_bf16() {
+  static const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+
+bool has_amx() {
+  static const bool has = has_avx512_bf16() && request_amx();
+  return has;
+}
+#endif
+
+struct Row {
+  bool (*is_supported)() = [] { return false; };
+  const Kernels* kernels = nullptr;
+};
+
+constexpr Row kRows[kNumIsas] = {
+    {[] { return true; }, &kGenericKernels},
+#if defined(__x86_64__)
+    {has_avx2, &kAvx2Kernels},
+    {has_avx512, &kAvx512Kernels},
+    {has_avx512_bf16, &kAvx512Bf16Kernels},
+    {has_amx, &kAmxKernels},
+#endif
+};
+
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
-  return kNames[static_cast<int>(isa)];
-}
+bool is_supported(Isa isa) { return kRows[static_cast<int>(isa)].is_supported(); }
 
-bool is_supported(Isa isa) {
-#if defined(__x86_64__)
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c");
-  static const bool avx512 =
-      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  static const bool amx = avx512_bf16 && request_amx();
-  if (isa == Isa::kAvx2) return avx2;
-  if (isa == Isa::kAvx512) return avx512;
-  if (isa == Isa::kAvx512Bf16) return avx512_bf16;
-  if (isa == Isa::kAmx) return amx;
-#endif
-  return isa == Isa::kGeneric;
-}
+const Kernels* kernels_of(Isa isa) { return kRows[static_cast<int>(isa)].kernels; }
 
 Isa best_isa() {
   for (int level = kNumIsas - 1; level > 0; --level) {

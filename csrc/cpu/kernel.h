@@ -58,40 +58,32 @@ struct QueryTile {
 };
 
 struct TileKernel {
-  int64_t block_m;            // most rows in a tile, at most 64
-  int64_t granules_per_step;  // most granules taken from the cursor at once
-  bool in_place;              // takes runs of rows as they lie in memory, instead of packed ones
+  int64_t block_m = 0;            // most rows in a tile, at most 64
+  int64_t granules_per_step = 0;  // most granules taken from the cursor at once
+  bool in_place = false;  // takes runs of rows as they lie in memory, instead of packed ones
 
-  int64_t (*k_granule_bytes)(int64_t head_dim);
-  int64_t (*v_granule_bytes)(int64_t head_dim_v);
+  int64_t (*k_granule_bytes)(int64_t head_dim) = nullptr;
+  int64_t (*v_granule_bytes)(int64_t head_dim_v) = nullptr;
   // A granule is made of periods of so many bytes (0: one period), each with the part of its first
   // 16 keys before that of the others.
-  int64_t k_period, v_period;
+  int64_t k_period = 0, v_period = 0;
   // Whether the halves of a granule's keys may lie apart; its values may in tiles of at most so
   // many rows.
-  bool splits_keys;
-  int64_t most_rows_splitting_values;
+  bool splits_keys = false;
+  int64_t most_rows_splitting_values = 0;
   // Pack 32 rows, given by pointers to their first elements.
-  void (*pack_k)(const void* const* rows, int64_t head_dim, void* granule);
-  void (*pack_v)(const void* const* rows, int64_t head_dim_v, void* granule);
+  void (*pack_k)(const void* const* rows, int64_t head_dim, void* granule) = nullptr;
+  void (*pack_v)(const void* const* rows, int64_t head_dim_v, void* granule) = nullptr;
 
-  int64_t (*scratch_bytes)(int64_t head_dim, int64_t head_dim_v);
+  int64_t (*scratch_bytes)(int64_t head_dim, int64_t head_dim_v) = nullptr;
   // Returns the rows, as bits, whose result may be wrong, because a number that is not finite came
   // up, or all scores are -inf: what a row does not see counts with a weight of 0, and 0 * inf is
   // NaN. They are to be repeated by decode_row.
-  uint64_t (*run_tile)(const QueryTile& tile, KeyCursor& keys, std::byte* scratch);
+  uint64_t (*run_tile)(const QueryTile& tile, KeyCursor& keys, std::byte* scratch) = nullptr;
 
   // Put the calling thread into the state that the kernel needs, and back.
-  uint32_t (*enter)();
-  void (*leave)(uint32_t saved);
+  uint32_t (*enter)() = nullptr;
+  void (*leave)(uint32_t saved) = nullptr;
 };
-
-const TileKernel& generic_kernel(DType dtype);
-#if defined(__x86_64__)
-const TileKernel& avx2_kernel(DType dtype);
-const TileKernel& avx512_kernel(DType dtype);
-const TileKernel& avx512_bf16_kernel();  // bfloat16
-const TileKernel& amx_kernel(DType dtype);
-#endif
 
 }  // namespace sparse_attn::cpu

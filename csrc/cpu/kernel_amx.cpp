@@ -8,16 +8,9 @@
 // keys][2]. Packed V: [term][head_dim_v / 16] tiles of [16 key pairs][16 dims][2]. Head dims are
 // rounded up to 32 with zeros.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <bit>
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-#include "kernel.h"
+#include "amx_kernels.h"
 #include "key_cursor.h"
+#include "standard_headers.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
@@ -713,32 +706,27 @@ uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
 }
 
 template <class T>
-const TileKernel& tile_kernel() {
-  static constexpr TileKernel kKernel = {kBlockM,
-                                         kStepGranules,
-                                         false,
-                                         granule_bytes<T>,
-                                         granule_bytes<T>,
-                                         0,
-                                         kTilePeriod,
-                                         true,
-                                         kTerms<T> == 1 ? 16 : 0,
-                                         pack_k<T>,
-                                         pack_v<T>,
-                                         scratch_bytes<T>,
-                                         run_tile<T>,
-                                         enter_kernel,
-                                         leave_kernel};
-  return kKernel;
-}
+constexpr TileKernel kTileKernel = {
+    .block_m = kBlockM,
+    .granules_per_step = kStepGranules,
+    .k_granule_bytes = granule_bytes<T>,
+    .v_granule_bytes = granule_bytes<T>,
+    .v_period = kTilePeriod,
+    .splits_keys = true,
+    .most_rows_splitting_values = kTerms<T> == 1 ? 16 : 0,
+    .pack_k = pack_k<T>,
+    .pack_v = pack_v<T>,
+    .scratch_bytes = scratch_bytes<T>,
+    .run_tile = run_tile<T>,
+    .enter = enter_kernel,
+    .leave = leave_kernel,
+};
 
 }  // namespace amx
 
-const TileKernel& amx_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return amx::tile_kernel<amx::BFloat16>();
-  if (dtype == DType::kFloat16) return amx::tile_kernel<amx::Float16>();
-  return amx::tile_kernel<float>();
-}
+constinit const TileKernel kAmxTileFloat32 = amx::kTileKernel<float>;
+constinit const TileKernel kAmxTileBFloat16 = amx::kTileKernel<amx::BFloat16>;
+constinit const TileKernel kAmxTileFloat16 = amx::kTileKernel<amx::Float16>;
 
 }  // namespace sparse_attn::cpu
 #endif

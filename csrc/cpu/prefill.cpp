@@ -7,7 +7,7 @@
 
 #include "decode.h"
 #include "head_queue.h"
-#include "kernel.h"
+#include "kernels.h"
 #include "key_cursor.h"
 #include "packed_keys.h"
 
@@ -16,15 +16,11 @@ namespace sparse_attn::cpu {
 namespace {
 
 const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
-  const DType dtype = params.dtype;
-#if defined(__x86_64__)
-  const bool for_amx = dtype != DType::kFloat32 || (params.split_float32 && !params.for_gradients);
-  if (isa == Isa::kAmx && for_amx) return amx_kernel(dtype);
-  if (isa >= Isa::kAvx512Bf16 && dtype == DType::kBFloat16) return avx512_bf16_kernel();
-  if (isa >= Isa::kAvx512) return avx512_kernel(dtype);
-  if (isa == Isa::kAvx2) return avx2_kernel(dtype);
-#endif
-  return generic_kernel(dtype);
+  if (params.dtype == DType::kFloat32 && params.split_float32 && !params.for_gradients) {
+    const TileKernel* kernel = find_kernel(isa, &Kernels::tile_splitting_float32);
+    if (kernel != nullptr) return *kernel;
+  }
+  return find_kernel(isa, &Kernels::tile, params.dtype);
 }
 
 // Memory for packed keys stays below half of what the tensors of the calls take.

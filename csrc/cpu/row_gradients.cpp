@@ -5,18 +5,11 @@
 #include <vector>
 
 #include "candidates.h"
+#include "kernels.h"
 
 namespace sparse_attn::cpu {
 
 namespace {
-
-const RowGradientKernel& select_kernel(Isa isa, DType dtype) {
-#if defined(__x86_64__)
-  if (isa >= Isa::kAvx512) return avx512_row_gradients(dtype);
-  if (isa == Isa::kAvx2) return avx2_row_gradients(dtype);
-#endif
-  return generic_row_gradients(dtype);
-}
 
 // Rows of floats, each padded with zeros, of which others of a dtype are read and written.
 class FloatRows {
@@ -61,7 +54,7 @@ void find_keys(const AttentionParams& params, const TileIndex& row, std::vector<
 
 void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, double* dsinks) {
   const DType dtype = params.dtype;
-  const RowGradientKernel& kernel = select_kernel(isa, dtype);
+  const RowGradientKernel& kernel = find_kernel(isa, &Kernels::row_gradients, dtype);
   const int64_t group = params.num_heads / params.num_kv_heads, seqlen_kv = params.seqlen_kv;
   const int64_t batch = kv_head / params.num_kv_heads, key_head = kv_head % params.num_kv_heads;
   const auto offset = [&](const Strides& stride, int64_t head, int64_t row) {

@@ -29,16 +29,10 @@ inline int64_t padded_row(int64_t dim) { return (dim + 15) / 16 * 16; }
 inline int64_t row_gradient_floats(int64_t num_keys) { return 3 * padded_row(num_keys); }
 
 struct RowGradientKernel {
-  void (*to_floats)(const void* row, int64_t dim, float* dest);
-  void (*from_floats)(const float* row, int64_t dim, void* dest);
-  void (*run)(RowGradients& row);
+  void (*to_floats)(const void* row, int64_t dim, float* dest) = nullptr;
+  void (*from_floats)(const float* row, int64_t dim, void* dest) = nullptr;
+  void (*run)(RowGradients& row) = nullptr;
 };
-
-const RowGradientKernel& generic_row_gradients(DType dtype);
-#if defined(__x86_64__)
-const RowGradientKernel& avx2_row_gradients(DType dtype);
-const RowGradientKernel& avx512_row_gradients(DType dtype);
-#endif
 
 // Computes dq, dk and dv of the query heads that share a KV head, which is counted over the whole
 // batch, and their parts of dsinks.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "fma_kernel.h"
-#include "row_gradients.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -66,23 +65,26 @@ static void row_gradients(RowGradients& row) {
 }
 
 template <class T>
-static const RowGradientKernel& row_gradient_kernel() {
-  static constexpr RowGradientKernel kKernel = {[](const void* row, int64_t dim, float* dest) {
-                                                  convert_row(static_cast<const T*>(row), dim,
-                                                              dest);
-                                                },
-                                                [](const float* row, int64_t dim, void* dest) {
-                                                  for (int64_t d = 0; d < dim; ++d)
-                                                    from_float(row[d], static_cast<T*>(dest)[d]);
-                                                },
-                                                row_gradients};
-  return kKernel;
+static void row_to_floats(const void* row, int64_t dim, float* dest) {
+  convert_row(static_cast<const T*>(row), dim, dest);
 }
 
-static inline const RowGradientKernel& row_gradient_kernel(DType dtype) {
-  if (dtype == DType::kBFloat16) return row_gradient_kernel<BFloat16>();
-  if (dtype == DType::kFloat16) return row_gradient_kernel<Float16>();
-  return row_gradient_kernel<float>();
+template <class T>
+static void row_from_floats(const float* row, int64_t dim, void* dest) {
+  for (int64_t d = 0; d < dim; ++d) from_float(row[d], static_cast<T*>(dest)[d]);
 }
+
+template <class T>
+static constexpr RowGradientKernel kFmaRowGradient = {
+    .to_floats = row_to_floats<T>,
+    .from_floats = row_from_floats<T>,
+    .run = row_gradients,
+};
+
+static constexpr ByDType<RowGradientKernel> kFmaRowGradients = {
+    .float32 = &kFmaRowGradient<float>,
+    .bfloat16 = &kFmaRowGradient<BFloat16>,
+    .float16 = &kFmaRowGradient<Float16>,
+};
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

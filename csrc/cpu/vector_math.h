@@ -5,6 +5,8 @@
 // the standard headers before it switches the target.
 #pragma once
 
+#include "standard_headers.h"
+
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 inline constexpr int kLanes = SPARSE_ATTN_VECTOR_BYTES / sizeof(float);
