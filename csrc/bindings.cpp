@@ -22,9 +22,9 @@
 #include "cpu/hip.h"
 #include "cpu/huge_pages.h"
 #include "cpu/infinite_hip.h"
-#include "cpu/kernel.h"
 #include "cpu/top_blocks.h"
 #include "cpu/varlen.h"
+#include "integers.h"
 #include "require.h"
 
 namespace sparse_attn {
@@ -86,10 +86,10 @@ void require_heads_and_dims(const AttentionParams& params) {
               (params.num_kv_heads > 0 && params.num_heads % params.num_kv_heads == 0),
           "k has ", params.num_kv_heads, " heads, which do not divide the ", params.num_heads,
           " heads of q");
-  require(params.head_dim >= 1 && params.head_dim <= cpu::kMaxHeadDim,
-          "q must have a head dimension of 1 to 256, but has ", params.head_dim);
-  require(params.head_dim_v >= 1 && params.head_dim_v <= cpu::kMaxHeadDim,
-          "v must have a head dimension of 1 to 256, but has ", params.head_dim_v);
+  require(params.head_dim >= 1 && params.head_dim <= kMaxHeadDim,
+          "q must have a head dimension of 1 to ", kMaxHeadDim, ", but has ", params.head_dim);
+  require(params.head_dim_v >= 1 && params.head_dim_v <= kMaxHeadDim,
+          "v must have a head dimension of 1 to ", kMaxHeadDim, ", but has ", params.head_dim_v);
 }
 
 void describe_qkv(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams& params) {
@@ -168,8 +168,6 @@ IndexLists describe_lists(const std::optional<Tensor>& counts, const char* count
   lists.indices = static_cast<const int32_t*>(indices->const_data_ptr());
   return lists;
 }
-
-int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
 
 // An uninitialized CPU tensor, without the dispatcher.
 template <int64_t kDim>

@@ -5,6 +5,8 @@
 
 namespace sparse_attn {
 
+inline constexpr int64_t kMaxHeadDim = 256;
+
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

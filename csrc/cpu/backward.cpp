@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "../integers.h"
 #include "backward_kernel.h"
 #include "decode.h"
 #include "head_queue.h"
@@ -21,6 +22,7 @@
 #include "layout_check.h"
 #include "row_gradients.h"
 #include "waiting_room.h"
+#include "zero_row.h"
 
 namespace sparse_attn::cpu {
 
@@ -30,8 +32,6 @@ constexpr int64_t kMinRows = 32;  // in a query tile
 
 // exp(s - lse) is off by the rounding of lse, which is this times 2^-24 at most.
 constexpr float kMostExactLse = 8192;
-
-alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
 template <class Word>
 bool all_finite(const void* numbers, int64_t n, Word exponent) {
@@ -45,8 +45,6 @@ bool all_finite(const void* numbers, int64_t n, DType dtype) {
   if (dtype == DType::kFloat32) return all_finite<uint32_t>(numbers, n, 0x7f800000);
   return all_finite<uint16_t>(numbers, n, dtype == DType::kBFloat16 ? 0x7f80 : 0x7c00);
 }
-
-int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
 
 // Rows [row, ...) of one head of a tensor.
 class Rows {

@@ -5,6 +5,7 @@
 #include <bit>
 #include <vector>
 
+#include "../integers.h"
 #include "aligned_buffer.h"
 #include "kernels.h"
 
@@ -32,18 +33,6 @@ struct Group {
   int64_t floats_per_state() const { return state_floats(rows(), params->head_dim_v); }
 };
 
-bool same_candidates(const AttentionParams& params, int64_t a, int64_t b) {
-  const auto entry = [&](int64_t head, int64_t heads) { return head / (params.num_heads / heads); };
-  const auto same_value = [&](const PerHead& x) {
-    return x.data[entry(a, x.heads)] == x.data[entry(b, x.heads)];
-  };
-  const auto same_list = [&](const IndexLists& x) {
-    return !x.present() || entry(a, x.heads) == entry(b, x.heads);
-  };
-  return same_value(params.sink) && same_value(params.window) && same_list(params.blocks) &&
-         same_list(params.columns);
-}
-
 Group make_group(const AttentionParams& params, const TileIndex& index, int64_t heads) {
   Group group;
   group.params = &params;
@@ -52,7 +41,7 @@ Group make_group(const AttentionParams& params, const TileIndex& index, int64_t 
   group.heads = heads;
   const CandidateWalk walk(params, index);
   group.candidates = walk.count_below(walk.limit());
-  group.num_splits = std::max<int64_t>(1, (group.candidates + kSplitKeys - 1) / kSplitKeys);
+  group.num_splits = std::max<int64_t>(1, ceil_div(group.candidates, kSplitKeys));
   return group;
 }
 
@@ -64,24 +53,21 @@ void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64
   const int64_t most = std::max<int64_t>(1, kMostDecodeRows / rows);
   for (int64_t head = kv_head * group_size, next = head; head < end; head = next) {
     for (next = head + 1; next < end && next - head < most; ++next) {
-      if (!same_candidates(params, head, next)) break;
+      if (!have_same_rules(params, head, next)) break;
     }
     groups.push_back(make_group(params, {b, head, row, rows}, next - head));
   }
 }
 
 void add_groups(const AttentionParams& params, std::vector<Group>& groups) {
-  int64_t unit = params.seqlen_q;
-  if (params.columns.present()) unit = std::min(unit, params.block_q * params.column_group);
-  if (params.blocks.present()) unit = std::min(unit, params.block_q);
   for (int64_t b = 0; b < params.batch; ++b) {
     for (int64_t kv_head = 0; kv_head < params.num_kv_heads; ++kv_head) {
-      for (int64_t row = 0; row < params.seqlen_q; row += unit) {
-        const int64_t end = std::min(row + unit, params.seqlen_q);
-        for (int64_t first = row; first < end; first += kMostDecodeQueries) {
-          add_groups(params, b, kv_head, first, std::min(kMostDecodeQueries, end - first), groups);
+      for_each_run(params, 0, params.seqlen_q, [&](int64_t row, int64_t rows) {
+        const int64_t end = row + rows;
+        for (; row < end; row += kMostDecodeQueries) {
+          add_groups(params, b, kv_head, row, std::min(kMostDecodeQueries, end - row), groups);
         }
-      }
+      });
     }
   }
 }
@@ -218,7 +204,7 @@ void DecodeKeys::next(KeyBatch& batch) {
     }
     const KeyRange run{found.begin + std::countr_zero(bits),
                        found.begin + kGranule - std::countl_zero(bits)};
-    if (queries_ == 1 || walk_.seen_by_all_rows(run, found.window != 0)) {
+    if (queries_ == 1 || walk_.rules().all_rows_see(run, found.window != 0)) {
       const uint64_t seen = low_bits_64(count) << batch.count;
       for (int64_t i = 0; i < queries_; ++i) batch.visible[i] |= seen;
     } else {
@@ -230,7 +216,7 @@ void DecodeKeys::next(KeyBatch& batch) {
         positions[n] = static_cast<int32_t>(found.begin + i);
         always |= (found.always >> i & 1) << n;
       }
-      walk_.row_masks(positions, count, always, ~always & low_bits(count), masks);
+      walk_.rules().row_masks(positions, count, always, ~always & low_bits(count), masks);
       for (int64_t i = 0; i < queries_; ++i) {
         batch.visible[i] |= static_cast<uint64_t>(masks[i]) << batch.count;
       }

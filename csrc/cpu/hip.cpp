@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "../integers.h"
 #include "aligned_buffer.h"
 #include "hip_keys.h"
 #include "kernels.h"
@@ -16,8 +17,6 @@
 namespace sparse_attn::cpu {
 
 namespace {
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // A run of key blocks, counted from the first one that is searched, and how two of them rank.
 struct Node {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "../integers.h"
 #include "forward.h"
 
 namespace sparse_attn::cpu {
@@ -30,7 +31,7 @@ struct HipParams : SearchParams {
   int32_t* indices = nullptr;  // [batch, num_heads, num_rows(), width]
   int64_t width = 0;
 
-  int64_t num_rows() const { return (seqlen_q + block_q - 1) / block_q; }
+  int64_t num_rows() const { return ceil_div(seqlen_q, block_q); }
 };
 
 // Pointers to keys come in whole numbers of so many; the last ones may repeat.

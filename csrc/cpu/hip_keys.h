@@ -24,12 +24,12 @@ class SampledKeys {
         block_k_(params.block_k),
         first_(params.stride_k / 2),
         stride_(params.stride_k),
-        per_block_((params.block_k - first_ + stride_ - 1) / stride_),
+        per_block_(ceil_div(params.block_k - first_, stride_)),
         first_block_(params.sink / params.block_k),
         seqlen_(params.seqlen_kv) {
     const int64_t head = b * params.k_stride.batch + kv_head * params.k_stride.head;
     source_ = static_cast<const std::byte*>(params.k) + head * element_size(params.dtype);
-    num_blocks_ = std::max<int64_t>(0, (seqlen_ + block_k_ - 1) / block_k_ - first_block_);
+    num_blocks_ = std::max<int64_t>(0, ceil_div(seqlen_, block_k_) - first_block_);
   }
 
   int64_t per_block() const { return per_block_; }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "../integers.h"
 #include "aligned_buffer.h"
 #include "hip.h"
 #include "kernels.h"
@@ -12,8 +13,6 @@
 namespace sparse_attn::cpu {
 
 namespace {
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // What is judged by the value is not read again: other threads may write into the lists.
 int64_t read_once(const int32_t& x) { return __atomic_load_n(&x, __ATOMIC_RELAXED); }

@@ -25,7 +25,7 @@ struct InfiniteHipParams : SearchParams {
   int32_t* indices = nullptr;  // [batch, groups(), num_rows(), width]
   int64_t width = 0;
 
-  int64_t num_rows() const { return (seqlen_q + block_q - 1) / block_q; }
+  int64_t num_rows() const { return ceil_div(seqlen_q, block_q); }
   int64_t groups() const { return shared ? 1 : num_heads; }
 };
 

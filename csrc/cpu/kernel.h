@@ -4,30 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../params.h"
+#include "granule.h"
 
 namespace sparse_attn::cpu {
 
-inline constexpr int kGranule = 32;   // keys in one packed unit of K and V
-inline constexpr int kMaxRows = 128;  // rows in the largest query tile
-inline constexpr int64_t kMaxHeadDim = 256;
-
 class KeyCursor;
-
-// Rows [begin, end) of a query tile.
-struct RowRange {
-  int begin = 0, end = kMaxRows;
-
-  bool meets(int64_t row, int64_t count) const { return row < end && row + count > begin; }
-};
-
-// The rows of a tile that see any key, from the first to the last, given one word for each row.
-inline RowRange seeing_rows(const uint32_t* visible, int64_t rows) {
-  RowRange range{0, static_cast<int>(rows)};
-  while (range.begin < range.end && visible[range.begin] == 0) ++range.begin;
-  while (range.end > range.begin && visible[range.end - 1] == 0) --range.end;
-  return range;
-}
 
 // Up to 32 keys as one query tile sees them: packed, or rows in memory (in-place kernels).
 struct Granule {

@@ -6,13 +6,11 @@
 #include <cstring>
 #include <numeric>
 
+#include "zero_row.h"
+
 namespace sparse_attn::cpu {
 
 namespace {
-
-constexpr uint32_t kAll = ~uint32_t{0};
-
-alignas(64) const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
 // From the first half of a granule of `bytes` to the second.
 int64_t half_period(int64_t period, int64_t bytes) { return (period != 0 ? period : bytes) / 2; }
@@ -57,9 +55,9 @@ int64_t KeyCursor::scratch_bytes(const AttentionParams& params, const TileKernel
 void KeyCursor::mask_rows(Granule& granule, const int32_t* positions, uint32_t always,
                           uint32_t window, int slot) {
   uint32_t* masks = mask_scratch_ + slot * kMaxRows;
-  walk_.row_masks(positions, granule.count, always, window, masks);
+  walk_.rules().row_masks(positions, granule.count, always, window, masks);
   granule.visible = masks;
-  granule.rows = seeing_rows(masks, walk_.rows());
+  granule.rows = seeing_rows(masks, walk_.rules().rows());
 }
 
 // Whether the keys are two aligned runs of 16 that are packed already.
@@ -85,7 +83,7 @@ Granule KeyCursor::join_halves(const int32_t* positions, std::byte* k, std::byte
     v_halves[half] =
         source_.packed_v + granule * v_bytes_ + from * half_period(kernel_.v_period, v_bytes_);
   }
-  const bool splits_values = walk_.rows() <= kernel_.most_rows_splitting_values;
+  const bool splits_values = walk_.rules().rows() <= kernel_.most_rows_splitting_values;
   if (!kernel_.splits_keys) copy_halves(k_halves, k, k_bytes_, kernel_.k_period);
   if (!splits_values) copy_halves(v_halves, v, v_bytes_, kernel_.v_period);
   Granule granule = packed_granule(k, v, kGranule);
@@ -169,7 +167,7 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
     granule = pack(positions().data(), count, slot);
   }
   const bool zeros_follow = count < kGranule && !kernel_.in_place;
-  if (zeros_follow || !walk_.seen_by_all_rows(run, found.window != 0)) {
+  if (zeros_follow || !walk_.rules().all_rows_see(run, found.window != 0)) {
     mask_rows(granule, positions().data(), found.always >> first, found.window >> first, slot);
   }
   return granule;
@@ -178,8 +176,7 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
 Granule KeyCursor::use_gathered(int count, int slot) {
   const uint32_t always = static_cast<uint32_t>(pending_always_) & low_bits(count);
   Granule granule = pack(pending_, count, slot);
-  const bool all_rows_see =
-      always == kAll && (!params_.is_causal || pending_[count - 1] <= walk_.first_position());
+  const bool all_rows_see = always == kAllKeys && walk_.rules().all_rows_reach(pending_[count - 1]);
   if (!all_rows_see) {
     mask_rows(granule, pending_, always, ~always & low_bits(count), slot);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "candidates.h"
+#include "kernel.h"
 
 namespace sparse_attn::cpu {
 

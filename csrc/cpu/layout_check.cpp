@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 
+#include "../integers.h"
 #include "../require.h"
 #include "aligned_buffer.h"
 
@@ -107,7 +108,7 @@ void move_indices(IndexLists& lists, const ListNames& names, int64_t width, int6
   memory += num_rows * width;
   constexpr int64_t kEntriesPerTask = 1 << 15;
   const int64_t rows_per_task = std::max<int64_t>(1, kEntriesPerTask / (width + 8));
-  const int64_t num_tasks = (num_rows + rows_per_task - 1) / rows_per_task;
+  const int64_t num_tasks = ceil_div(num_rows, rows_per_task);
   std::atomic<int64_t> first_bad{std::numeric_limits<int64_t>::max()};
   const auto run = [&](int64_t task) {
     const int64_t end = std::min(num_rows, (task + 1) * rows_per_task);
@@ -150,7 +151,7 @@ CheckedLayout::CheckedLayout(AttentionParams& params, const Parallel& parallel) 
   const int64_t most_columns = check_counts(columns, kColumns);
   indices.reserve(kSize * (num_lists(blocks) * most_blocks + num_lists(columns) * most_columns));
   next = reinterpret_cast<int32_t*>(indices.data());
-  const int64_t num_blocks = (params.seqlen_kv + params.block_kv - 1) / params.block_kv;
+  const int64_t num_blocks = ceil_div(params.seqlen_kv, params.block_kv);
   move_indices(blocks, kBlocks, most_blocks, num_blocks, next, parallel);
   move_indices(columns, kColumns, most_columns, params.seqlen_kv, next, parallel);
 }

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "../integers.h"
+#include "zero_row.h"
+
 namespace sparse_attn::cpu {
 
 PackedKeys::PackedKeys(const AttentionParams& params, const TileKernel& kernel, int64_t kv_head,
@@ -11,8 +14,8 @@ PackedKeys::PackedKeys(const AttentionParams& params, const TileKernel& kernel, 
       kv_head_(kv_head),
       k_bytes_(kernel.k_granule_bytes(params.head_dim)),
       v_bytes_(kernel.v_granule_bytes(params.head_dim_v)),
-      granules_(std::min((params.seqlen_kv + kGranule - 1) / kGranule,
-                         most_bytes / (k_bytes_ + v_bytes_))) {}
+      granules_(
+          std::min(ceil_div(params.seqlen_kv, kGranule), most_bytes / (k_bytes_ + v_bytes_))) {}
 
 void PackedKeys::pack_chunk(int64_t chunk, std::byte* memory) const {
   const int64_t end = std::min(granules_, (chunk + 1) * kChunk);
@@ -37,7 +40,6 @@ KeySource PackedKeys::source(const std::byte* memory) const {
 }
 
 void PackedKeys::pack_granule(int64_t i, std::byte* memory) const {
-  alignas(64) static const std::byte kZeroRow[kMaxHeadDim * sizeof(float)] = {};
   const KeySource head = source(nullptr);
   const int64_t size = element_size(params_.dtype);
   const void* k_rows[kGranule];

@@ -57,22 +57,19 @@ class HeadWork {
   void list() {
     if (is_listed_) return;
     is_listed_ = true;
-    int64_t unit = params_.seqlen_q;
-    if (params_.columns.present()) unit = std::min(unit, params_.block_q * params_.column_group);
-    if (params_.blocks.present()) unit = std::min(unit, params_.block_q);
     const int64_t group_size = params_.num_heads / params_.num_kv_heads;
     int64_t keys_read = 0;
     for (int64_t i = kv_head_ * group_size; i < (kv_head_ + 1) * group_size; ++i) {
-      for (int64_t begin = 0; begin < params_.seqlen_q; begin += unit) {
-        const int64_t end = std::min(begin + unit, params_.seqlen_q);
-        for (int64_t row = begin; row < end; row += kernel_.block_m) {
+      for_each_run(params_, 0, params_.seqlen_q, [&](int64_t row, int64_t rows) {
+        const int64_t end = row + rows;
+        for (; row < end; row += kernel_.block_m) {
           const TileIndex tile = {i / params_.num_heads, i % params_.num_heads, row,
                                   std::min(kernel_.block_m, end - row)};
           tasks_.push_back({tile, candidate_estimate(params_, tile)});
           keys_read += tasks_.back().weight;
           pairs_ += tasks_.back().weight * tile.rows;
         }
-      }
+      });
     }
     // What is left for the end is light.
     std::stable_sort(tasks_.begin(), tasks_.end(),

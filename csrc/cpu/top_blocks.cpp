@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "../integers.h"
+
 namespace sparse_attn::cpu {
 
 namespace {
@@ -78,7 +80,7 @@ void top_blocks(const TopBlocksParams& params, const Parallel& threads) {
     const int64_t end = std::min(params.rows, (task + 1) * rows_per_task);
     for (int64_t row = task * rows_per_task; row < end; ++row) choose(params, row, ranks, chosen);
   };
-  const int64_t num_tasks = (params.rows + rows_per_task - 1) / rows_per_task;
+  const int64_t num_tasks = ceil_div(params.rows, rows_per_task);
   if (num_tasks > 1) {
     threads.run(num_tasks, run);
   } else if (num_tasks == 1) {

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "../integers.h"
 #include "../require.h"
 #include "decode.h"
 #include "layout_check.h"
@@ -91,7 +92,7 @@ class Sequences {
   void take_pages(const Packing& packing) {
     const int64_t size = greatest_.page_size;
     for (int64_t b = 0; b < greatest_.batch; ++b) {
-      const int64_t used = (seqlens_kv_[b] + size - 1) / size;
+      const int64_t used = ceil_div(seqlens_kv_[b], size);
       require(used <= packing.max_pages, "seqlens_kv[", b, "] = ", seqlens_kv_[b],
               ", but block_table has ", packing.max_pages, " pages of ", size,
               " keys for a sequence");

@@ -2,15 +2,13 @@
 // pair of tiles, and a query tile may span several rows of the index lists.
 #pragma once
 
-#include "key_cursor.h"
+#include "granule.h"
+#include "rules.h"
 
 namespace sparse_attn::cpu {
 
 inline constexpr int kKeyTileGranules = 8;
 inline constexpr int64_t kKeyTile = kKeyTileGranules * kGranule;
-
-// Rows from a multiple of so many on share all index lists.
-int64_t list_rows(const AttentionParams& params);
 
 // The granules of one key tile that a query tile sees.
 struct Visibility {
