@@ -73,7 +73,7 @@ def _kernels():
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     extension = CppExtension(
         "sparse_attn._C",
-        ["csrc/bindings.cpp", *_relative("csrc/cpu/*.cpp")],
+        _relative("csrc/**/*.cpp"),
         depends=_relative("csrc/**/*.h"),
         extra_compile_args={"cxx": FLAGS},
         extra_link_args=["-s"] if sys.platform == "linux" else [],

@@ -111,14 +111,14 @@ class Backward {
         map_(num_query_tiles_, key_tiles_),
         turn_(num_query_tiles_),
         needs_rows_(params.batch * params.num_kv_heads),
-        dsinks_(params.dsinks != nullptr ? num_query_tiles_ : 0) {}
+        dsink_logits_(params.dsink_logits != nullptr ? num_query_tiles_ : 0) {}
 
   void run(const Parallel& parallel) {
     const bool by_tiles = has_ordinary_scale(params_);
     std::fill(needs_rows_.begin(), needs_rows_.end(), !by_tiles);
     if (by_tiles) run_tiles(parallel);
     run_rows(parallel);
-    sum_dsinks();
+    sum_dsink_logits();
   }
 
  private:
@@ -142,12 +142,12 @@ class Backward {
     }
     if (heads.empty()) return;
     parallel.run(static_cast<int64_t>(heads.size()), [&](int64_t i) {
-      std::vector<double> dsinks(group_size_);
-      gradients_by_rows(params_, isa_, heads[i], dsinks.data());
-      if (params_.dsinks == nullptr) return;
-      const auto begin = dsinks_.begin() + heads[i] * group_size_ * query_tiles_;
+      std::vector<double> dsink_logits(group_size_);
+      gradients_by_rows(params_, isa_, heads[i], dsink_logits.data());
+      if (params_.dsink_logits == nullptr) return;
+      const auto begin = dsink_logits_.begin() + heads[i] * group_size_ * query_tiles_;
       std::fill(begin, begin + group_size_ * query_tiles_, 0.0);
-      for (int64_t h = 0; h < group_size_; ++h) begin[h * query_tiles_] = dsinks[h];
+      for (int64_t h = 0; h < group_size_; ++h) begin[h * query_tiles_] = dsink_logits[h];
     });
   }
 
@@ -250,8 +250,8 @@ class Backward {
       if (r >= tile.rows) continue;
       const float lse = params_.lse[first + r];
       head.delta[r] -= params_.dlse[first + r];
-      if (params_.sinks != nullptr && params_.sinks[tile.head] > -kInfinity) {
-        dsink -= std::exp(double{params_.sinks[tile.head]} - lse) * head.delta[r];
+      if (params_.sink_logits != nullptr && params_.sink_logits[tile.head] > -kInfinity) {
+        dsink -= std::exp(double{params_.sink_logits[tile.head]} - lse) * head.delta[r];
       }
       if (busy[r]) {
         head.lse[r] = lse;
@@ -260,7 +260,7 @@ class Backward {
         head.delta[r] = 0;
       }
     }
-    if (params_.dsinks != nullptr) dsinks_[i] = dsink;
+    if (params_.dsink_logits != nullptr) dsink_logits_[i] = dsink;
   }
 
   // How many pairs of tiles see each other, and the KV head; most pairs first.
@@ -350,15 +350,15 @@ class Backward {
     kernel_.pack_keys(shape_, k_rows, v_rows, scratch);
   }
 
-  void sum_dsinks() const {
-    if (params_.dsinks == nullptr) return;
+  void sum_dsink_logits() const {
+    if (params_.dsink_logits == nullptr) return;
     for (int64_t h = 0; h < params_.num_heads; ++h) {
       double sum = 0;
       for (int64_t b = 0; b < params_.batch; ++b) {
-        const auto begin = dsinks_.begin() + (b * params_.num_heads + h) * query_tiles_;
+        const auto begin = dsink_logits_.begin() + (b * params_.num_heads + h) * query_tiles_;
         sum = std::accumulate(begin, begin + query_tiles_, sum);
       }
-      params_.dsinks[h] = static_cast<float>(sum);
+      params_.dsink_logits[h] = static_cast<float>(sum);
     }
   }
 
@@ -376,7 +376,7 @@ class Backward {
   WaitingRoom waiting_;                     // for turns
   std::vector<std::atomic<bool>>
       needs_rows_;  // by KV head: whether its results are to be made anew
-  std::vector<double> dsinks_;
+  std::vector<double> dsink_logits_;
 };
 
 }  // namespace

@@ -23,7 +23,7 @@ uint64_t low_bits_64(int n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n)
 
 // A tile, and where its states lie among those of all tiles.
 struct Group {
-  const AttentionParams* params = nullptr;
+  const ForwardParams* params = nullptr;
   TileIndex index;
   int64_t kv_head = 0, heads = 0;
   int64_t candidates = 0, num_splits = 1;
@@ -33,7 +33,7 @@ struct Group {
   int64_t floats_per_state() const { return state_floats(rows(), params->head_dim_v); }
 };
 
-Group make_group(const AttentionParams& params, const TileIndex& index, int64_t heads) {
+Group make_group(const ForwardParams& params, const TileIndex& index, int64_t heads) {
   Group group;
   group.params = &params;
   group.index = index;
@@ -46,8 +46,8 @@ Group make_group(const AttentionParams& params, const TileIndex& index, int64_t 
 }
 
 // Appends the groups of one KV head and of queries that share their lists.
-void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64_t row,
-                int64_t rows, std::vector<Group>& groups) {
+void add_groups(const ForwardParams& params, int64_t b, int64_t kv_head, int64_t row, int64_t rows,
+                std::vector<Group>& groups) {
   const int64_t group_size = params.num_heads / params.num_kv_heads;
   const int64_t end = (kv_head + 1) * group_size;
   const int64_t most = std::max<int64_t>(1, kMostDecodeRows / rows);
@@ -59,7 +59,7 @@ void add_groups(const AttentionParams& params, int64_t b, int64_t kv_head, int64
   }
 }
 
-void add_groups(const AttentionParams& params, std::vector<Group>& groups) {
+void add_groups(const ForwardParams& params, std::vector<Group>& groups) {
   for (int64_t b = 0; b < params.batch; ++b) {
     for (int64_t kv_head = 0; kv_head < params.num_kv_heads; ++kv_head) {
       for_each_run(params, 0, params.seqlen_q, [&](int64_t row, int64_t rows) {
@@ -90,7 +90,7 @@ int64_t split_point(const CandidateWalk& walk, int64_t candidates, int64_t i, in
 }
 
 DecodeTile describe_tile(const Group& group) {
-  const AttentionParams& params = *group.params;
+  const ForwardParams& params = *group.params;
   const auto [b, head, row, rows] = group.index;
   const auto offset = [&](const Strides& stride) {
     return b * stride.batch + head * stride.head + row * stride.row;
@@ -98,7 +98,7 @@ DecodeTile describe_tile(const Group& group) {
   DecodeTile tile;
   tile.q = byte_offset(params.q, offset(params.q_stride), params.dtype);
   tile.out =
-      const_cast<std::byte*>(byte_offset(params.out, offset(params.out_stride), params.dtype));
+      static_cast<std::byte*>(params.out) + offset(params.out_stride) * element_size(params.dtype);
   tile.lse = params.lse + (b * params.num_heads + head) * params.lse_stride + row;
   tile.q_head_stride = params.q_stride.head;
   tile.q_row_stride = params.q_stride.row;
@@ -111,14 +111,14 @@ DecodeTile describe_tile(const Group& group) {
   tile.head_dim_v = params.head_dim_v;
   tile.scale = params.scale;
   tile.softcap = params.softcap;
-  tile.sinks = params.sinks != nullptr ? params.sinks + head : nullptr;
+  tile.sink_logits = params.sink_logits != nullptr ? params.sink_logits + head : nullptr;
   return tile;
 }
 
 // Writes the results of a group whose states are there. Rows for which keys that they do not see
 // may have mattered are repeated.
 void finish_group(const Group& group, const float* states, Isa isa) {
-  const AttentionParams& params = *group.params;
+  const ForwardParams& params = *group.params;
   uint64_t repeated = find_kernel(isa, &Kernels::decode, params.dtype)
                           .finish(describe_tile(group), states, group.num_splits);
   const auto [b, head, row, queries] = group.index;
@@ -233,7 +233,7 @@ bool is_decode(const AttentionParams& params, Isa isa) {
   return params.seqlen_q <= (has_tiles ? kMostDecodeQueries / 2 : kMostDecodeQueries);
 }
 
-void decode_row(const AttentionParams& params, const TileIndex& row, Isa isa) {
+void decode_row(const ForwardParams& params, const TileIndex& row, Isa isa) {
   thread_local AlignedBuffer memory;
   const DecodeKernel& kernel = find_kernel(isa, &Kernels::decode, params.dtype);
   const Group group = make_group(params, row, 1);
@@ -248,21 +248,21 @@ void decode_row(const AttentionParams& params, const TileIndex& row, Isa isa) {
   finish_group(group, states, isa);
 }
 
-void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& parallel) {
+void decode(std::span<const ForwardParams> calls, Isa isa, const Parallel& parallel) {
   thread_local std::vector<Group> groups;
   thread_local AlignedBuffer memory;
   groups.clear();
   int64_t num_tasks = 0, num_floats = 0, bytes_read = 0, most_scratch = 0;
   if (calls.empty()) return;
   const DecodeKernel& kernel = find_kernel(isa, &Kernels::decode, calls.front().dtype);
-  for (const AttentionParams& params : calls) add_groups(params, groups);
+  for (const ForwardParams& params : calls) add_groups(params, groups);
   if (groups.empty()) return;
   for (Group& group : groups) {
     group.first_task = num_tasks;
     group.first_float = num_floats;
     num_tasks += group.num_splits;
     num_floats += group.num_splits * group.floats_per_state();
-    const AttentionParams& params = *group.params;
+    const ForwardParams& params = *group.params;
     bytes_read += group.candidates * (params.head_dim + params.head_dim_v) *
                   element_size(params.dtype) * std::max<int64_t>(1, group.rows() / 4);
     most_scratch = std::max(most_scratch, kernel.scratch_bytes(group.rows(), params.head_dim));

@@ -26,7 +26,7 @@ struct DecodeTile {
   int64_t head_dim = 0, head_dim_v = 0;
   float scale = 1.0f;
   float softcap = 0.0f;
-  const float* sinks = nullptr;  // [heads]
+  const float* sink_logits = nullptr;  // [heads]
 
   int64_t rows() const { return heads * queries; }
 };
@@ -92,10 +92,10 @@ inline bool has_ordinary_scale(const AttentionParams& params) {
 }
 
 // Computes out and lse of one row, given by its place, reading the keys that it sees and no others.
-void decode_row(const AttentionParams& params, const TileIndex& row, Isa isa);
+void decode_row(const ForwardParams& params, const TileIndex& row, Isa isa);
 
 // Computes out and lse of calls whose layouts have been checked. The result does not depend on the
 // number of threads.
-void decode(std::span<const AttentionParams> calls, Isa isa, const Parallel& parallel);
+void decode(std::span<const ForwardParams> calls, Isa isa, const Parallel& parallel);
 
 }  // namespace sparse_attn::cpu

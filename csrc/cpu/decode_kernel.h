@@ -321,7 +321,7 @@ static uint64_t finish_decode(const DecodeTile& tile, const float* states, int64
       }
     }
     const int64_t head = r / tile.queries, row = r % tile.queries;
-    const float* sink_logit = tile.sinks != nullptr ? tile.sinks + head : nullptr;
+    const float* sink_logit = tile.sink_logits != nullptr ? tile.sink_logits + head : nullptr;
     const RowEnd end = finish_row(top, sum, sink_logit);
     T* out = static_cast<T*>(tile.out) + head * tile.out_head_stride + row * tile.out_row_stride;
     for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(total[d] * end.factor, out[d]);

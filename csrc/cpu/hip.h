@@ -8,17 +8,7 @@
 
 namespace sparse_attn::cpu {
 
-// What both searches, HiP's and InfiniteHiP's, are given.
-struct SearchParams {
-  const void* q = nullptr;
-  const void* k = nullptr;
-  Strides q_stride, k_stride;
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0, num_heads = 0, num_kv_heads = 0;
-  int64_t seqlen_q = 0, seqlen_kv = 0, head_dim = 0;
-};
-
-struct HipParams : SearchParams {
+struct HipParams : QkParams {
   int64_t slots = 1;                   // blocks to find
   int64_t block_q = 1, block_k = 1;    // rows and keys in a block
   int64_t stride_q = 1, stride_k = 1;  // of the sampled rows and keys

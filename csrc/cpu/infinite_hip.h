@@ -5,7 +5,7 @@
 
 namespace sparse_attn::cpu {
 
-struct InfiniteHipParams : SearchParams {
+struct InfiniteHipParams : QkParams {
   // Candidates are the parts of `chunk` keys of the listed chunks of `parent` keys, or without
   // lists all that begin before the last `window` keys. Chunks are counted from key `sink` on. The
   // rows of the lists are query blocks, and an index out of range is no candidate.

@@ -15,7 +15,7 @@ namespace sparse_attn::cpu {
 
 namespace {
 
-const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
+const TileKernel& select_kernel(Isa isa, const ForwardParams& params) {
   if (params.dtype == DType::kFloat32 && params.split_float32 && !params.for_gradients) {
     const TileKernel* kernel = find_kernel(isa, &Kernels::tile_splitting_float32);
     if (kernel != nullptr) return *kernel;
@@ -24,9 +24,9 @@ const TileKernel& select_kernel(Isa isa, const AttentionParams& params) {
 }
 
 // Memory for packed keys stays below half of what the tensors of the calls take.
-int64_t allowed_bytes(std::span<const AttentionParams> calls) {
+int64_t allowed_bytes(std::span<const ForwardParams> calls) {
   int64_t tensor_bytes = 0;
-  for (const AttentionParams& params : calls) {
+  for (const ForwardParams& params : calls) {
     tensor_bytes += element_size(params.dtype) * params.batch *
                     (params.head_dim + params.head_dim_v) *
                     (params.num_heads * params.seqlen_q + params.num_kv_heads * params.seqlen_kv);
@@ -45,7 +45,7 @@ struct Task {
 // then take tiles, until nothing is left to take.
 class HeadWork {
  public:
-  HeadWork(const AttentionParams& params, const TileKernel& kernel, Isa isa, int64_t kv_head,
+  HeadWork(const ForwardParams& params, const TileKernel& kernel, Isa isa, int64_t kv_head,
            int64_t most_packed_bytes)
       : params_(params),
         kernel_(kernel),
@@ -136,7 +136,7 @@ class HeadWork {
     tile.head_dim_v = params_.head_dim_v;
     tile.scale = params_.scale;
     tile.softcap = params_.softcap;
-    tile.sink_logit = params_.sinks != nullptr ? params_.sinks + h : nullptr;
+    tile.sink_logit = params_.sink_logits != nullptr ? params_.sink_logits + h : nullptr;
     KeyCursor cursor(params_, kernel_, task.tile, keys_.source(num_chunks_ > 0 ? memory_ : nullptr),
                      scratch);
     uint64_t repeated = kernel_.run_tile(tile, cursor, scratch + cursor_bytes());
@@ -145,7 +145,7 @@ class HeadWork {
     }
   }
 
-  const AttentionParams& params_;
+  const ForwardParams& params_;
   const TileKernel& kernel_;
   Isa isa_;
   int64_t kv_head_;  // counted over the whole batch
@@ -160,12 +160,12 @@ class HeadWork {
 
 }  // namespace
 
-void prefill(std::span<const AttentionParams> calls, Isa isa, const Parallel& threads) {
+void prefill(std::span<const ForwardParams> calls, Isa isa, const Parallel& threads) {
   if (calls.empty()) return;
   const TileKernel& kernel = select_kernel(isa, calls.front());
   const int64_t allowed = allowed_bytes(calls);
   std::deque<HeadWork> heads;
-  for (const AttentionParams& params : calls) {
+  for (const ForwardParams& params : calls) {
     if (params.num_heads == 0 || params.seqlen_q == 0) continue;
     for (int64_t i = 0; i < params.batch * params.num_kv_heads; ++i) {
       heads.emplace_back(params, kernel, isa, i, allowed);

@@ -9,6 +9,6 @@ namespace sparse_attn::cpu {
 
 // Computes out and lse of calls of the same dtype and head dimensions, whose layouts have been
 // checked. The result does not depend on the number of threads.
-void prefill(std::span<const AttentionParams> calls, Isa isa, const Parallel& threads);
+void prefill(std::span<const ForwardParams> calls, Isa isa, const Parallel& threads);
 
 }  // namespace sparse_attn::cpu

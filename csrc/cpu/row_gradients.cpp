@@ -52,7 +52,8 @@ void find_keys(const AttentionParams& params, const TileIndex& row, std::vector<
 
 }  // namespace
 
-void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, double* dsinks) {
+void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
+                       double* dsink_logits) {
   const DType dtype = params.dtype;
   const RowGradientKernel& kernel = find_kernel(isa, &Kernels::row_gradients, dtype);
   const int64_t group = params.num_heads / params.num_kv_heads, seqlen_kv = params.seqlen_kv;
@@ -82,8 +83,8 @@ void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, d
   row.dv = dv.row(0);
   for (int64_t i = 0; i < group; ++i) {
     const int64_t head = key_head * group + i;
-    if (params.sinks != nullptr) row.sink_logit = params.sinks + head;
-    dsinks[i] = 0;
+    if (params.sink_logits != nullptr) row.sink_logit = params.sink_logits + head;
+    dsink_logits[i] = 0;
     for (int64_t r = 0; r < params.seqlen_q; ++r) {
       const int64_t place = (batch * params.num_heads + head) * params.seqlen_q + r;
       find_keys(params, {batch, head, r, 1}, keys);
@@ -94,7 +95,7 @@ void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, d
       dout.read(params.dout, offset(params.dout_stride, head, r), 0, dtype, kernel);
       kernel.run(row);
       dq.write(params.dq, place, dtype, kernel);
-      dsinks[i] += row.dsink;
+      dsink_logits[i] += row.dsink;
     }
   }
   dk.write(params.dk, kv_head * seqlen_kv, dtype, kernel);

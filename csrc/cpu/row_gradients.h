@@ -35,7 +35,8 @@ struct RowGradientKernel {
 };
 
 // Computes dq, dk and dv of the query heads that share a KV head, which is counted over the whole
-// batch, and their parts of dsinks.
-void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, double* dsinks);
+// batch, and their parts of dsink_logits.
+void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
+                       double* dsink_logits);
 
 }  // namespace sparse_attn::cpu

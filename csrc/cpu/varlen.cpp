@@ -32,7 +32,7 @@ std::vector<int32_t> cumulated(const int32_t* given, const char* name, int64_t b
 // Checked copies of where the sequences lie.
 class Sequences {
  public:
-  Sequences(const AttentionParams& greatest, const Packing& packing)
+  Sequences(const ForwardParams& greatest, const Packing& packing)
       : greatest_(greatest),
         begin_q_(cumulated(packing.cu_seqlens_q, "cu_seqlens_q", greatest.batch, packing.total_q,
                            true, "q")) {
@@ -56,8 +56,8 @@ class Sequences {
   }
 
   // One of them as a batch of one.
-  AttentionParams operator[](int64_t b) const {
-    AttentionParams params = greatest_;
+  ForwardParams operator[](int64_t b) const {
+    ForwardParams params = greatest_;
     params.batch = 1;
     params.seqlen_q = seqlen_q(b);
     params.seqlen_kv = seqlens_kv_[b];
@@ -108,7 +108,7 @@ class Sequences {
     }
   }
 
-  const AttentionParams& greatest_;
+  const ForwardParams& greatest_;
   std::vector<int32_t> begin_q_, begin_kv_, seqlens_kv_;
   std::vector<int32_t> pages_;
   std::vector<int64_t> begin_pages_;
@@ -116,14 +116,14 @@ class Sequences {
 
 }  // namespace
 
-void forward_varlen(const AttentionParams& given, const Packing& packing, Isa isa,
+void forward_varlen(const ForwardParams& given, const Packing& packing, Isa isa,
                     const Parallel& parallel) {
-  AttentionParams greatest = given;
+  ForwardParams greatest = given;
   const CheckedLayout layout(greatest, parallel);
   const Sequences sequences(greatest, packing);
-  std::vector<AttentionParams> short_ones, long_ones;
+  std::vector<ForwardParams> short_ones, long_ones;
   for (int64_t b = 0; b < greatest.batch; ++b) {
-    const AttentionParams params = sequences[b];
+    const ForwardParams params = sequences[b];
     if (params.seqlen_q == 0) continue;
     const bool by_rows = is_decode(params, isa) || !has_ordinary_scale(params);
     (by_rows ? short_ones : long_ones).push_back(params);

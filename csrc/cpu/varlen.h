@@ -22,7 +22,7 @@ struct Packing {
 // the layout made for the greatest lengths, which are its seqlens; each sequence reads its own
 // entries of the layout.
 // Throws std::invalid_argument when a value is not right, before any key is read.
-void forward_varlen(const AttentionParams& greatest, const Packing& packing, Isa isa,
+void forward_varlen(const ForwardParams& greatest, const Packing& packing, Isa isa,
                     const Parallel& parallel);
 
 }  // namespace sparse_attn::cpu
