@@ -75,6 +75,7 @@ def _kernels():
         "sparse_attn._C",
         _relative("csrc/**/*.cpp"),
         depends=_relative("csrc/**/*.h"),
+        include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": FLAGS},
         extra_link_args=["-s"] if sys.platform == "linux" else [],
         py_limited_api=True,

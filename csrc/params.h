@@ -1,6 +1,7 @@
 // Plain descriptions of one attention call: raw pointers, strides in elements, sizes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace sparse_attn {
@@ -10,6 +11,10 @@ inline constexpr int64_t kMaxHeadDim = 256;
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline const std::byte* byte_offset(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const std::byte*>(base) + elements * element_size(dtype);
+}
 
 // Strides of a [batch, head, row, dim] tensor whose last stride is 1.
 struct Strides {
@@ -68,6 +73,15 @@ struct AttentionParams : QkParams {
   float scale = 1.0f;
   float softcap = 0.0f;
   bool is_causal = false;
+
+  // Whether scale and softcap are so far from the ends of float32 that scores need no care.
+  bool has_ordinary_scale() const {
+    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+    const auto is_ordinary = [](float x) { return x >= kLeast && x <= kMost; };
+    const float size = scale < 0 ? -scale : scale;
+    if (size == 0) return softcap == 0 || is_ordinary(softcap);
+    return is_ordinary(size) && (softcap == 0 || is_ordinary(size / softcap));
+  }
 
   // Where key j lies in k or v, in elements from the first row of its KV head.
   int64_t key_offset(const Strides& stride, int64_t j) const {

@@ -3,10 +3,10 @@
 
 #include <tuple>
 
-#include "../cpu/backward.h"
-#include "../cpu/forward.h"
-#include "execution.h"
-#include "layout_arguments.h"
+#include "bindings/execution.h"
+#include "bindings/layout_arguments.h"
+#include "cpu/backward/backward.h"
+#include "cpu/forward/forward.h"
 
 namespace sparse_attn {
 

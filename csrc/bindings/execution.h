@@ -5,8 +5,8 @@
 
 #include <atomic>
 
-#include "../cpu/isa.h"
-#include "../cpu/parallel.h"
+#include "cpu/isa/isa.h"
+#include "cpu/runtime/parallel.h"
 
 namespace sparse_attn {
 

@@ -1,8 +1,8 @@
-#include "layout_arguments.h"
+#include "bindings/layout_arguments.h"
 
 #include <tuple>
 
-#include "../integers.h"
+#include "integers.h"
 
 namespace sparse_attn {
 

@@ -1,7 +1,7 @@
 // The layout and the scalars that all attention ops take, in the order of their schemas.
 #pragma once
 
-#include "tensors.h"
+#include "bindings/tensors.h"
 
 namespace sparse_attn {
 

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "execution.h"
+#include "bindings/execution.h"
 
 namespace sparse_attn {
 

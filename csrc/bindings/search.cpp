@@ -5,12 +5,12 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/hip.h"
-#include "../cpu/infinite_hip.h"
-#include "../cpu/top_blocks.h"
-#include "../integers.h"
-#include "execution.h"
-#include "tensors.h"
+#include "bindings/execution.h"
+#include "bindings/tensors.h"
+#include "cpu/search/hip.h"
+#include "cpu/search/infinite_hip.h"
+#include "cpu/search/top_blocks.h"
+#include "integers.h"
 
 namespace sparse_attn {
 

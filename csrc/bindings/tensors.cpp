@@ -1,6 +1,6 @@
-#include "tensors.h"
+#include "bindings/tensors.h"
 
-#include "../cpu/huge_pages.h"
+#include "cpu/runtime/huge_pages.h"
 
 namespace sparse_attn {
 

@@ -11,8 +11,8 @@
 #include <optional>
 #include <ostream>
 
-#include "../params.h"
-#include "../require.h"
+#include "params.h"
+#include "require.h"
 
 namespace sparse_attn {
 

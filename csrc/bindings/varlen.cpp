@@ -1,12 +1,13 @@
 // The op for packed sequences and paged caches.
-#include "../cpu/varlen.h"
+#include "cpu/forward/varlen.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "execution.h"
-#include "layout_arguments.h"
+#include "bindings/execution.h"
+#include "bindings/layout_arguments.h"
+#include "cpu/forward/forward.h"
 
 namespace sparse_attn {
 

@@ -12,12 +12,12 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cpu/backward.h"
-#include "../../csrc/cpu/forward.h"
-#include "../../csrc/cpu/hip.h"
-#include "../../csrc/cpu/infinite_hip.h"
-#include "../../csrc/cpu/top_blocks.h"
-#include "../../csrc/cpu/varlen.h"
+#include "cpu/backward/backward.h"
+#include "cpu/forward/forward.h"
+#include "cpu/forward/varlen.h"
+#include "cpu/search/hip.h"
+#include "cpu/search/infinite_hip.h"
+#include "cpu/search/top_blocks.h"
 
 using sparse_attn::AttentionParams;
 using sparse_attn::BackwardParams;

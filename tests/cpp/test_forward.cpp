@@ -17,11 +17,11 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/backward.h"
-#include "../../csrc/cpu/forward.h"
-#include "../../csrc/cpu/hip.h"
-#include "../../csrc/cpu/infinite_hip.h"
-#include "../../csrc/cpu/top_blocks.h"
+#include "cpu/backward/backward.h"
+#include "cpu/forward/forward.h"
+#include "cpu/search/hip.h"
+#include "cpu/search/infinite_hip.h"
+#include "cpu/search/top_blocks.h"
 
 namespace {
 
