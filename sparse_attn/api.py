@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -12,7 +13,7 @@ from .contract import validation
 from .contract.arguments import Arguments
 from .contract.dtypes import autocast, compute_dtype
 from .contract.packing import Packing
-from .contract.request import Request
+from .contract.request import FEATURES, Request
 from .layout import BlockLayout
 from .ops import autograd, backends
 from .reference import varlen
@@ -24,19 +25,22 @@ from .typing import Backend, SelectorLike
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
+    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...
 @overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
+    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
+    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
 def sparse_attention(
@@ -49,6 +53,8 @@ def sparse_attention(
     scale: float | None = None,
     softcap: float | None = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -77,6 +83,12 @@ def sparse_attention(
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         softcap: bound of the scores, 0 or None for none. Default 0.
         sinks: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
+        key_bias: added to the scores of each key, after the softcap: floating-point ``[batch or 1,
+            H', seqlen_kv]``, where ``H'`` divides `num_heads`; the log of how many keys a merged
+            one stands for. None for none. Default None.
+        alibi_slopes: ALiBi's slopes, floating-point ``[num_heads]``: ``slope * |p - j|`` is
+            subtracted from the score of key ``j`` in the row at position ``p = i + seqlen_kv -
+            seqlen_q``. None for none. Default None.
         return_lse: whether to return the log-sum-exp too. Default False.
         backend: "auto", "cpu", "triton" or "reference". A named backend never falls back. Default
             "auto".
@@ -89,7 +101,8 @@ def sparse_attention(
         Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no
         key. With ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for float64)
         ``[batch, num_heads, seqlen_q]``, the natural log of the softmax denominator (sink
-        included), -inf in empty rows. Both are differentiable with respect to q, k, v and sinks.
+        included), -inf in empty rows. Both are differentiable with respect to q, k, v, sinks,
+        key_bias and alibi_slopes.
 
     Raises:
         TypeError, ValueError: naming the argument; for a backend that cannot run the call, with its
@@ -107,13 +120,13 @@ def sparse_attention(
         is_causal = checks.as_bool("is_causal", is_causal)
         return_lse = checks.as_bool("return_lse", return_lse)
     scale, softcap = validation.check_scalars(q, scale, softcap)
-    validation.check_sinks(sinks, q)
     layout = _layout(layout_or_selector, q, k, is_causal, scale)
-    if sinks is not None:
-        sinks = sinks.to(compute_dtype(q.dtype))
+    biases = (sinks, key_bias, alibi_slopes)
+    if not sinks is key_bias is alibi_slopes is None:
+        biases = _biases(q, *biases, q.shape[0], k.shape[2])
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    arguments = Arguments.of(layout, scale, softcap, is_causal, sinks)
+    arguments = Arguments.of(layout, scale, softcap, is_causal, *biases)
     features = arguments.features()
     op = ops_of.get(features) or _chosen(ops_of, Request("attention", q, k, v, features), backend)
     split_float32 = q.dtype == torch.float32 and _may_split_float32()
@@ -128,7 +141,8 @@ def sparse_attention_varlen(
     cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
+    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...
 @overload
 def sparse_attention_varlen(
@@ -136,7 +150,8 @@ def sparse_attention_varlen(
     cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
+    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def sparse_attention_varlen(
@@ -144,7 +159,8 @@ def sparse_attention_varlen(
     cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
+    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
 def sparse_attention_varlen(
@@ -161,6 +177,8 @@ def sparse_attention_varlen(
     scale: float | None = None,
     softcap: float | None = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -195,6 +213,10 @@ def sparse_attention_varlen(
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         softcap: bound of the scores, 0 or None for none. Default 0.
         sinks: learnable sink logits ``[num_heads]``, or None. Default None.
+        key_bias: as in `sparse_attention`, ``[batch or 1, H', layout.seqlen_kv]``: each sequence
+            takes the first ones. Default None.
+        alibi_slopes: as in `sparse_attention`, positions by each sequence's own lengths. Default
+            None.
         return_lse: whether to return the log-sum-exp too. Default False.
         backend: "auto", "cpu", "triton" or "reference". Default "auto".
 
@@ -221,12 +243,11 @@ def sparse_attention_varlen(
     is_causal = checks.as_bool("is_causal", is_causal)
     return_lse = checks.as_bool("return_lse", return_lse)
     scale, softcap = validation.check_scalars(q, scale, softcap)
-    validation.check_sinks(sinks, q)
-    validation.check_packed_layout(layout, q, cu_seqlens_q.shape[0] - 1)
-    if sinks is not None:
-        sinks = sinks.to(compute_dtype(q.dtype))
+    batch = cu_seqlens_q.shape[0] - 1
+    validation.check_packed_layout(layout, q, batch)
+    biases = _biases(q, sinks, key_bias, alibi_slopes, batch, layout.seqlen_kv)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    arguments = Arguments.of(layout, scale, softcap, is_causal, sinks)
+    arguments = Arguments.of(layout, scale, softcap, is_causal, *biases)
     features = arguments.features() | {"packed" if block_table is None else "paged"}
     request = Request("attention_varlen", q, k, v, features)
     if torch.is_grad_enabled() and (
@@ -239,16 +260,32 @@ def sparse_attention_varlen(
             )
         op = backends.op_for(backend, request._replace(op="attention"))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
-            return op(q, k, v, *Arguments.of(layout, scale, softcap, is_causal, sinks))
+        def attend(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
+            return op(q, k, v, *arguments)
 
-        out, lse = varlen.attention(attend, q, k, v, layout.validate(), packing)
+        out, lse = varlen.attention(attend, q, k, v, layout.validate(), arguments, packing)
     else:
         op = backends.op_for(backend, request)
         tensors = (cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
         tensors = (None if x is None else x.contiguous() for x in tensors)
         out, lse = op(q, k, v, *tensors, *layout.seqlens, *arguments)
     return (out, lse) if return_lse else out
+
+
+def _biases(
+    q: Tensor,
+    sinks: Tensor | None,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    batch: int,
+    seqlen_kv: int,
+) -> list[Tensor | None]:
+    """What is added to scores, checked, in the dtype of scores."""
+    validation.check_per_head("sinks", sinks, q)
+    validation.check_key_bias(key_bias, q, batch, q.shape[1], seqlen_kv)
+    validation.check_per_head("alibi_slopes", alibi_slopes, q)
+    dtype = compute_dtype(q.dtype)
+    return [None if x is None else x.to(dtype) for x in (sinks, key_bias, alibi_slopes)]
 
 
 _Ops = dict[frozenset[str], Any]  # from the features of calls to the op that serves them
@@ -316,7 +353,14 @@ def _layout(
     return source
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> backends.Explanation:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    features: Iterable[str] = (),
+    backend: Backend = "auto",
+) -> backends.Explanation:
     """Which backend `sparse_attention` would run a call on, and every reason against the others;
     runs nothing.
 
@@ -324,6 +368,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> ba
         q: as in `sparse_attention`.
         k: as in `sparse_attention`.
         v: as in `sparse_attention`.
+        features: what the call asks for beyond dense attention, names out of "blocks", "columns",
+            "softcap", "sink_logits", "key_bias", "alibi_slopes", "packed" and "paged". Default
+            none.
         backend: as in `sparse_attention`. Default "auto".
 
     Returns:
@@ -331,7 +378,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> ba
         backend to a list of sentences, empty if it can); ``print()`` shows both.
 
     Raises:
-        TypeError, ValueError: if the tensors do not fit together, or `backend` is unknown.
+        TypeError, ValueError: if the tensors do not fit together, or a feature or `backend` is
+            unknown.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 256, 64, dtype=torch.float64).unbind(0)
@@ -340,4 +388,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> ba
     """
     q, k, v = autocast(q, k, v)
     validation.check_qkv(q, k, v)
-    return backends.choose(backend, Request("attention", q, k, v))
+    asked = frozenset(features)
+    if unknown := sorted(asked - FEATURES):
+        raise ValueError(f"features must be out of {sorted(FEATURES)}, got {unknown}")
+    return backends.choose(backend, Request("attention", q, k, v, asked))

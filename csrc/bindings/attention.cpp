@@ -54,7 +54,9 @@ void require_rows(const Tensor& tensor, const char* name, ScalarType dtype, int6
           name, " has shape ", shape_of(tensor), ", which does not match q and v");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout,
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_backward(const Tensor& dout,
                                                               const Tensor& dlse, const Tensor& q,
                                                               const Tensor& k, const Tensor& v,
                                                               const Tensor& out, const Tensor& lse,
@@ -90,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout
   if (sink_logits.has_value())
     params.dsink_logits = static_cast<float*>(dsink_logits.mutable_data_ptr());
   cpu::backward(params, active_isa(), torch_threads());
-  return {dq, dk, dv, dsink_logits};
+  const Tensor none = torch::stable::new_empty(q, {0}, ScalarType::Float);
+  return {dq, dk, dv, dsink_logits, none, torch::stable::clone(none)};
 }
 
 }  // namespace

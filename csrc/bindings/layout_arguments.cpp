@@ -7,6 +7,8 @@
 namespace sparse_attn {
 
 void describe_layout(const LayoutArguments& layout, AttentionParams& params) {
+  require(!layout.key_bias.has_value(), "the C++ kernels do not serve key_bias");
+  require(!layout.alibi_slopes.has_value(), "the C++ kernels do not serve alibi_slopes");
   constexpr int64_t kMaxBlock = std::numeric_limits<int32_t>::max();
   const auto [block_q, block_kv, group] =
       std::tuple(layout.block_q, layout.block_kv, layout.column_group);

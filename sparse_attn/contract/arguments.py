@@ -14,7 +14,8 @@ from ..layout import BlockLayout
 
 
 class Arguments(NamedTuple):
-    """A layout's fields, the learnable sink logits ``[H]``, and the numbers that make scores.
+    """A layout's fields; learnable sink logits ``[H]``, a bias for each key ``[B', H', Skv]``,
+    ALiBi's slopes ``[H]``; and the numbers that make scores.
 
     An op receives them as positions: ``Arguments(*positions)`` gives them names again.
     """
@@ -26,6 +27,8 @@ class Arguments(NamedTuple):
     num_columns: Tensor | None
     column_indices: Tensor | None
     sink_logits: Tensor | None
+    key_bias: Tensor | None
+    alibi_slopes: Tensor | None
     block_q: int
     block_kv: int
     column_group: int
@@ -40,6 +43,8 @@ class Arguments(NamedTuple):
         softcap: float = 0.0,
         is_causal: bool = True,
         sink_logits: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Arguments:
         """The bundle of a call with this layout."""
         return Arguments(
@@ -50,6 +55,8 @@ class Arguments(NamedTuple):
             layout.num_columns,
             layout.column_indices,
             sink_logits,
+            key_bias,
+            alibi_slopes,
             *layout.block_size,
             layout.column_group,
             scale,
@@ -75,6 +82,8 @@ class Arguments(NamedTuple):
         """What says how scores are made and which of them count, by name."""
         return {
             "sink_logits": self.sink_logits,
+            "key_bias": self.key_bias,
+            "alibi_slopes": self.alibi_slopes,
             "scale": self.scale,
             "softcap": self.softcap,
             "is_causal": self.is_causal,
@@ -83,12 +92,18 @@ class Arguments(NamedTuple):
     def features(self) -> frozenset[str]:
         """Which of `request.FEATURES` the call asks for."""
         has_blocks, has_columns = self.kv_num_blocks is not None, self.num_columns is not None
-        return _FEATURES[has_blocks, has_columns, self.softcap > 0, self.sink_logits is not None]
+        has_logits, has_bias = self.sink_logits is not None, self.key_bias is not None
+        has_slopes = self.alibi_slopes is not None
+        return _FEATURES[
+            has_blocks, has_columns, self.softcap > 0, has_logits, has_bias, has_slopes
+        ]
 
     def needs_grad(self) -> bool:
         """Whether one of the differentiable arguments requires a gradient."""
-        x = self.sink_logits
-        return x is not None and x.requires_grad
+        for x in (self.sink_logits, self.key_bias, self.alibi_slopes):
+            if x is not None and x.requires_grad:
+                return True
+        return False
 
     def copied(self) -> Arguments:
         """A copy of the layout, which another thread may write into during a call."""
@@ -96,14 +111,14 @@ class Arguments(NamedTuple):
         return self._replace(**{x: t if t is None else t.clone() for x, t in copies.items()})
 
 
+_NAMES = ("blocks", "columns", "softcap", "sink_logits", "key_bias", "alibi_slopes")
 _FEATURES = {  # by which of them are asked for
-    asked: frozenset(compress(("blocks", "columns", "softcap", "sink_logits"), asked))
-    for asked in product((False, True), repeat=4)
+    asked: frozenset(compress(_NAMES, asked)) for asked in product((False, True), repeat=6)
 }
 
 
 # Those with gradients: the backward ops return one for each, after those of q, k and v.
-DIFFERENTIABLE = ("sink_logits",)
+DIFFERENTIABLE = ("sink_logits", "key_bias", "alibi_slopes")
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-FEATURES = frozenset({"blocks", "columns", "softcap", "sink_logits", "packed", "paged"})
+FEATURES = frozenset(
+    {"blocks", "columns", "softcap", "sink_logits", "key_bias", "alibi_slopes", "packed", "paged"}
+)
 
 
 class Request(NamedTuple):

@@ -218,19 +218,43 @@ def check_scalars(q: Tensor, scale: float | None, softcap: float | None) -> tupl
     return scale, softcap
 
 
-def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
-    """Learnable sink logits: a floating-point ``[H]`` tensor on q's device, or None.
+def check_per_head(name: str, x: Tensor | None, q: Tensor) -> None:
+    """A floating-point ``[H]`` tensor on q's device, or None.
 
     Raises:
-        TypeError, ValueError: if they are not.
+        TypeError, ValueError: if it is not.
     """
-    if sinks is None:
+    if x is None:
         return
-    if not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks must be a tensor, got {type(sinks).__name__}")
-    if sinks.shape != (q.shape[1],) or not torch.is_floating_point(sinks):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.shape != (q.shape[1],) or not torch.is_floating_point(x):
         raise ValueError(
-            f"sinks must be a float tensor [{q.shape[1]}], got {sinks.dtype} {list(sinks.shape)}"
+            f"{name} must be a float tensor [{q.shape[1]}], got {x.dtype} {list(x.shape)}"
         )
-    if sinks.device != q.device:
-        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def check_key_bias(
+    key_bias: Tensor | None, q: Tensor, batch: int, num_heads: int, seqlen_kv: int
+) -> None:
+    """A floating-point ``[B', H', seqlen_kv]`` tensor on q's device, or None; ``B'`` is 1 or the
+    batch size, ``H'`` divides the number of heads.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    if key_bias is None:
+        return
+    if not isinstance(key_bias, Tensor):
+        raise TypeError(f"key_bias must be a tensor, got {type(key_bias).__name__}")
+    shape = list(key_bias.shape)
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == seqlen_kv
+    if not fits or shape[1] < 1 or num_heads % shape[1] or not key_bias.is_floating_point():
+        raise ValueError(
+            f"key_bias must be a float tensor [1 or {batch}, a divisor of {num_heads} heads, "
+            f"{seqlen_kv}], got {key_bias.dtype} {shape}"
+        )
+    if key_bias.device != q.device:
+        raise ValueError(f"key_bias must be on q's device {q.device}, got {key_bias.device}")

@@ -12,7 +12,6 @@ from ..contract.dtypes import compute_dtype
 from ..contract.packing import Packing
 from ..contract.request import Request
 from ..contract.results import empty_lse, empty_out
-from ..layout import BlockLayout
 from ..reference import attention as reference
 from ..reference import varlen
 from ..triton import entry as triton
@@ -57,10 +56,11 @@ def _attention_varlen(
     layout = arguments.layout((max_seqlen_q, max_seqlen_kv)).validate()
     packing = Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
-        return reference.attention(q, k, v, layout, **arguments.scores())
+    def attend(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        own = arguments.layout((q.shape[2], k.shape[2]))
+        return reference.attention(q, k, v, own, **arguments.scores())
 
-    return varlen.attention(attend, q, k, v, layout, packing)
+    return varlen.attention(attend, q, k, v, layout, arguments, packing)
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: bool):

@@ -131,11 +131,11 @@ def twice_differentiable(name: str, suffix: str) -> Callable[..., Any]:
             dout, dlse, q, k, v, *tensors = ctx.saved_tensors
             arguments = Arguments(*tensors, *ctx.numbers)
             layout, scores = validated(q, k, arguments)
-            *inputs, dsinks = derivatives.of_gradients(
+            inputs, others = derivatives.of_gradients(
                 cotangents, dout, dlse, q, k, v, layout, **scores
             )
-            # out and lse follow from q, k, v and sinks, which take their share.
-            return *inputs, None, None, *gradients_of(arguments, [dsinks])
+            # out and lse follow from the other inputs, which take their share.
+            return *inputs, None, None, *gradients_of(arguments, others)
 
     _functions[op] = AttentionBackward
     return AttentionBackward.apply

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..contract.dtypes import compute_dtype
 from ..contract.results import empty_lse, empty_out
 from ..layout import BlockLayout
+from .bias import bias_gradients, score_bias
 
 _CHUNK_ELEMENTS = 2**24
 
@@ -81,6 +82,8 @@ def attention(
     softcap: float,
     is_causal: bool,
     sink_logits: Tensor | None,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``out = softmax(scores over the visible keys and the sink logit) @ v`` and ``lse``, its log
     denominator.
@@ -97,6 +100,9 @@ def attention(
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
         mask = _grouped(mask, num_kv_heads)
         scores, _ = _scores(queries, keys, scale, softcap)
+        bias = score_bias(layout, start, stop, dtype, num_heads, key_bias, alibi_slopes)
+        if bias is not None:
+            scores = scores + _grouped(bias, num_kv_heads)
         probs, _, norm = _softmax(scores, mask, sink_logits)
         result = _visible_product(probs, values, mask)
         out[:, :, start:stop] = result.flatten(1, 2).to(q.dtype)
@@ -116,17 +122,23 @@ def attention_backward(
     softcap: float,
     is_causal: bool,
     sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and sink_logits (an empty tensor without sink_logits).
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, sink_logits, key_bias and alibi_slopes (an empty tensor for each that
+    is None).
 
     With the probabilities ``p`` of the forward pass and ``delta = rowsum(p * dp) - dlse``::
 
         dv = p.T @ dout
         dp = dout @ v.T
-        ds = p * (dp - delta)                    # times 1 - tanh(scores / softcap)**2 with one
+        ds = p * (dp - delta)
+        dkey_bias = ds.sum(rows)
+        dalibi_slopes = -sum(ds * |p - j|)
+        ds = ds * (1 - tanh(scores / softcap)**2)          # with a softcap
         dq = scale * ds @ k
         dk = scale * ds.T @ q
-        dsinks = -sum(exp(sink_logits - lse) * delta)
+        dsink_logits = -sum(exp(sink_logits - lse) * delta)
 
     The probabilities are computed anew from whole rows, more exactly than from out and lse.
     """
@@ -135,7 +147,10 @@ def attention_backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
-    dsinks = torch.zeros(0 if sink_logits is None else num_heads, dtype=dtype, device=q.device)
+    given = (sink_logits, key_bias, alibi_slopes)
+    dlogits, dbias, dslopes = (
+        torch.zeros(0 if x is None else x.shape, dtype=dtype, device=q.device) for x in given
+    )
     keys, values = k.to(dtype).unsqueeze(2), v.to(dtype).unsqueeze(2)
     for start, stop in _chunks(q, k):
         queries, grads, dnorm = (
@@ -144,20 +159,28 @@ def attention_backward(
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
         mask = _grouped(mask, num_kv_heads)
         scores, slope = _scores(queries, keys, scale, softcap)
+        bias = score_bias(layout, start, stop, dtype, num_heads, key_bias, alibi_slopes)
+        if bias is not None:
+            scores = scores + _grouped(bias, num_kv_heads)
         probs, share, _ = _softmax(scores, mask, sink_logits)
         dprobs = torch.where(mask, grads @ values.mT, 0)
         delta = (probs * dprobs).sum(-1) - dnorm
         dscores = probs * (dprobs - delta[..., None])
+        if bias is not None:
+            of_pairs = torch.where(mask, dscores, 0).flatten(1, 2)
+            some = bias_gradients(of_pairs, layout, start, key_bias, alibi_slopes)
+            dbias, dslopes = (
+                a if b is None else a + b for a, b in zip((dbias, dslopes), some, strict=True)
+            )
         dscores = scale * (dscores if slope is None else dscores * slope)
         dscores = torch.where(mask, dscores, 0)
         dv += _visible_product(probs.mT, grads, mask.mT).sum(2)
         dq[:, :, start:stop] = _visible_product(dscores, keys, mask).flatten(1, 2).to(q.dtype)
         dk += _visible_product(dscores.mT, queries, mask.mT).sum(2)
         if sink_logits is not None:
-            dsinks -= (share * delta).flatten(1, 2).sum((0, 2))
-    return (
-        dq,
-        dk.to(k.dtype),
-        dv.to(v.dtype),
-        dsinks if sink_logits is None else dsinks.to(sink_logits.dtype),
+            dlogits -= (share * delta).flatten(1, 2).sum((0, 2))
+    others = (
+        x if y is None else x.to(y.dtype)
+        for x, y in zip((dlogits, dbias, dslopes), given, strict=True)
     )
+    return dq, dk.to(k.dtype), dv.to(v.dtype), *others

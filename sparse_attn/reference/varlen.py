@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..contract.arguments import Arguments
 from ..contract.dtypes import compute_dtype
 from ..contract.packing import Packing, check_values, key_rows
 from ..layout import BlockLayout
@@ -38,19 +39,32 @@ def _of_sequence(lists: IndexLists | None, b: int, num_rows: int, most: int) -> 
     return IndexLists(counts, lists.indices.contiguous())
 
 
+def _sequence_arguments(
+    arguments: Arguments, layout: BlockLayout, b: int, seqlens: tuple[int, int]
+) -> Arguments:
+    """The arguments of sequence `b`."""
+    scores, bias = arguments.scores(), arguments.key_bias
+    if bias is not None:
+        own = bias[b : b + 1] if len(bias) > 1 else bias
+        scores["key_bias"] = own[..., : seqlens[1]]
+    return Arguments.of(sequence_layout(layout, b, seqlens), **scores)
+
+
 def attention(
-    attend: Callable[[Tensor, Tensor, Tensor, BlockLayout], tuple[Tensor, Tensor]],
+    attend: Callable[[Tensor, Tensor, Tensor, Arguments], tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
+    arguments: Arguments,
     packing: Packing,
 ) -> tuple[Tensor, Tensor]:
     """``out [total_q, H, Dv]`` and ``lse [H, total_q]`` of all sequences, by a function for one.
 
     Args:
-        attend: takes q, k, v as ``[1, heads, seqlen, dim]`` and the layout for their lengths.
+        attend: takes q, k, v as ``[1, heads, seqlen, dim]`` and the arguments for their lengths.
         q, k, v, layout, packing: as in `sparse_attention_varlen`, the layout's values validated.
+        arguments: those of the batch.
     """
     ends = check_values(q, k, packing, layout.seqlens)
     outs = [q.new_empty(0, q.shape[1], v.shape[-1])]
@@ -62,7 +76,7 @@ def attention(
             continue
         one = [x.transpose(0, 1)[None] for x in (q[rows], take(k), take(v))]
         lengths = (one[0].shape[2], one[1].shape[2])
-        out, lse = attend(*one, sequence_layout(layout, b, lengths))
+        out, lse = attend(*one, _sequence_arguments(arguments, layout, b, lengths))
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contract import packing as packed
 from ..contract import validation
-from ..contract.arguments import Arguments
+from ..contract.arguments import DIFFERENTIABLE, Arguments
 from ..contract.packing import Packing
 from ..contract.request import Request
 from ..layout import BlockLayout
@@ -58,9 +58,8 @@ def _call(
     packing: Packing | None = None,
 ) -> tuple[list[Launch], Call]:  # fmt: skip
     """What to run first, and the call."""
-    scores = arguments.scores()
-    sinks = scores.pop("sink_logits")
-    validation.check_sinks(sinks, q)
+    sinks = arguments.sink_logits
+    validation.check_per_head("sinks", sinks, q)
     if sinks is not None:
         sinks = sinks.float().contiguous()
     launches = []
@@ -68,7 +67,8 @@ def _call(
         totals = (q.shape[0], k.shape[0])
         launches, layout = prepare.launches(layout, packing, totals, arguments.is_causal)
     heads = (q.shape[1], k.shape[-2 if packing else 1])
-    return launches, Call(layout, *heads, batch, sinks, **scores)
+    numbers = (arguments.scale, arguments.softcap, arguments.is_causal)
+    return launches, Call(layout, *heads, batch, sinks, *numbers)
 
 
 def _run(steps: list[Choice | Launch], q: Tensor) -> None:
@@ -141,7 +141,7 @@ def _check_rows(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
 def attention_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradients of the sink logits (empty without any)."""
+    """dq, dk, dv and the gradients of `DIFFERENTIABLE` (empty where there is no such argument)."""
     arguments = Arguments(*rest)
     refuse(Request("attention", q, k, v, arguments.features()))
     validation.check_qkv(q, k, v)
@@ -158,7 +158,8 @@ def attention_backward(
     steps, (dq, dk, dv, delta) = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
     _run(first + steps, q)
     dsinks = _sink_gradients(call.sinks, lse, delta, arguments.sink_logits)
-    return *(x.to(q.dtype) for x in (dq, dk, dv)), dsinks
+    nothing = (lse.new_empty(0) for _ in DIFFERENTIABLE[1:])
+    return *(x.to(q.dtype) for x in (dq, dk, dv)), dsinks, *nothing
 
 
 def _sink_gradients(
