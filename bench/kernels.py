@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 
 from sparse_attn import BlockLayout, explain, sparse_attention
-from tests.oracle import assert_accurate, dense_attention, rounding_noise
 
-from . import cases, devices, report
-from .cases import Case
-from .devices import Device
-from .timing import paired_ratio, paired_times
+from .lib import cases, devices, report
+from .lib.cases import Case
+from .lib.devices import Device
+from .lib.oracle import assert_accurate, dense_attention, rounding_noise
+from .lib.timing import paired_ratio, paired_times
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

@@ -13,8 +13,19 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 import sparse_attn
-from bench import devices, kernels, report, timing
-from bench.cases import CASES, CUDA_CASES, TABLES, Blocks, Case, Columns, Dense, SinkWindow, chosen
+from bench import kernels
+from bench.lib import devices, report, timing
+from bench.lib.cases import (
+    CASES,
+    CUDA_CASES,
+    TABLES,
+    Blocks,
+    Case,
+    Columns,
+    Dense,
+    SinkWindow,
+    chosen,
+)
 
 
 class FakeClock:

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.lib.compile_cases import HEAD_DIMS, compiled_calls, steps_of
 from sparse_attn import BlockLayout, ops
 from sparse_attn.triton import DTYPES, autotune, backward, configs, forward, prepare
-from sparse_attn.triton.compile_cases import HEAD_DIMS, compiled_calls, steps_of
 from sparse_attn.triton.configs import Config, Target
 from sparse_attn.triton.launch import Call
 from sparse_attn.varlen import Packing

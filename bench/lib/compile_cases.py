@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..layout import BlockLayout
-from ..varlen import Packing
-from . import DTYPES, backward, forward, hip, infinite_hip, lists, prepare
-from .autotune import Choice
-from .configs import Target
-from .launch import Call, Launch
+from sparse_attn import BlockLayout
+from sparse_attn.triton import DTYPES, backward, forward, hip, infinite_hip, lists, prepare
+from sparse_attn.triton.autotune import Choice
+from sparse_attn.triton.configs import Target
+from sparse_attn.triton.launch import Call, Launch
+from sparse_attn.varlen import Packing
 
 _TYPES = {
     torch.float32: "*fp32",
