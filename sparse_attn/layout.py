@@ -42,11 +42,11 @@ class BlockLayout:
         window: ``[H']``, number of trailing keys a row sees, itself included; 0 for none, -1 for no
             limit.
         block_size: ``(block_q, block_kv)``, any positive sizes. Default ``(64, 64)``.
-        kv_num_blocks: ``[B', H', Mq]``, or None; ``Mq = ceil(seqlen_q / block_q)``.
-        kv_indices: ``[B', H', Mq, width]``, or None; entries in ``[0, ceil(seqlen_kv /
-            block_kv))``.
-        num_columns: ``[B', H', Mg]``, or None; ``Mg = ceil(Mq / column_group)``.
-        column_indices: ``[B', H', Mg, width]``, or None; entries in ``[0, seqlen_kv)``.
+        kv_num_blocks: ``[B', H', Mq]``; ``Mq = ceil(seqlen_q / block_q)``. Default None: no blocks.
+        kv_indices: ``[B', H', Mq, width]``; entries in ``[0, ceil(seqlen_kv / block_kv))``. Default
+            None.
+        num_columns: ``[B', H', Mg]``; ``Mg = ceil(Mq / column_group)``. Default None: no columns.
+        column_indices: ``[B', H', Mg, width]``; entries in ``[0, seqlen_kv)``. Default None.
         column_group: number of consecutive query blocks that share one list of columns. Default 1.
 
     Raises:
@@ -170,7 +170,18 @@ class BlockLayout:
         return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        """The same layout on another device."""
+        """The same layout on another device.
+
+        Args:
+            device: where the tensors go.
+
+        Returns:
+            BlockLayout: with all tensors on `device`.
+
+        Example:
+            >>> BlockLayout.dense((8, 8)).to("meta").device
+            device(type='meta')
+        """
         device = torch.device(device)
         moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
         return replace(self, **moved)
@@ -184,7 +195,19 @@ class BlockLayout:
 
     @staticmethod
     def dense(seqlens: tuple[int, int], *, device: torch.device | str = "cpu") -> BlockLayout:
-        """Every key (every key up to the row's position when causal); holds two numbers."""
+        """Every key, or every key up to the row's position when attention is causal.
+
+        Args:
+            seqlens: ``(seqlen_q, seqlen_kv)``.
+            device: where to put the tensors. Default the CPU.
+
+        Returns:
+            BlockLayout: a window without limit; it holds two numbers.
+
+        Example:
+            >>> BlockLayout.dense((8192, 8192)).density()
+            1.0
+        """
         return BlockLayout.sink_window(seqlens, window=-1, device=device)
 
     @staticmethod
@@ -207,6 +230,10 @@ class BlockLayout:
 
         Returns:
             BlockLayout: without blocks or columns.
+
+        Raises:
+            TypeError, ValueError: if a number is no int or too small, or a tensor has another dtype
+                or shape.
 
         Example:
             >>> layout = BlockLayout.sink_window((8192, 8192), sink=4, window=1024)
@@ -258,8 +285,26 @@ class BlockLayout:
     def from_topk(
         indices: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
     ) -> BlockLayout:
-        """The blocks listed in ``[B|1, H', Mq, k]`` integer indices; -1 pads; any order, duplicates
-        count once.
+        """The listed blocks, in any order; a block that is listed twice counts once.
+
+        Args:
+            indices: int32 or int64 ``[B|1, H', Mq, k]``, the key blocks of each query block; -1
+                stands for none.
+            block_size: ``(block_q, block_kv)``.
+            seqlens: ``(seqlen_q, seqlen_kv)``.
+
+        Returns:
+            BlockLayout: blocks only.
+
+        Raises:
+            TypeError, ValueError: if `indices` has another type or shape, or names a block that
+                does not exist.
+
+        Example:
+            >>> picked = torch.tensor([[[[0, -1], [1, 0]]]])
+            >>> layout = BlockLayout.from_topk(picked, block_size=(16, 16), seqlens=(32, 32))
+            >>> layout.kv_num_blocks, layout.kv_indices[0, 0, 1]
+            (tensor([[[1, 2]]], dtype=torch.int32), tensor([0, 1], dtype=torch.int32))
         """
         from .layout_formats import from_topk
 
@@ -269,8 +314,25 @@ class BlockLayout:
     def from_csr(
         csr: Tensor, *, block_size: tuple[int, int], seqlens: tuple[int, int]
     ) -> BlockLayout:
-        """The blocks stored in a torch sparse CSR tensor ``[Mq, Mkv]``, or in a BSR tensor of
-        tokens; one for all heads.
+        """The blocks that a sparse matrix of torch stores, the same for all heads.
+
+        Args:
+            csr: a sparse CSR tensor ``[Mq, Mkv]``, or a BSR tensor ``[seqlen_q, seqlen_kv]`` of
+                blocks of `block_size`; values do not matter.
+            block_size: ``(block_q, block_kv)``.
+            seqlens: ``(seqlen_q, seqlen_kv)``.
+
+        Returns:
+            BlockLayout: blocks only.
+
+        Raises:
+            TypeError, ValueError: if `csr` is no such tensor, or its shape does not match.
+
+        Example:
+            >>> csr = torch.eye(4).to_sparse_csr()
+            >>> layout = BlockLayout.from_csr(csr, block_size=(16, 16), seqlens=(64, 64))
+            >>> layout.kv_indices.flatten()
+            tensor([0, 1, 2, 3], dtype=torch.int32)
         """
         from .layout_formats import from_csr
 
@@ -281,8 +343,24 @@ class BlockLayout:
         """The full and partial blocks of FlexAttention's `BlockMask`.
 
         A `mask_mod` is a program, which a layout cannot hold: unless it lets everything through it
-        is refused. Pass ``drop_mask_mod=True`` when it says only what `is_causal`, a sink or a
-        window say too.
+        is refused.
+
+        Args:
+            block_mask: from ``torch.nn.attention.flex_attention.create_block_mask``.
+            drop_mask_mod: whether to leave the program out; right if it says only what `is_causal`,
+                a sink or a window say too. Default False.
+
+        Returns:
+            BlockLayout: blocks only.
+
+        Raises:
+            TypeError: if `block_mask` is no `BlockMask`.
+            ValueError: if it has partial blocks and a program, and `drop_mask_mod` is False.
+
+        Example:
+            >>> block_mask = BlockLayout.dense((256, 256)).to_block_mask(is_causal=False)
+            >>> BlockLayout.from_block_mask(block_mask).density(is_causal=False)
+            1.0
         """
         from .layout_formats import from_block_mask
 
@@ -293,34 +371,101 @@ class BlockLayout:
     def visible(
         self, start: int, stop: int, *, is_causal: bool = True, num_heads: int | None = None
     ) -> Tensor:
-        """The token mask of rows ``[start, stop)``: bool ``[B', H, stop - start, seqlen_kv]``."""
+        """Which keys some rows see.
+
+        Args:
+            start: the first row.
+            stop: the row behind the last one.
+            is_causal: whether rows see no key behind their position. Default True.
+            num_heads: number of query heads ``H``. Default None: `num_heads` of the layout.
+
+        Returns:
+            Tensor: bool ``[B', H, stop - start, seqlen_kv]``.
+
+        Raises:
+            TypeError, ValueError: if the rows do not exist, or the layout's heads do not divide
+                `num_heads`.
+
+        Example:
+            >>> BlockLayout.sink_window((6, 6), sink=1, window=2).visible(4, 6)[0, 0].int()
+            tensor([[1, 0, 0, 1, 1, 0],
+                    [1, 0, 0, 0, 1, 1]], dtype=torch.int32)
+        """
         from .layout_formats import visible
 
         return visible(self, start, stop, is_causal=is_causal, num_heads=num_heads)
 
     def to_dense(self, *, is_causal: bool = True, num_heads: int | None = None) -> Tensor:
-        """The full token mask, bool ``[B', H, seqlen_q, seqlen_kv]``: O(S^2) memory, for tests and
-        plots.
+        """The mask of all tokens, for tests and plots: it takes ``O(S^2)`` memory.
+
+        Args:
+            is_causal: whether rows see no key behind their position. Default True.
+            num_heads: number of query heads ``H``. Default None: `num_heads` of the layout.
+
+        Returns:
+            Tensor: bool ``[B', H, seqlen_q, seqlen_kv]``.
+
+        Example:
+            >>> BlockLayout.dense((3, 3)).to_dense()[0, 0].int()
+            tensor([[1, 0, 0],
+                    [1, 1, 0],
+                    [1, 1, 1]], dtype=torch.int32)
         """
         return self.visible(0, self.seqlen_q, is_causal=is_causal, num_heads=num_heads)
 
     def to_topk(self) -> Tensor:
-        """The block lists as int32 ``[B', H', Mq, width]`` padded with -1."""
+        """The block lists as int32 ``[B', H', Mq, width]``, padded with -1.
+
+        Raises:
+            ValueError: if the layout has no block lists.
+        """
         from .layout_formats import to_topk
 
         return to_topk(self)
 
     def to_csr(self, batch: int = 0, head: int = 0) -> Tensor:
-        """The block lists of one head as a torch sparse CSR tensor of ones, float32 ``[Mq,
-        Mkv]``.
+        """The block lists of one head as a sparse matrix of ones.
+
+        Args:
+            batch: which batch element. Default 0.
+            head: which head. Default 0.
+
+        Returns:
+            Tensor: sparse CSR, float32 ``[Mq, Mkv]``.
+
+        Raises:
+            TypeError, ValueError, IndexError: if the layout has no block lists, or no such head.
+
+        Example:
+            >>> mask = torch.eye(2, dtype=torch.bool)[None, None]
+            >>> layout = BlockLayout.from_dense(mask, block_size=(16, 16), seqlens=(32, 32))
+            >>> layout.to_csr().to_dense()
+            tensor([[1., 0.],
+                    [0., 1.]])
         """
         from .layout_formats import to_csr
 
         return to_csr(self, batch, head)
 
     def to_block_mask(self, *, is_causal: bool = True, num_heads: int | None = None) -> BlockMask:
-        """FlexAttention's `BlockMask` with the same visibility (full-width indices: ``Mq * Mkv``
-        memory).
+        """FlexAttention's `BlockMask` of the same keys.
+
+        Its lists are as wide as all key blocks, so it takes memory for ``Mq * Mkv`` entries.
+
+        Args:
+            is_causal: whether rows see no key behind their position. Default True.
+            num_heads: number of query heads ``H``. Default None: `num_heads` of the layout.
+
+        Returns:
+            BlockMask: for ``flex_attention(q, k, v, block_mask=...)``.
+
+        Raises:
+            TypeError, ValueError: if the layout's heads do not divide `num_heads`.
+
+        Example:
+            >>> block_mask = BlockLayout.dense((256, 256)).to_block_mask(num_heads=2)
+            >>> block_mask.shape
+            (1, 2, 256, 256)
         """
         from .layout_formats import to_block_mask
 
@@ -346,13 +491,44 @@ class BlockLayout:
         return take(self, batch, heads)
 
     def expand_heads(self, num_heads: int) -> BlockLayout:
-        """The same layout with every tensor spelled out for `num_heads` query heads."""
+        """The same layout with an entry of its own for each query head in every tensor.
+
+        Args:
+            num_heads: number of query heads ``H``.
+
+        Returns:
+            BlockLayout: whose tensors all have a head size of `num_heads`.
+
+        Raises:
+            TypeError, ValueError: if the layout's heads do not divide `num_heads`.
+
+        Example:
+            >>> BlockLayout.sink_window((8, 8), window=4).expand_heads(3).window
+            tensor([4, 4, 4], dtype=torch.int32)
+        """
         from .layout_algebra import expand_heads
 
         return expand_heads(self, num_heads)
 
     def refine(self, block_size: tuple[int, int]) -> BlockLayout:
-        """The same layout in smaller blocks; `block_size` must divide the present one."""
+        """The same layout in smaller blocks.
+
+        Args:
+            block_size: ``(block_q, block_kv)``, divisors of the present sizes.
+
+        Returns:
+            BlockLayout: that sees the same keys.
+
+        Raises:
+            TypeError, ValueError: if a size does not divide the present one.
+
+        Example:
+            >>> mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+            >>> layout = BlockLayout.from_dense(mask, block_size=(32, 32), seqlens=(32, 32))
+            >>> layout.refine((16, 16)).kv_indices[0, 0]
+            tensor([[0, 1],
+                    [0, 1]], dtype=torch.int32)
+        """
         from .layout_algebra import refine
 
         return refine(self, block_size)
@@ -380,6 +556,10 @@ class BlockLayout:
 
         Returns:
             float: in [0, 1]; 0.0 if there are no pairs.
+
+        Example:
+            >>> BlockLayout.sink_window((4, 4), window=2).density()
+            0.7
         """
         from .layout_algebra import density
 
