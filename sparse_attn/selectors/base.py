@@ -17,11 +17,20 @@ from .lineage import take_heads
 
 
 class Selector:
-    """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass. What
-    it keeps between calls is in a `lineage.Memory`, and `fresh` gives a selector without it.
+    """Chooses the keys of each head by looking at q and k.
 
     ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q,
-    seqlen_kv)``; ``a | b`` selects what either selects.
+    seqlen_kv)``; ``a | b`` selects what either selects. A subclass is a frozen dataclass that
+    defines ``__call__``. What it keeps between calls is in a `lineage.Memory`, and `fresh` gives a
+    selector without it.
+
+    Example:
+        >>> class EvenHeads(Selector):
+        ...     def __call__(self, q, k, *, is_causal=True, scale=None):
+        ...         windows = torch.arange(q.shape[1]) % 2 * 64 - 1  # -1 is no limit
+        ...         return BlockLayout.sink_window((q.shape[2], k.shape[2]), window=windows)
+        >>> EvenHeads()(torch.randn(1, 2, 256, 64), torch.randn(1, 2, 256, 64)).window
+        tensor([-1, 63], dtype=torch.int32)
     """
 
     def __call__(
@@ -51,6 +60,14 @@ class Union(Selector):
 
     Args:
         selectors: the selectors, at least one.
+
+    Raises:
+        TypeError, ValueError: if `selectors` is no tuple, empty, or holds something else.
+
+    Example:
+        >>> union = SinkWindow(sink=16, window=256) | BlockTopK(top_k=8)
+        >>> len(union.selectors)
+        2
     """
 
     selectors: tuple[Selector, ...]
@@ -150,6 +167,9 @@ class PrefillDecode(Selector):
         prefill: selector for calls with more than `decode_rows` query rows.
         decode: selector for calls with fewer.
         decode_rows: most query rows of a decoding step. Default 16.
+
+    Raises:
+        TypeError, ValueError: if a selector is none, or `decode_rows` no int of at least 1.
 
     Example:
         >>> both = PrefillDecode(prefill=SinkWindow(sink=64, window=4096), decode=Dense())

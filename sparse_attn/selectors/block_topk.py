@@ -36,6 +36,9 @@ class BlockTopK(Selector):
         sink: number of leading keys every row sees. Default 64.
         window: number of trailing keys every row sees, itself included, at least 1. Default 256.
 
+    Raises:
+        TypeError, ValueError: if a number is no int, or too small.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = BlockTopK(top_k=2, block_size=32, sink=4, window=32)(q, k)

@@ -66,6 +66,9 @@ class HiP(Selector):
             window shows the keys that the later rows of the block would have searched. Default
             False.
 
+    Raises:
+        TypeError, ValueError: if a number is no int or out of range, or `strict` no bool.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = HiP(k=32, block_q=32, sink=4, window=32)(q, k)

@@ -58,6 +58,10 @@ class MaskCache(Selector):
             a tuple with one for each stage, none greater than the one before it, as ``(16, 8, 4)``
             in the paper. Default 8.
 
+    Raises:
+        TypeError: if `selector` is neither a `HiP` nor an `InfiniteHiP`.
+        ValueError: if `refresh` does not fit the stages or the margin of `selector`.
+
     Example:
         >>> hip = HiP(k=512, window=256, margin=7)
         >>> caches = dict.fromkeys(range(3, 30), MaskCache(hip, refresh=8))

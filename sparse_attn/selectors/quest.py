@@ -48,6 +48,9 @@ class Quest(Selector):
         shared: whether the query heads of a KV head share their pages: the sum of their scores
             chooses. Default False.
 
+    Raises:
+        TypeError, ValueError: if a number is no int or too small, or `shared` no bool.
+
     Example:
         >>> k = torch.randn(1, 2, 300, 64)
         >>> layout = Quest(budget=64)(torch.randn(1, 8, 1, 64), k)

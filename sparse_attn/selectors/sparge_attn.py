@@ -21,8 +21,10 @@ _CHUNK_ELEMENTS = 2**22
 @dataclass(frozen=True)
 class SpargeAttn(Selector):
     """For each query block and head the key blocks of the greatest products of means, and all that
-    means say nothing about (SpargeAttn, arXiv 2502.18137): for any attention with many rows,
-    causal or not. Its choice of blocks, without its 8-bit products.
+    means say nothing about (SpargeAttn, arXiv 2502.18137).
+
+    It is for any attention with many rows, causal or not. This is the paper's choice of blocks,
+    without its 8-bit products.
 
     A block of rows is *coherent* if the mean cosine of all pairs of its rows (itself with itself
     included) exceeds `similarity`. Over the coherent key blocks, ``P = softmax(scale * mean(q
@@ -38,6 +40,9 @@ class SpargeAttn(Selector):
         similarity: least mean cosine of a coherent block, from -1 (all are) to 1. Default -0.1.
         block_q: rows of a query block. Default 128.
         block_k: keys of a key block. Default 64.
+
+    Raises:
+        TypeError, ValueError: if a number is out of range, or a size no int of at least 1.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)

@@ -39,6 +39,9 @@ class SlidingWindow(Selector):
         window: number of keys, at least 1; not causal: keys closer than `window` on both sides.
             Default 1024.
 
+    Raises:
+        TypeError, ValueError: if a number is no int, or too small.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = SlidingWindow(window=64)(q, k)
@@ -64,6 +67,9 @@ class SinkWindow(Selector):
     Args:
         sink: number of leading keys, at least 0. Default 64.
         window: number of trailing keys, itself included, at least 1. Default 1024.
+
+    Raises:
+        TypeError, ValueError: if a number is no int, or too small.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -96,6 +102,9 @@ class TriShape(Selector):
         window: number of trailing keys, itself included, at least 1. Default 3968.
         last: number of rows that see all keys, rounded up so that they begin at a multiple of 64.
             Default 100.
+
+    Raises:
+        TypeError, ValueError: if a number is no int, or too small.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)

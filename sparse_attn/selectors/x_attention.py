@@ -38,6 +38,10 @@ class XAttention(Selector):
         stride: rows and keys of a group, a divisor of `block_size`. 16 costs half. Default 8.
         block_size: rows of a query block and keys of a key block. Default 128.
 
+    Raises:
+        TypeError, ValueError: if a number is out of range, or `stride` does not divide
+            `block_size`.
+
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
         >>> layout = XAttention(mass=0.8, block_size=64)(q, k)
