@@ -37,7 +37,7 @@ class BlockTopK(Selector):
         window: number of trailing keys every row sees, itself included, at least 1. Default 256.
 
     Raises:
-        TypeError, ValueError: if a number is no int, or too small.
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)

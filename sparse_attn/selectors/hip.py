@@ -67,7 +67,9 @@ class HiP(Selector):
             False.
 
     Raises:
-        TypeError, ValueError: if a number is no int or out of range, or `strict` no bool.
+        ValueError: if an argument is no number of its kind or out of range: `stride_q` at most
+            `block_q`, `stride_k` at most `block_k`, `margin` at most `window`, and with `strict`
+            at most ``window - block_q``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)

@@ -56,8 +56,8 @@ class InfiniteHiP(Selector):
             window, while a selection is reused for later rows, see `MaskCache`. Default 0.
 
     Raises:
-        TypeError, ValueError: if a number is no int or out of range, or no multiple of what it
-            has to be; if stages differ in number.
+        ValueError: if an argument is no number of its kind or out of range, or if `chunk`,
+            `keep` and `stride_q` differ in length or a size is not the multiple that it has to be.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)

@@ -59,8 +59,8 @@ class MaskCache(Selector):
             in the paper. Default 8.
 
     Raises:
-        TypeError: if `selector` is neither a `HiP` nor an `InfiniteHiP`.
-        ValueError: if `refresh` does not fit the stages or the margin of `selector`.
+        TypeError: if `selector` does not choose in stages.
+        ValueError: if `refresh` is not as above, or greater than the selector's ``margin + 1``.
 
     Example:
         >>> hip = HiP(k=512, window=256, margin=7)

@@ -49,7 +49,7 @@ class Quest(Selector):
             chooses. Default False.
 
     Raises:
-        TypeError, ValueError: if a number is no int or too small, or `shared` no bool.
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> k = torch.randn(1, 2, 300, 64)

@@ -42,7 +42,7 @@ class SpargeAttn(Selector):
         block_k: keys of a key block. Default 64.
 
     Raises:
-        TypeError, ValueError: if a number is out of range, or a size no int of at least 1.
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)

@@ -40,7 +40,7 @@ class SlidingWindow(Selector):
             Default 1024.
 
     Raises:
-        TypeError, ValueError: if a number is no int, or too small.
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -69,7 +69,7 @@ class SinkWindow(Selector):
         window: number of trailing keys, itself included, at least 1. Default 1024.
 
     Raises:
-        TypeError, ValueError: if a number is no int, or too small.
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -104,7 +104,7 @@ class TriShape(Selector):
             Default 100.
 
     Raises:
-        TypeError, ValueError: if a number is no int, or too small.
+        ValueError: if an argument is no number of its kind or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
@@ -152,7 +152,8 @@ class LocalStride(Selector):
         block_size: tokens of a block. Default 64.
 
     Raises:
-        ValueError: when called with ``is_causal=False``.
+        ValueError: if an argument is no number of its kind or out of range; when called with
+            ``is_causal=False``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)

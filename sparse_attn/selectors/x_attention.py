@@ -39,8 +39,8 @@ class XAttention(Selector):
         block_size: rows of a query block and keys of a key block. Default 128.
 
     Raises:
-        TypeError, ValueError: if a number is out of range, or `stride` does not divide
-            `block_size`.
+        ValueError: if an argument is no number of its kind or out of range, or if `stride`
+            does not divide `block_size`.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
