@@ -232,8 +232,7 @@ class BlockLayout:
             BlockLayout: without blocks or columns.
 
         Raises:
-            TypeError, ValueError: if a number is no int or too small, or a tensor has another dtype
-                or shape.
+            ValueError: if a number is no int or too small, or a tensor has another dtype or shape.
 
         Example:
             >>> layout = BlockLayout.sink_window((8192, 8192), sink=4, window=1024)
@@ -383,7 +382,7 @@ class BlockLayout:
             Tensor: bool ``[B', H, stop - start, seqlen_kv]``.
 
         Raises:
-            TypeError, ValueError: if the rows do not exist, or the layout's heads do not divide
+            ValueError: if the rows do not exist, or the layout's heads do not divide
                 `num_heads`.
 
         Example:
@@ -434,7 +433,7 @@ class BlockLayout:
             Tensor: sparse CSR, float32 ``[Mq, Mkv]``.
 
         Raises:
-            TypeError, ValueError, IndexError: if the layout has no block lists, or no such head.
+            ValueError, IndexError: if the layout has no block lists, or no such head.
 
         Example:
             >>> mask = torch.eye(2, dtype=torch.bool)[None, None]
@@ -460,7 +459,7 @@ class BlockLayout:
             BlockMask: for ``flex_attention(q, k, v, block_mask=...)``.
 
         Raises:
-            TypeError, ValueError: if the layout's heads do not divide `num_heads`.
+            ValueError: if the layout's heads do not divide `num_heads`.
 
         Example:
             >>> block_mask = BlockLayout.dense((256, 256)).to_block_mask(num_heads=2)
@@ -500,7 +499,7 @@ class BlockLayout:
             BlockLayout: whose tensors all have a head size of `num_heads`.
 
         Raises:
-            TypeError, ValueError: if the layout's heads do not divide `num_heads`.
+            ValueError: if the layout's heads do not divide `num_heads`.
 
         Example:
             >>> BlockLayout.sink_window((8, 8), window=4).expand_heads(3).window
@@ -520,7 +519,7 @@ class BlockLayout:
             BlockLayout: that sees the same keys.
 
         Raises:
-            TypeError, ValueError: if a size does not divide the present one.
+            ValueError: if a size does not divide the present one.
 
         Example:
             >>> mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)

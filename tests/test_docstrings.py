@@ -32,10 +32,13 @@ def public() -> dict[str, object]:
 
 
 def methods(cls: type) -> Iterator[tuple[str, Callable]]:
-    """The public methods that a class defines itself, and their names."""
+    """The public methods that a class defines, and their names; what overrides a method of a base
+    class keeps the contract that is told there.
+    """
     for name, value in vars(cls).items():
         function = getattr(value, "__func__", value)
-        if not name.startswith("_") and inspect.isfunction(function):
+        overrides = any(hasattr(base, name) for base in cls.__bases__)
+        if not name.startswith("_") and inspect.isfunction(function) and not overrides:
             yield name, function
 
 

@@ -20,7 +20,7 @@ def is_landmark(seqlen: int, block_size: int, device: torch.device | str = "cpu"
         Tensor: bool ``[seqlen]``.
 
     Raises:
-        TypeError, ValueError: if a number is no int, or too small.
+        ValueError: if a number is no int, or too small.
 
     Example:
         >>> from sparse_attn.landmark import is_landmark
