@@ -49,6 +49,7 @@ QUICK = tuple(  # how the names begin of which a quick run compiles the first
     )
 )
 
+COLD = "exact.py"  # whose loops run where something is not finite, and nowhere else
 RESERVED_SHARED = 1024  # of each block, by CUDA
 SPILLED_SHARE = 0.03  # of a loop's instructions: on an H100 the fastest kernels spill a little
 SHARED_BLOCKS = 32  # blocks that a multiprocessor holds at most
@@ -134,7 +135,7 @@ def read(case, compiled, arch: str) -> Compiled:
         text, language = compiled.asm["amdgcn"], AMDGCN
         registers = int(re.search(r"\.vgpr_count:?\s+(\d+)", text)[1])
         num_warps = compiled.metadata.num_warps
-    loop = hot_loop(text, language)
+    loop = hot_loop(text, language, COLD)
     families = Counter(x.split(".")[0] for x in loop if re.match(language.products, x))
     everything = re.findall(language.instruction, text, re.M)
     return Compiled(
@@ -164,7 +165,7 @@ def _sass(cubin: bytes) -> tuple[str, str]:
         file.write(cubin)
         file.flush()
         commands = (
-            [tools / "nvdisasm", "-c", file.name],
+            [tools / "nvdisasm", "-c", "-g", file.name],
             [tools / "cuobjdump", "--dump-resource-usage", file.name],
         )
         text, usage = (

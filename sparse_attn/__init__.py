@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from . import autograd, landmark, names, quality, retrieval, selectors
+from . import landmark, names, quality, retrieval, selectors
 from .api import explain, sparse_attention, sparse_attention_varlen
-from .backends import Explanation
 from .hf import patch, unpatch
 from .landmark import landmark_attention
 from .layout import BlockLayout
+from .ops.backends import Explanation
 from .sdpa import scaled_dot_product_attention
 from .state import merge_states
 
@@ -29,8 +29,6 @@ __all__ = [
     "sparse_attention_varlen",
     "unpatch",
 ]
-
-del autograd
 
 
 def __dir__() -> list[str]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, notices, ops, validation, varlen
+from . import checks, notices
+from .contract import validation
+from .contract.arguments import Arguments
+from .contract.dtypes import autocast, compute_dtype
+from .contract.packing import Packing
+from .contract.request import Request
 from .layout import BlockLayout
+from .ops import autograd, backends
+from .reference import varlen
 from .typing import Backend, SelectorLike
 
 
@@ -95,7 +102,7 @@ def sparse_attention(
         torch.Size([1, 4, 256, 64])
     """
     q, k, v = autocast(q, k, v)
-    op = chosen_op(q, k, v, backend)
+    ops_of = checked(q, k, v, backend)
     if not (type(is_causal) is type(return_lse) is bool):
         is_causal = checks.as_bool("is_causal", is_causal)
         return_lse = checks.as_bool("return_lse", return_lse)
@@ -103,12 +110,14 @@ def sparse_attention(
     validation.check_sinks(sinks, q)
     layout = _layout(layout_or_selector, q, k, is_causal, scale)
     if sinks is not None:
-        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        sinks = sinks.to(compute_dtype(q.dtype))
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    args = ops.layout_args(layout, sinks, scale, softcap, is_causal)
-    split = q.dtype == torch.float32 and _may_split_float32()
-    out, lse = autograd.run(op, q, k, v, *args, *((split,) if split else ()))
+    arguments = Arguments.of(layout, scale, softcap, is_causal, sinks)
+    features = arguments.features()
+    op = ops_of.get(features) or _chosen(ops_of, Request("attention", q, k, v, features), backend)
+    split_float32 = q.dtype == torch.float32 and _may_split_float32()
+    out, lse = autograd.run(op, (q, k, v, *arguments), split_float32)
     return (out, lse) if return_lse else out
 
 
@@ -209,7 +218,7 @@ def sparse_attention_varlen(
         torch.Size([12, 4, 64])
     """
     q, k, v = autocast(q, k, v)
-    packing = varlen.Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
+    packing = Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
     validation.check_packed(q, k, v, packing)
     is_causal = checks.as_bool("is_causal", is_causal)
     return_lse = checks.as_bool("return_lse", return_lse)
@@ -217,59 +226,73 @@ def sparse_attention_varlen(
     validation.check_sinks(sinks, q)
     validation.check_packed_layout(layout, q, cu_seqlens_q.shape[0] - 1)
     if sinks is not None:
-        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        sinks = sinks.to(compute_dtype(q.dtype))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    arguments = Arguments.of(layout, scale, softcap, is_causal, sinks)
+    features = arguments.features() | {"packed" if block_table is None else "paged"}
+    request = Request("attention_varlen", q, k, v, features)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or arguments.needs_grad()
+    ):
         if block_table is not None:
             raise ValueError(
                 "a paged cache (block_table) has no gradients: detach q, k, v and sinks, or use "
                 "torch.no_grad()"
             )
-        op = backends.op_for(backend, q, v)
+        op = backends.op_for(backend, request._replace(op="attention"))
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
-            return op(q, k, v, *ops.layout_args(layout, sinks, scale, softcap, is_causal))
+            return op(q, k, v, *Arguments.of(layout, scale, softcap, is_causal, sinks))
 
         out, lse = varlen.attention(attend, q, k, v, layout.validate(), packing)
     else:
-        op = backends.op_for(backend, q, v, "attention_varlen")
+        op = backends.op_for(backend, request)
         tensors = (cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
         tensors = (None if x is None else x.contiguous() for x in tensors)
-        args = ops.layout_args(layout, sinks, scale, softcap, is_causal)
-        out, lse = op(q, k, v, *tensors, *layout.seqlens, *args)
+        out, lse = op(q, k, v, *tensors, *layout.seqlens, *arguments)
     return (out, lse) if return_lse else out
 
 
-_ops: dict[tuple, object] = {}
+_Ops = dict[frozenset[str], Any]  # from the features of calls to the op that serves them
+
+# What `checked` found for shapes, dtypes and devices seen before. Checking takes longer than a
+# small call.
+_seen: dict[tuple, _Ops] = {}
+_MAX_SEEN = 4096
 
 
-def chosen_op(q: Tensor, k: Tensor, v: Tensor, backend: str, quiet: bool = False):
-    """The op that serves q, k and v, which are checked. Shapes, dtypes and devices seen before skip
-    the checks, which take longer than a small call. Unless `quiet`, new ones may have a warning.
-    """
+def checked(q: Tensor, k: Tensor, v: Tensor, backend: str) -> _Ops:
+    """Checks q, k and v, and returns the ops that `_chosen` has found for such tensors."""
     if torch.compiler.is_compiling():
         validation.check_qkv(q, k, v)
-        return backends.op_for(backend, q, v)
+        return {}
     try:
         shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-        seen = (backend, quiet, ops._C, *shapes, *dtypes, q.device, k.device, v.device)
-        op = _ops.get(seen)
+        key = (backend, *shapes, *dtypes, q.device, k.device, v.device)
+        found = _seen.get(key)
     except (
         AttributeError,
         TypeError,
         RuntimeError,
     ):  # no tensors, symbols as sizes, nested tensors
-        seen = op = None
-    if op is None:
+        key = found = None
+    if found is None:
         validation.check_qkv(q, k, v)
-        op = backends.op_for(backend, q, v, quiet=quiet)
-        if not quiet:
-            notices.notice_order(q, k)
-        if seen is not None:
-            if len(_ops) >= 4096:
-                _ops.clear()
-            _ops[seen] = op
+        backends.check_backend(backend)
+        found = {}
+        if key is not None:
+            if len(_seen) >= _MAX_SEEN:
+                _seen.clear()
+            _seen[key] = found
+    return found
+
+
+def _chosen(found: _Ops, request: Request, backend: str) -> Any:
+    """The op that serves a request of checked tensors. The first of a kind may have a warning."""
+    op = backends.op_for(backend, request)
+    if not torch.compiler.is_compiling():
+        notices.notice_order(request.q, request.k)
+        found[request.features] = op
     return op
 
 
@@ -277,22 +300,6 @@ def chosen_op(q: Tensor, k: Tensor, v: Tensor, backend: str, quiet: bool = False
 def _may_split_float32() -> bool:
     """Whether torch's global setting permits products of float32 in fewer bits."""
     return torch.get_float32_matmul_precision() != "highest"
-
-
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the autocast dtype where autocast is on, as torch does for its own attention."""
-    if not isinstance(q, Tensor):
-        return q, k, v
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Tensor) -> Tensor:
-        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if eligible else x
-
-    return cast(q), cast(k), cast(v)
 
 
 def _layout(
@@ -335,4 +342,4 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> ba
     """
     q, k, v = autocast(q, k, v)
     validation.check_qkv(q, k, v)
-    return backends.choose(backend, q, v)
+    return backends.choose(backend, Request("attention", q, k, v))

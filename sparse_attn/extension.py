@@ -44,3 +44,6 @@ def _built_against() -> str:
         f" (built against torch {record['torch']} by {record['compiler']}; "
         f"this is torch {torch.__version__})"
     )
+
+
+kernels, error = load()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks import as_bool, check_selector
+from .contract.validation import check_layout, check_qkv, check_scalars, refuse_mask
 from .layout import BlockLayout
-from .layout_algebra import spread_heads
+from .layout.lists import spread_heads
 from .typing import SelectorLike
-from .validation import check_layout, check_qkv, check_scalars, refuse_mask
 
 __all__ = ["Quality", "measure"]
 

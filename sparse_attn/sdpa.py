@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from . import checks, validation
-from .api import autocast, chosen_op, sparse_attention
+from . import checks
+from .api import checked, sparse_attention
+from .contract import validation
+from .contract.dtypes import autocast
+from .contract.request import Request
 from .layout import BlockLayout
+from .ops.backends import BACKENDS
 from .typing import Backend, SelectorLike
 
 
@@ -118,15 +122,22 @@ def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or _pinned():
         return False
-    try:
-        op = chosen_op(q, k, v, "auto", quiet=True)
-    except (TypeError, ValueError):  # torch takes it, or says what is wrong
-        return False
     return (
-        op is torch.ops.sparse_attn.attention.default
+        _is_compiled_for(q, k, v)
         and (enable_gqa or q.shape[1] == k.shape[1])
         and not (is_causal and q.shape[2] > k.shape[2])
     )
+
+
+def _is_compiled_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the C++ kernels take dense calls of such tensors."""
+    try:
+        op = checked(q, k, v, "auto").get(frozenset())
+    except (TypeError, ValueError):  # torch takes them, or says what is wrong
+        return False
+    if op is None:
+        return not BACKENDS["cpu"].reasons(Request("attention", q, k, v))
+    return op is torch.ops.sparse_attn.attention.default
 
 
 def _plain(x: Tensor) -> bool:

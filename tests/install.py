@@ -24,8 +24,8 @@ UV = Path(sys.executable).with_name("uv")
 
 CHECK = """
 import sparse_attn, torch
-from sparse_attn import ops
-assert ops._C is not None, ops.extension_error
+from sparse_attn import extension
+assert extension.kernels is not None, extension.error
 q, k, v = torch.randn(3, 1, 2, 64, 16).unbind(0)
 layout = sparse_attn.BlockLayout.sink_window((64, 64), sink=4, window=16)
 out = sparse_attn.sparse_attention(q, k, v, layout, backend="cpu")

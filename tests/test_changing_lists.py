@@ -38,7 +38,7 @@ def call(op, lists):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return ops.attention_varlen_reference(q, k, v, ends, ends, None, None, 40, 40, *args)
     out, lse = torch.randn_like(q), torch.randn(1, 2, 40)
-    return ops.attention_reference_backward(out, lse, q, k, v, out, lse, *args)
+    return ops.attention_backward_reference(out, lse, q, k, v, out, lse, *args)
 
 
 @pytest.mark.parametrize("changed", range(6), ids=LISTS)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_attn import BlockLayout, ops, sparse_attention
+from sparse_attn import BlockLayout, sparse_attention
+from sparse_attn.contract.arguments import Arguments
 
 from .oracle import DTYPES, random_layout
 from .test_attention import check, make_qkv
@@ -121,7 +122,7 @@ def test_bitwise_equal_on_any_number_of_threads(isa, dtype):
 @every_dtype
 def test_strides_of_the_gradient(isa, dtype):
     q, k, v = make_qkv(dtype, batch=2)
-    layout = ops.layout_args(random_layout((70, 70), window=9), None, 0.2, 0.0, True)
+    layout = Arguments.of(random_layout((70, 70), window=9), 0.2, 0.0, True)
     out, lse = torch.ops.sparse_attn.attention(q, k, v, *layout)
     dout, dlse = torch.randn(1, 4, 70, 1, dtype=dtype), torch.randn(2, 4, 1)
     dout, dlse = dout.expand(2, -1, -1, 32), dlse.expand(-1, -1, 70)
@@ -145,7 +146,7 @@ def test_what_nobody_sees_may_hold_nan(isa, dtype, sinks):
     mask = layout.to_dense(is_causal=False)[0, 0]
     idle, unseen = ~mask.any(1), ~mask.any(0)
     assert idle.sum() > 10 and unseen.sum() > 100
-    arguments = ops.layout_args(layout, sinks, 0.2, 0.0, False)
+    arguments = Arguments.of(layout, 0.2, 0.0, False, sinks)
     out, lse = torch.ops.sparse_attn.attention(q, k, v, *arguments)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
 
@@ -175,7 +176,7 @@ BROKEN = {
 @pytest.mark.parametrize("message", BROKEN)
 def test_wrong_gradients_are_refused(message):
     q, k, v = make_qkv(torch.float32)
-    layout = ops.layout_args(BlockLayout.dense((70, 70)), None, 0.2, 0.0, True)
+    layout = Arguments.of(BlockLayout.dense((70, 70)), 0.2, 0.0, True)
     out, lse = torch.ops.sparse_attn.attention(q, k, v, *layout)
     given = {"dout": out, "dlse": lse, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     given = BROKEN[message](given)
@@ -186,7 +187,7 @@ def test_wrong_gradients_are_refused(message):
 def test_broken_layouts_are_refused(isa):
     q, k, v = make_qkv(torch.float32)
     layout = random_layout((70, 70))
-    arguments = ops.layout_args(layout, None, 0.2, 0.0, True)
+    arguments = Arguments.of(layout, 0.2, 0.0, True)
     out, lse = torch.ops.sparse_attn.attention(q, k, v, *arguments)
     layout.kv_num_blocks[0, 0, 1] = 99
     with pytest.raises((ValueError, RuntimeError), match=r"kv_num_blocks\[0, 0, 1\] = 99"):

@@ -12,7 +12,7 @@ BACKENDS = ["cpu" if suffix == "" else suffix[1:] for suffix in CPU_SUFFIXES]
 
 @pytest.fixture(autouse=True)
 def two_rows_at_once(monkeypatch):
-    monkeypatch.setattr("sparse_attn.derivatives._CHUNK_ELEMENTS", 2 * 2 * 4 * 7)
+    monkeypatch.setattr("sparse_attn.reference.derivatives._CHUNK_ELEMENTS", 2 * 2 * 4 * 7)
 
 
 def _case(dtype, with_sinks):

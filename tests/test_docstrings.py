@@ -26,19 +26,20 @@ def public() -> dict[str, object]:
             if inspect.ismodule(value) or value in found.values():
                 continue
             found[f"{module.__name__}.{name}"] = value
-            if inspect.isclass(value):
-                found |= {f"{module.__name__}.{name}.{x}": f for x, f in methods(value)}
+            for method, function in methods(value) if inspect.isclass(value) else ():
+                if function not in found.values():
+                    found[f"{module.__name__}.{name}.{method}"] = function
     return found
 
 
 def methods(cls: type) -> Iterator[tuple[str, Callable]]:
-    """The public methods that a class defines, and their names; what overrides a method of a base
-    class keeps the contract that is told there.
+    """The public methods of a class and their names, each as it is defined first: what overrides a
+    method keeps the contract that is told there.
     """
-    for name, value in vars(cls).items():
+    first = {name: value for base in cls.__mro__ for name, value in vars(base).items()}
+    for name, value in first.items():
         function = getattr(value, "__func__", value)
-        overrides = any(hasattr(base, name) for base in cls.__bases__)
-        if not name.startswith("_") and inspect.isfunction(function) and not overrides:
+        if not name.startswith("_") and inspect.isfunction(function):
             yield name, function
 
 
@@ -47,7 +48,7 @@ PUBLIC = public()
 
 def parameters(value: object) -> list[inspect.Parameter]:
     found = inspect.signature(value).parameters.values()
-    return [x for x in found if x.name != "self"]
+    return [x for x in found if x.name not in ("self", "cls")]
 
 
 def sections(text: str) -> dict[str, str]:

@@ -164,7 +164,7 @@ def test_triton_chooses_as_the_reference(name, dtype, seqlens, dim, shared, is_c
 
 @needs_triton
 def test_triton_searches_queries_in_parts_and_few_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr("sparse_attn.selectors.infinite_hip._SCORES", 1)
+    monkeypatch.setattr("sparse_attn.reference.infinite_hip_stage._SCORES", 1)
     q, k = integer_qk((160, 300), dtype=torch.float16)
     hip = InfiniteHiP((128, 16), (128, 32), (1, 2), 128, 0, 64)
     q, k = q[:1, :2], k[:1, :1]

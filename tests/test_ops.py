@@ -6,11 +6,11 @@ import torch._dynamo.testing
 
 from sparse_attn import (
     BlockLayout,
-    ops,
     scaled_dot_product_attention,
     selectors,
     sparse_attention,
 )
+from sparse_attn.contract.arguments import Arguments
 
 from .oracle import CPU_SUFFIXES, random_layout
 
@@ -56,7 +56,7 @@ def test_opcheck_forward(name, variant):
     if variant == "transposed":
         q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     op = getattr(torch.ops.sparse_attn, name).default
-    torch.library.opcheck(op, (q, k, v, *ops.layout_args(layout, sinks, 0.3, 0.0, True)))
+    torch.library.opcheck(op, (q, k, v, *Arguments.of(layout, 0.3, 0.0, True, sinks)))
 
 
 @pytest.mark.parametrize("suffix", CPU_SUFFIXES)
@@ -65,9 +65,9 @@ def test_opcheck_backward(suffix, with_sinks):
     name = f"attention{suffix}"
     q, k, v = _inputs(torch.float32)
     sinks = torch.randn(4) if with_sinks else None
-    layout = ops.layout_args(_layout(), sinks, 0.3, 0.0, True)
+    layout = Arguments.of(_layout(), 0.3, 0.0, True, sinks)
     out, lse = getattr(torch.ops.sparse_attn, name)(q, k, v, *layout)
-    op = getattr(torch.ops.sparse_attn, f"{name}_backward").default
+    op = getattr(torch.ops.sparse_attn, f"attention_backward{suffix}").default
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     torch.library.opcheck(op, (dout, dlse, q, k, v, out, lse, *layout))
 

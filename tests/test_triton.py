@@ -11,12 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_attn import BlockLayout, explain, ops, selectors, sparse_attention
-from sparse_attn.layout_algebra import violations
+from sparse_attn import BlockLayout, explain, selectors, sparse_attention
+from sparse_attn.contract.arguments import Arguments
+from sparse_attn.contract.packing import Packing
+from sparse_attn.contract.packing import violations as violations_of_packing
+from sparse_attn.layout.rules import violations
 from sparse_attn.triton import backward, configs, forward, lists
 from sparse_attn.triton.launch import Call
-from sparse_attn.varlen import Packing
-from sparse_attn.varlen import violations as violations_of_packing
 
 from .oracle import GPU, literal_mask, random_layout
 from .oracle import sparse_attention as attend
@@ -197,13 +198,13 @@ def test_what_nobody_sees_may_hold_nan():
 @interpreted
 def test_strides_and_shapes_of_gradients():
     q, k, v = make_qkv(torch.float32, batch=2, seqlens=(20, 20))
-    layout = ops.layout_args(random_layout((20, 20), window=9), None, 0.2, 0.0, True)
+    layout = Arguments.of(random_layout((20, 20), window=9), 0.2, 0.0, True)
     out, lse = torch.ops.sparse_attn.attention_triton(q, k, v, *layout)
     dout, dlse = torch.randn(1, 4, 20, 1), torch.randn(2, 4, 1)
     dout, dlse = dout.expand(2, -1, -1, 32), dlse.expand(-1, -1, 20)
 
     def gradients(*given):
-        return torch.ops.sparse_attn.attention_triton_backward(*given, q, k, v, out, lse, *layout)
+        return torch.ops.sparse_attn.attention_backward_triton(*given, q, k, v, out, lse, *layout)
 
     expected = gradients(dout.contiguous(), dlse.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(gradients(dout, dlse), expected, strict=True))
@@ -334,7 +335,7 @@ assert "sparse_attn.triton.ops" not in sys.modules
 
 
 def test_a_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr("sparse_attn.triton.INSTALLED", False)
+    monkeypatch.setattr("sparse_attn.triton.support.INSTALLED", False)
     q = torch.randn(1, 1, 4, 8)
     with pytest.raises(ValueError, match="triton: triton is not installed"):
         sparse_attention(q, q, q, selectors.Dense(), backend="triton")

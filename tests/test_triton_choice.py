@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from bench.lib.compile_cases import HEAD_DIMS, compiled_calls, steps_of
-from sparse_attn import BlockLayout, ops
-from sparse_attn.triton import DTYPES, autotune, backward, configs, forward, prepare
+from sparse_attn import BlockLayout
+from sparse_attn.contract.arguments import Arguments
+from sparse_attn.contract.packing import Packing
+from sparse_attn.triton import autotune, backward, configs, forward, prepare
 from sparse_attn.triton.configs import Config, Target
 from sparse_attn.triton.launch import Call
-from sparse_attn.varlen import Packing
+from sparse_attn.triton.support import DTYPES
 
 from .oracle import GPU, random_layout
 from .test_attention import check, make_qkv
@@ -366,12 +368,12 @@ def test_gradients_of_tensors_that_span_more_than_2_to_the_31_elements():
     )
     for x in (q, k, v, dout):
         x.copy_(torch.randn(x.shape))
-    layout = ops.layout_args(random_layout((rows, rows), sink=3, columns=4), None, 0.2, 0.0, True)
+    layout = Arguments.of(random_layout((rows, rows), sink=3, columns=4), 0.2, 0.0, True)
 
     def gradients(q, k, v, dout):
         out, lse = torch.ops.sparse_attn.attention_triton(q, k, v, *layout)
         dlse = torch.zeros_like(lse)
-        return torch.ops.sparse_attn.attention_triton_backward(
+        return torch.ops.sparse_attn.attention_backward_triton(
             dout, dlse, q, k, v, out, lse, *layout
         )
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sparse_attn import BlockLayout, ops, selectors, sparse_attention_varlen
+from sparse_attn import BlockLayout, selectors, sparse_attention_varlen
+from sparse_attn.contract.arguments import Arguments
 
 from .oracle import (
     BACKENDS,
@@ -294,7 +295,7 @@ def test_bad_inputs_are_refused(backend, name):
 @pytest.mark.parametrize("page_size", [None, 4])
 def test_opcheck(suffix, page_size):
     batch = Batch([(5, 9), (20, 20)], torch.float32, page_size=page_size)
-    args = ops.layout_args(random_layout((20, 20), heads=2), None, 0.3, 0.0, True)
+    args = Arguments.of(random_layout((20, 20), heads=2), 0.3, 0.0, True)
     if page_size:
         lengths = torch.tensor([9, 20], dtype=torch.int32)
         tensors = (batch.q, batch.k_pages, batch.v_pages, batch.cu_q, None, lengths, batch.table)

@@ -36,13 +36,17 @@ AMDGCN = Assembly(
 )
 
 
-def hot_loop(text: str, language: Assembly) -> list[str]:
+def hot_loop(text: str, language: Assembly, cold: str | None = None) -> list[str]:
     """The mnemonics of the innermost loop with the most matrix products (of several the shortest);
     of the whole kernel if no loop has any.
+
+    Loops with code from the source file `cold` do not count. The text must name source files then.
     """
-    mnemonics, labels, loops = [], {}, []
+    mnemonics, labels, loops, is_cold = [], {}, [], []
     for line in text.splitlines():
-        if found := re.match(language.label, line):
+        if cold is not None and cold in line:
+            is_cold.append(len(mnemonics))
+        elif found := re.match(language.label, line):
             labels[found[1]] = len(mnemonics)
         elif found := re.match(language.instruction, line):
             mnemonics.append(found[1])
@@ -53,6 +57,7 @@ def hot_loop(text: str, language: Assembly) -> list[str]:
         (begin, end)
         for begin, end in loops
         if any(re.match(language.products, x) for x in mnemonics[begin:end])
+        and not any(begin <= at < end for at in is_cold)
     ]
     innermost = [
         mnemonics[begin:end]

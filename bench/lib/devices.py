@@ -12,7 +12,7 @@ import torch
 from torch import float32
 
 import sparse_attn
-from sparse_attn import ops
+from sparse_attn import extension
 
 from . import report
 from .timing import CudaEvents, OtherLoad, Stopwatch, matmul_rate, read_rate, wall_time
@@ -72,7 +72,8 @@ caches hold nothing of it."""
 
 def cpu_isa() -> str:
     """What names the results of this machine: the instruction set that its kernels use."""
-    return ops._C.cpu_isa().replace("_", "-") if ops._C else "reference"
+    kernels = extension.kernels
+    return kernels.cpu_isa().replace("_", "-") if kernels else "reference"
 
 
 def cpu() -> Device:

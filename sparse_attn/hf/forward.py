@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .. import backends
 from ..api import sparse_attention
+from ..contract.request import Request
 from ..layout import BlockLayout
+from ..ops.backends import choose
 from ..selectors import Dense, SlidingWindow
 from . import dense, masks
 from .caches import LayerSelectors
@@ -346,4 +347,5 @@ def _torch_is_faster(call: Call, selector: Any, backend: str) -> bool:
         return False
     if call.softcap or call.sinks is not None:
         return False
-    return backends.choose(backend, call.query, call.value).backend == "reference"
+    request = Request("attention", call.query, call.key, call.value)
+    return choose(backend, request).backend == "reference"

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from .. import backends
+from ..ops.backends import check_backend
 from . import checks
 from .forward import EAGER_NAME, NAME, ROUTERS, Router, patched_elsewhere, register
 from .versions import transformers
@@ -106,7 +105,7 @@ class Patch:
         checks.check_layers_exist(self._model, "exclude_layers", excluded)
         if isinstance(selector, dict):
             checks.check_layers_exist(self._model, "selector", selector)
-        backends.choose(backend, *torch.empty(2, 1, 1, 1, 1))  # refuses names that do not exist
+        check_backend(backend)
         checks.check_served(self._model)
         self._router = Router(selector, frozenset(excluded), backend)
         self._entered = 0

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backends, checks, ops, validation
-from ..api import autocast
+from .. import checks
+from ..contract import validation
+from ..contract.arguments import Arguments
+from ..contract.dtypes import autocast, compute_dtype
+from ..contract.request import Request
+from ..contract.results import empty_out
 from ..layout import BlockLayout
-from ..reference import compute_dtype, empty_out
+from ..ops.backends import op_for
 from ..typing import Backend
 
 _CHUNK = 16  # landmarks whose scores are computed at once
@@ -99,8 +103,8 @@ def landmark_attention(
     block_size = checks.as_int("block_size", block_size, 2)
     top_k = None if top_k is None else checks.as_count("top_k", top_k, 1)
     return_lse = checks.as_bool("return_lse", return_lse)
-    forward = backends.op_for(backend, q, v)
-    backward = backends.op_for(backend, q, v, ending="_backward")
+    forward = op_for(backend, Request("attention", q, k, v))
+    backward = op_for(backend, Request("attention_backward", q, k, v), quiet=True)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     dense = BlockLayout.dense((q.shape[2], k.shape[2]), device=q.device)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -196,7 +200,7 @@ class _Blocks:
         return self.backward(dout, dlse, *tensors, out, lse, *self._layout(part))[:3]
 
     def _layout(self, part: _Part) -> tuple[Any, ...]:
-        return ops.layout_args(self.dense, None, self.scale, 0.0, part.landmark is None)
+        return Arguments.of(self.dense, self.scale, is_causal=part.landmark is None)
 
 
 class _LandmarkAttention(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Selectors: callables that look at q and k and say which keys each head attends to."""
 
+import sys
 from typing import TYPE_CHECKING
 
 from ..names import missing
@@ -46,9 +47,8 @@ def __dir__() -> list[str]:
 
 
 def _others() -> dict[str, str]:
-    import sparse_attn
-
-    return {x: f"sparse_attn.{x}" for x in sparse_attn.__all__}
+    package = sys.modules["sparse_attn"]  # which imports this module
+    return {x: f"sparse_attn.{x}" for x in package.__all__}
 
 
 if not TYPE_CHECKING:  # to type checkers every name would exist

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from ..layout_algebra import compact
+from ..layout.lists import compact
 from .base import Selector, block_rows, pool_mean, seqlens
 from .checks import int_fields, number_field, refuse_not_causal
 from .probes import products, softmax_scale

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import BlockLayout
-from ..layout_algebra import assemble_heads
+from ..layout.algebra import assemble_heads
 from .checks import as_int, check_selector, count_fields, selector_fields
 from .lineage import take_heads
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout_algebra import ascending
-from ..ops import library
+from ..layout.lists import ascending
+from ..ops.top_blocks import top_blocks as _top_blocks
 
 
 def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -26,8 +26,6 @@ def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if scores.dtype == torch.float32:
-        return torch.ops.sparse_attn.top_blocks.default(scores.contiguous(), top_k)
     return _top_blocks(scores, top_k)
 
 
@@ -103,28 +101,3 @@ def blocks_at_distances(
     counts = ((blocks >= 0) & (blocks <= last_block)).sum(-1, dtype=torch.int32)
     slots = torch.arange(blocks.shape[-1], device=distances.device) + outside
     return counts, blocks.gather(-1, slots.clamp(max=max(blocks.shape[-1] - 1, 0)))
-
-
-def _top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    width = min(top_k, scores.shape[-1])
-    values, picked = scores.topk(width, dim=-1, sorted=False)
-    chosen = values > -torch.inf
-    ordered = torch.where(chosen, picked, scores.shape[-1]).sort(dim=-1).values
-    counts = chosen.sum(-1, dtype=torch.int32)
-    return counts, ordered.int()
-
-
-def _fake_top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = scores.shape[:-1]
-    return (
-        scores.new_empty(shape, dtype=torch.int32),
-        scores.new_empty((*shape, min(top_k, scores.shape[-1])), dtype=torch.int32),
-    )
-
-
-library.define(
-    "top_blocks(Tensor scores, int top_k) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.impl("top_blocks", _top_blocks, "CompositeExplicitAutograd")
-torch.library.register_fake("sparse_attn::top_blocks", _fake_top_blocks, lib=library)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import backends, ops, triton
 from ..layout import BlockLayout
-from ..reference import compute_dtype
+from ..ops.hip_select import hip_select
 from .base import Selector, seqlens
 from .checks import bool_fields, count_fields, int_fields
-
-FIRST_NODES = 8  # of the search, for each block that is kept
 
 
 @dataclass(frozen=True)
@@ -116,132 +111,19 @@ class HiP(Selector):
         if scale is not None and scale < 0:
             q = -q
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-        counts, indices = backends.op_for("auto", q, k, "hip_select")(
+        counts, indices = hip_select(
             q,
             k,
-            -(-self.k // self.block_k),
-            self.block_q,
-            self.block_k,
-            self.stride_q,
-            self.stride_k,
-            self.representatives,
-            self.sink,
-            self.window - self.margin,
-            self.strict,
-            is_causal,
+            slots=-(-self.k // self.block_k),
+            block_q=self.block_q,
+            block_k=self.block_k,
+            stride_q=self.stride_q,
+            stride_k=self.stride_k,
+            representatives=self.representatives,
+            sink=self.sink,
+            window=self.window - self.margin,
+            strict=self.strict,
+            is_causal=is_causal,
         )
         block_size = (self.block_q, self.block_k)
         return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
-
-
-def hip_select(
-    q: Tensor,
-    k: Tensor,
-    slots: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    stride_k: int,
-    representatives: int,
-    sink: int,
-    window: int,
-    strict: bool,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """The op ``sparse_attn::hip_select`` in torch, one query block after the other.
-
-    Returns:
-        tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [B, H, Mq], kv_indices [B, H, Mq, width])``,
-        ascending, width as in `_width`; behind the counts, zeros.
-    """
-    batch, heads, seqlen_q, _ = q.shape
-    num_kv_heads, seqlen_kv = k.shape[1:3]
-    dtype = compute_dtype(q.dtype)
-    b = torch.arange(batch, device=q.device)[:, None, None]
-    kv_head = (torch.arange(heads, device=q.device) // (heads // num_kv_heads))[:, None]
-    keys_of_block = torch.arange(stride_k // 2, block_k, stride_k, device=q.device)
-    first_block = sink // block_k
-    width = _width(slots, block_k, seqlen_kv)
-    counts = torch.zeros(-(-seqlen_q // block_q), dtype=torch.int32, device=q.device)
-    indices = q.new_zeros((batch, heads, len(counts), width), dtype=torch.int32)
-    for m, start in enumerate(range(0, seqlen_q, block_q)):
-        stop = min(start + block_q, seqlen_q)
-        rows = [start] if strict else [*range(start + stride_q - 1, stop, stride_q), stop - 1]
-        end = last_end = seqlen_kv  # of the searched keys, and of those that the last row sees
-        if is_causal:
-            last_end = min(start + block_q + seqlen_kv - seqlen_q, seqlen_kv)
-            end = last_end - window
-        num_blocks = max(0, -(-end // block_k) - first_block)
-        count = min(slots, num_blocks)
-        counts[m] = count
-        if count == 0:
-            continue
-        if num_blocks <= slots:
-            indices[:, :, m, :count] = torch.arange(first_block, first_block + count)
-            continue
-        queries = q[:, :, rows].to(dtype)
-        origin = queries.new_zeros(())
-        if end < last_end and len(rows) > 1:
-            near = torch.cat([k[:, :, : min(sink, end)], k[:, :, end:last_end]], 2).to(dtype)
-            near = near.repeat_interleave(heads // num_kv_heads, 1)
-            origin = (queries @ near.mT).amax(-1, keepdim=True)
-            origin = origin.where(origin.isfinite(), 0)
-        size = 1
-        while -(-num_blocks // size) > FIRST_NODES * slots:
-            size *= 2
-        first = torch.arange(0, num_blocks, size, device=q.device).expand(batch, heads, -1)
-        while True:
-            judges = [(first + size // 2).clamp(max=num_blocks - 1), first][:representatives]
-            block = first_block + torch.stack(judges, -1)
-            at = (block[..., None] * block_k + keys_of_block).clamp(max=end - 1)
-            keys = k[b, kv_head, at.flatten(-3)].to(dtype)
-            scores = (queries @ keys.mT - origin).amax(2).unflatten(-1, at.shape[-3:])
-            scores = scores.amax(-1).nan_to_num(-torch.inf).amax(-1)
-            scores = scores.clamp(min=torch.finfo(dtype).min)
-            scores = scores.masked_fill(first >= num_blocks, -torch.inf)
-            best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-            first = first.gather(-1, best.sort(-1).values)
-            if size == 1:
-                break
-            size //= 2
-            first = torch.stack([first, first + size], -1).flatten(-2)
-        indices[:, :, m, :count] = first_block + first
-    return counts.expand(batch, heads, -1).contiguous(), indices
-
-
-def _width(slots: int, block_k: int, seqlen_kv: int) -> int:
-    """Entries of each list: no more than there are key blocks."""
-    return min(slots, -(-seqlen_kv // block_k))
-
-
-def _fake_hip_select(q, k, slots, block_q, block_k, *rest) -> tuple[Tensor, Tensor]:
-    rows = (*q.shape[:2], -(-q.shape[2] // block_q))
-    width = torch.sym_min(slots, -(-k.shape[2] // block_k))
-    return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, width), dtype=torch.int32)
-
-
-def _on_triton(q: Tensor, k: Tensor, slots: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, which holds a limited number of nodes; the reference takes any."""
-    select = hip_select if slots > triton.MAX_HIP_SLOTS else triton.hip_select
-    return select(q, k, slots, *rest)
-
-
-def _on_gpu(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    select = hip_select if triton.reasons(q, k) else _on_triton
-    return select(q, k, *rest)
-
-
-for _name, _impl in (
-    ("hip_select", hip_select),
-    ("hip_select_reference", hip_select),
-    ("hip_select_triton", _on_triton),
-):
-    ops.library.define(
-        f"{_name}(Tensor q, Tensor k, int slots, int block_q, int block_k, int stride_q, "
-        "int stride_k, int representatives, int sink, int window, bool strict, bool is_causal) "
-        "-> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    ops.library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparse_attn::{_name}", _fake_hip_select, lib=ops.library)
-ops.library.impl("hip_select", _on_gpu, "CUDA")

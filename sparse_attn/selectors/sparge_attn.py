@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..layout import BlockLayout
-from ..layout_algebra import ascending
+from ..layout.lists import ascending
 from .base import Selector, block_rows, chunk_starts, pool_mean, seqlens
 from .checks import int_fields, number_field, share_fields
 from .choose import join_lists

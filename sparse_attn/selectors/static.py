@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from ..layout_algebra import ascending
+from ..layout.lists import ascending
 from .base import Selector, block_rows, seqlens
 from .checks import count_fields, int_fields, refuse_not_causal
 

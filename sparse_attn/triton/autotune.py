@@ -17,9 +17,9 @@ from threading import Lock
 
 import torch
 
-from . import is_interpreting
 from .configs import Config
 from .launch import Launch
+from .support import is_interpreting
 
 WARMUP_MS, TIMED_MS = 10, 40
 

@@ -252,3 +252,8 @@ def infinite_hip(dtype: torch.dtype, head_dim: int, num_rows: int, target: Targe
 def chunk(dtype: torch.dtype, head_dim: int) -> int:
     """Dimensions multiplied at a time where float32 leaves no registers for all."""
     return min(padded(head_dim), 32 if dtype == torch.float32 else 256)
+
+
+def columns_at_a_time(size: int) -> int:
+    """Columns of a result that `exact` finds at a time, of so many in all."""
+    return min(size, 32)

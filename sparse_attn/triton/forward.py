@@ -7,12 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import empty_out
-from ..varlen import Packing
+from ..contract.packing import Packing
+from ..contract.results import empty_out
 from . import configs, lists
 from .autotune import Choice
+from .exact import any_of, is_finite, values_of_rows
 from .launch import Call, Launch, input_precision, strides
 from .primitives import (
+    LOG2E,
+    LOWEST,
     SIZES,
     band_of_rows,
     even_part,
@@ -20,12 +23,14 @@ from .primitives import (
     list_of_row,
     load_keys,
     load_rows,
+    load_sink,
     load_window,
     locate,
-    online_softmax,
+    online_sum,
     rows_of_tile,
     scores,
     sequence,
+    store_part,
     store_rows,
     tile_of_band,
     tile_of_columns,
@@ -36,20 +41,26 @@ from .primitives import (
 
 @triton.jit
 def _step(
-    acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap,
+    acc, m_i, l_i, q, p, keys, cache, sink, window, rule,
     IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state after one more tile of keys."""
+    """The state after one more tile of keys: that of `online_sum`, and the same sum times v."""
     j, live, loaded, full = keys
     k, v = load_keys(j, loaded, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    s = scores(s, inner_scale, softcap, SOFTCAP)
+    x = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    x, _capped = scores(x, rule, PRESCALED, SOFTCAP)
+    floor = tl.full([q.shape[0]], LOWEST, tl.float32)
     if not full:
         seen = visible(p[:, None], j[None, :], live[None, :], sink, window, IS_BAND, IS_CAUSAL)
-        s = tl.where(seen, s, float("-inf"))
-    return online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION)
+        x = tl.where(seen, x, float("-inf"))
+        floor = tl.where(tl.max(seen.to(tl.int32), 1) > 0, LOWEST, float("-inf"))
+    weights, alpha, m_i, l_i = online_sum(m_i, l_i, x, floor, rule[1])
+    acc = acc * alpha[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
+    return acc, m_i, l_i
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -63,15 +74,15 @@ def _forward_kernel(
     column_run, column_batch, column_rows, column_width, blocks_per_group,
     cu_seqlens_q_ptr, cu_seqlens_kv_ptr, seqlens_kv_ptr, pages_ptr, num_pages, pages_per_sequence,
     num_heads, seqlen_q, seqlen_kv, total_q, total_kv, num_row_blocks, rows_per_block, parts,
-    num_splits, num_states, inner_scale, softcap,
+    num_splits, num_states, scale, unit, softcap, inverse_softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
     GROUP_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr, SEARCH_STEPS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CHUNK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one tile of rows, or their state over one of `num_splits` even parts of the
-    tiles of keys: sink and window, listed blocks, columns.
+    """out and lse of one tile of rows, or out and the state over one of `num_splits` even parts of
+    the tiles of keys: sink and window, listed blocks, columns.
     """
     num_packs = num_heads // PACK
     programs = tl.num_programs(0) // parts // num_row_blocks
@@ -90,7 +101,8 @@ def _forward_kernel(
         if pages_ptr is not None:
             pages_ptr += batch_offset * pages_per_sequence
             most = tl.full([], pages_per_sequence, tl.int64) * PAGE_SIZE
-            length = tl.minimum(tl.load(seqlens_kv_ptr + batch), most).to(tl.int32)
+            length = tl.maximum(tl.load(seqlens_kv_ptr + batch), 0)
+            length = tl.minimum(length, most).to(tl.int32)
         else:
             kv_begin, length = sequence(cu_seqlens_kv_ptr, batch, total_kv)
         seqlen_kv = tl.minimum(length, seqlen_kv)
@@ -109,23 +121,23 @@ def _forward_kernel(
     row = q_begin + i
     heads = (head + member).to(tl.int64)
     q_offsets = batch_offset * stride_qb + heads * stride_qh + row * stride_qm
+    queries = (q_ptr, q_offsets, exists)
     q = load_rows(q_ptr, q_offsets, exists, HEAD_DIM, BLOCK_D)
     k_ptr += batch_offset * stride_kb + kv_head * stride_kh + kv_begin * stride_kn
     v_ptr += batch_offset * stride_vb + kv_head * stride_vh + kv_begin * stride_vn
 
     cache = (k_ptr, v_ptr, stride_kn, stride_vn, pages_ptr, stride_kb, stride_vb, num_pages)
 
-    sink = tl.load(sink_ptr + head // sink_run)
+    rule = (scale, unit, softcap, inverse_softcap)
+    sink = load_sink(sink_ptr, head // sink_run)
     window = load_window(window_ptr, head // window_run)
     band = band_of_rows(p_low, p_high, seqlen_kv, sink, window, BLOCK_N, IS_CAUSAL)
     band_tiles = band[4]
     key_end = band[5]
     listed_end = band_tiles
     tiles = band_tiles
-    blocks_ptr = None
-    num_blocks = 0
-    columns_ptr = None
-    num_columns = 0
+    blocks_ptr, num_blocks = None, 0
+    columns_ptr, num_columns = None, 0
     if block_counts_ptr is not None:
         list_row = (batch * block_batch + head // block_run) * block_rows + row_block
         blocks_ptr, num_blocks = list_of_row(
@@ -141,6 +153,8 @@ def _forward_kernel(
             column_counts_ptr, column_indices_ptr, list_row, column_width
         )
         tiles = listed_end + tl.cdiv(num_columns, BLOCK_N)
+    lists = (listed_end, blocks_ptr, num_blocks, num_kv_blocks, columns_ptr, num_columns, seqlen_kv)
+    walk = (p, p_low, p_high, sink, window, band, lists)
     split = tl.program_id(1)
     tile_begin, tile_end = even_part(tiles, split, num_splits)
 
@@ -150,8 +164,9 @@ def _forward_kernel(
     for tile in range(tile_begin, tl.minimum(tile_end, band_tiles)):
         keys = tile_of_band(tile, band, p_low, p_high, sink, window, BLOCK_N, IS_CAUSAL)
         acc, m_i, l_i = _step(
-            acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, True,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP, INPUT_PRECISION,
+            acc, m_i, l_i, q, p, keys, cache, sink, window, rule, True,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, PRESCALED, SOFTCAP,
+            INPUT_PRECISION,
         )  # fmt: skip
     if block_counts_ptr is not None:
         for tile in range(tl.maximum(tile_begin, band_tiles), tl.minimum(tile_end, listed_end)):
@@ -160,9 +175,9 @@ def _forward_kernel(
                 num_kv_blocks, BLOCK_N, BLOCK_KV, IS_CAUSAL,
             )  # fmt: skip
             acc, m_i, l_i = _step(
-                acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, False,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP,
-                INPUT_PRECISION,
+                acc, m_i, l_i, q, p, keys, cache, sink, window, rule, False,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, PRESCALED,
+                SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
     if column_counts_ptr is not None:
         for tile in tl.range(tl.maximum(tile_begin, listed_end), tile_end, num_stages=1):
@@ -171,31 +186,42 @@ def _forward_kernel(
                 seqlen_kv, blocks_ptr, num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL,
             )  # fmt: skip
             acc, m_i, l_i = _step(
-                acc, m_i, l_i, q, p, keys, cache, sink, window, inner_scale, softcap, False,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, SOFTCAP,
-                INPUT_PRECISION,
+                acc, m_i, l_i, q, p, keys, cache, sink, window, rule, False,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, PRESCALED,
+                SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
 
     lse_offsets = batch_offset * stride_lb + heads * stride_lh + row
     if partial_acc_ptr is not None:
-        state = split.to(tl.int64) * num_states + lse_offsets
-        tl.store(partial_m_ptr + state, m_i, mask=exists)
-        tl.store(partial_l_ptr + state, l_i, mask=exists)
-        store_rows(partial_acc_ptr, acc, state * HEAD_DIM_V, exists, HEAD_DIM_V, BLOCK_DV)
+        lse_offsets += split.to(tl.int64) * num_states
+        tl.store(partial_m_ptr + lse_offsets, m_i, mask=exists)
+        tl.store(partial_l_ptr + lse_offsets, l_i, mask=exists)
+        factor = 1 / tl.where(l_i == 0, 1.0, l_i)  # 0 where a score is inf, as no value is then
+        out_ptr = partial_acc_ptr
+        out_offsets = lse_offsets * HEAD_DIM_V
     else:
         sink_logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
         if sinks_ptr is not None:
             sink_logit = tl.load(sinks_ptr + heads, mask=exists, other=0.0)
-        out, lse = finish(acc, m_i, l_i, sink_logit)
+        factor, lse = finish(m_i, l_i, sink_logit, unit)
         tl.store(lse_ptr + lse_offsets, lse, mask=exists)
         out_offsets = batch_offset * stride_ob + heads * stride_oh + row * stride_om
-        store_rows(out_ptr, out, out_offsets, exists, HEAD_DIM_V, BLOCK_DV)
+    store_rows(out_ptr, acc * factor[:, None], out_offsets, exists, HEAD_DIM_V, BLOCK_DV)
+    repeated = exists & (l_i < float("inf"))  # other rows are NaN
+    if any_of(repeated[:, None] & (is_finite(acc) == 0)):
+        for column in range(0, HEAD_DIM_V, CHUNK):
+            out = values_of_rows(
+                column, tile_begin, tile_end, walk, queries, m_i, factor, cache, rule, CHUNK,
+                BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, HEAD_DIM_V, BLOCK_D, PAGE_SIZE,
+                IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+            )  # fmt: skip
+            store_part(out_ptr, out, out_offsets, repeated, column, HEAD_DIM_V, CHUNK)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _merge_kernel(
     partial_acc_ptr, partial_m_ptr, partial_l_ptr, out_ptr, lse_ptr, sinks_ptr,
-    stride_ob, stride_oh, stride_om, num_heads, num_rows, num_splits, num_states,
+    stride_ob, stride_oh, stride_om, num_heads, num_rows, num_splits, num_states, unit,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -210,18 +236,19 @@ def _merge_kernel(
     m = tl.load(partial_m_ptr + offsets, mask=live, other=float("-inf"))
     l = tl.load(partial_l_ptr + offsets, mask=live, other=0.0)
     m_i = tl.max(m, 1)
-    weights = tl.exp2(m - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
-    l_i = tl.sum(weights * l, 1)
-    columns = tl.arange(0, BLOCK_DV)
-    mask = live[:, :, None] & (columns < HEAD_DIM_V)[None, None, :]
-    offsets = offsets[:, :, None] * HEAD_DIM_V + columns[None, None, :]
-    acc = tl.load(partial_acc_ptr + offsets, mask=mask, other=0.0)
-    acc = tl.sum(acc * weights[:, :, None], 1)
+    m_safe = tl.where(m_i == float("-inf"), 0.0, m_i)
+    l *= tl.exp2((m - m_safe[:, None]) * (unit * LOG2E))
     head = state // num_rows % num_heads
     sink_logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if sinks_ptr is not None:
         sink_logit = tl.load(sinks_ptr + head, mask=exists, other=0.0)
-    out, lse = finish(acc, m_i, l_i, sink_logit)
+    factor, lse = finish(m_i, tl.sum(l, 1), sink_logit, unit)
+    weights = tl.where(m == float("-inf"), 0.0, l * factor[:, None])
+    columns = tl.arange(0, BLOCK_DV)
+    mask = live[:, :, None] & (columns < HEAD_DIM_V)[None, None, :]
+    offsets = offsets[:, :, None] * HEAD_DIM_V + columns[None, None, :]
+    out = tl.load(partial_acc_ptr + offsets, mask=mask, other=0.0)
+    out = tl.sum(out * weights[:, :, None], 1)
     tl.store(lse_ptr + state, lse, mask=exists)
     offsets = state // num_rows // num_heads * stride_ob + head * stride_oh
     offsets += state % num_rows * stride_om
@@ -299,6 +326,7 @@ def steps(
         "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": dims[0],
         "BLOCK_DV": dims[1],
+        "CHUNK": configs.columns_at_a_time(dims[1]),
         "PACK": call.pack,
         "GROUP_SIZE": call.group_size,
         "INPUT_PRECISION": input_precision(q.dtype, may_split),
@@ -350,7 +378,7 @@ def _merge(forward: dict, rows: int, max_registers: int | None, target: configs.
     """The launch that merges the states of `forward`, given its arguments."""
     names = ("partial_acc_ptr", "partial_m_ptr", "partial_l_ptr", "out_ptr", "lse_ptr")
     names += ("sinks_ptr", "stride_ob", "stride_oh", "stride_om", "num_heads", "num_splits")
-    names += ("num_states", "HEAD_DIM_V", "BLOCK_DV")
+    names += ("num_states", "unit", "HEAD_DIM_V", "BLOCK_DV")
     arguments = {name: forward[name] for name in names}
     block_m = configs.rows_merged(target)
     arguments |= {"num_rows": rows, "BLOCK_M": block_m, "SPLITS": configs.MAX_SPLITS}

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation
+from ..contract import validation
+from ..contract.request import Request
 from . import configs
 from .launch import Launch, strides
-from .ops import _refuse, _rows, _run
+from .ops import _rows, _run, refuse
 from .primitives import load_rows
 
 SIZES = (
@@ -317,7 +318,7 @@ def select(
     representatives: int, sink: int, window: int, strict: bool, is_causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sparse_attn::hip_select`."""
-    _refuse(q, k)
+    refuse(Request("hip_select", q, k))
     validation.check_qkv(q, k, k)
     sizes = {"slots": slots, "block_q": block_q, "block_k": block_k}
     sizes |= {"stride_q": stride_q, "stride_k": stride_k}

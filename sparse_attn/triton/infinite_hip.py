@@ -64,6 +64,7 @@ def _infinite_hip_kernel(
     chunk = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = chunk < num_chunks
     left = tl.load(left_ptr + chunk.to(tl.int64) * stride_lc, mask=exists, other=seqlen_kv)
+    left = tl.maximum(left, 0)
     limit = tl.load(limits_ptr + row_block)
     right = tl.minimum(left + SIZE, end)
     q = None
@@ -121,7 +122,7 @@ def launches(
         "num_row_blocks": row_blocks,
         "num_rows": num_rows,
         "seqlen_kv": k.shape[2],
-        "end": end,
+        "end": min(end, k.shape[2]),
         "GROUP_SIZE": heads // k.shape[1],
         "SIZE": size,
         # A search down to one key: the product of that one has been met before, unless it is alone.

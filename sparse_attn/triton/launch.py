@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 
-LOG2E = 1.4426950408889634
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,18 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How to compile the kernel."""
+        """How to compile the kernel.
+
+        Differences of scaled scores are those of rounded scores: with the product left unrounded in
+        one of them, the largest score would differ from itself.
+        """
         more = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         if self.checks:
             more |= {"debug": True, "sanitize_overflow": False}
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": not self.arguments.get("PRESCALED", False),
             **more,
         }
 
@@ -142,18 +146,17 @@ class Call:
         heads = (self.pack, self.group_size)
         return *features, *heads, *(x.bit_length() for x in sizes)
 
-    @property
-    def inner_scale(self) -> float:
-        """What products are multiplied by, before the softcap if there is one."""
-        return self.scale / self.softcap if self.softcap > 0 else self.scale
-
     def scores(self) -> dict[str, Any]:
-        """The arguments of `scores`, which then gives them in base 2."""
-        inner = self.inner_scale if self.softcap > 0 else self.inner_scale * LOG2E
+        """The arguments of `scores`, within float32."""
+        usual = self.softcap == 0 and 2.0**-100 < self.scale < 2.0**100
+        softcap = min(self.softcap, _LARGEST)
         return {
-            "inner_scale": inner,
-            "softcap": self.softcap * LOG2E,
-            "SOFTCAP": self.softcap > 0,
+            "scale": min(max(self.scale, -_LARGEST), _LARGEST),
+            "unit": self.scale if usual else 1.0,
+            "softcap": softcap,
+            "inverse_softcap": min(1 / softcap, _LARGEST) if softcap > 0 else 0.0,
+            "PRESCALED": not usual,
+            "SOFTCAP": softcap > 0,
             "IS_CAUSAL": self.is_causal,
         }
 

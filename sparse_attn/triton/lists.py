@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract.packing import Packing
 from ..layout import BlockLayout
-from ..layout_algebra import listed, spread_heads
-from ..varlen import Packing
+from ..layout.lists import listed, spread_heads
 from .launch import Call, Launch
 
 _NO_LIMIT = 2**30

@@ -8,39 +8,44 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .. import validation, varlen
+from ..contract import packing as packed
+from ..contract import validation
+from ..contract.arguments import Arguments
+from ..contract.packing import Packing
+from ..contract.request import Request
 from ..layout import BlockLayout
-from . import backward, forward, prepare, reasons
+from . import backward, forward, prepare
 from .autotune import Choice
 from .configs import Target
 from .launch import Call, Launch
+from .support import reasons
 
 _MAX_LENGTH = 2**30 - 1
 
 
-def _refuse(q: Tensor, v: Tensor) -> None:
-    if found := reasons(q, v):
+def refuse(request: Request) -> None:
+    """Raises a ValueError with all reasons against a request."""
+    if found := reasons(request):
         raise ValueError(f"sparse_attn on Triton: {'; '.join(found)}")
 
 
-def _layout(seqlens: tuple[int, int], args: tuple) -> BlockLayout:
-    """The layout from the schema's arguments from `sink` on, its values checked.
+def _layout(seqlens: tuple[int, int], arguments: Arguments) -> BlockLayout:
+    """The call's layout, its values checked.
 
     On a GPU `prepare` checks them without waiting for the device: that fails asynchronously, and
     the kernels read within their tensors whatever the values are.
     """
     if max(seqlens) > _MAX_LENGTH:
         raise ValueError(f"seqlens must be at most {_MAX_LENGTH}, got {seqlens}")
-    sink, window, *lists = args[:6]
-    layout = BlockLayout(seqlens, sink, window, args[7:9], *lists, args[9])
+    layout = arguments.layout(seqlens)
     return layout if layout.device.type == "cuda" else layout.validate()
 
 
-def _check_packing(q: Tensor, k: Tensor, packing: varlen.Packing, seqlens: tuple) -> None:
+def _check_packing(q: Tensor, k: Tensor, packing: Packing, seqlens: tuple[int, int]) -> None:
     if q.device.type != "cuda":
-        varlen.check_values(q, k, packing, seqlens)
+        packed.check_values(q, k, packing, seqlens)
     else:
-        _assert_none(varlen.violations(q, k, packing, seqlens))
+        _assert_none(packed.violations(q, k, packing, seqlens))
 
 
 def _assert_none(violations: Iterable[tuple[str, Tensor, str]]) -> None:
@@ -49,19 +54,21 @@ def _assert_none(violations: Iterable[tuple[str, Tensor, str]]) -> None:
 
 
 def _call(
-    q: Tensor, k: Tensor, batch: int, layout: BlockLayout, args: tuple,
-    packing: varlen.Packing | None = None,
+    q: Tensor, k: Tensor, batch: int, layout: BlockLayout, arguments: Arguments,
+    packing: Packing | None = None,
 ) -> tuple[list[Launch], Call]:  # fmt: skip
     """What to run first, and the call."""
-    sinks, (scale, softcap, is_causal) = args[6], args[10:13]
+    scores = arguments.scores()
+    sinks = scores.pop("sink_logits")
     validation.check_sinks(sinks, q)
     if sinks is not None:
         sinks = sinks.float().contiguous()
     launches = []
     if batch > 0:
-        launches, layout = prepare.launches(layout, packing, (q.shape[0], k.shape[0]), is_causal)
+        totals = (q.shape[0], k.shape[0])
+        launches, layout = prepare.launches(layout, packing, totals, arguments.is_causal)
     heads = (q.shape[1], k.shape[-2 if packing else 1])
-    return launches, Call(layout, *heads, batch, sinks, scale, softcap, is_causal)
+    return launches, Call(layout, *heads, batch, sinks, **scores)
 
 
 def _run(steps: list[Choice | Launch], q: Tensor) -> None:
@@ -81,16 +88,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *rest, split_float32: bool = False, for_gradients: bool = False
+) -> tuple[Tensor, Tensor]:
     """out and lse; float32 in three products of TF32 if `split_float32` permits it and no gradient
     will compute the scores again.
     """
-    _refuse(q, v)
+    arguments = Arguments(*rest)
+    refuse(Request("attention", q, k, v, arguments.features()))
     validation.check_qkv(q, k, v)
-    layout = _layout((q.shape[2], k.shape[2]), args)
+    layout = _layout((q.shape[2], k.shape[2]), arguments)
     validation.check_layout(layout, q, k)
-    split_float32, for_gradients = (*args[13:], False, False)[:2]
-    first, call = _call(q, k, q.shape[0], layout, args)
+    first, call = _call(q, k, q.shape[0], layout, arguments)
     may_split = split_float32 and not for_gradients
     tensors = [_rows(x) for x in (q, k, v)]
     steps, (out, lse) = forward.steps(call, *tensors, None, may_split, Target.of(q))
@@ -98,19 +107,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
     return out.to(q.dtype), lse
 
 
-def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor | None,
+    seqlens_kv: Tensor | None, block_table: Tensor | None, max_seqlen_q: int, max_seqlen_kv: int,
+    *rest,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and lse of packed sequences."""
-    _refuse(q, v)
-    packing, seqlens, args = varlen.Packing(*args[:4]), args[4:6], args[6:]
+    arguments = Arguments(*rest)
+    refuse(Request("attention", q, k, v, arguments.features()))
+    packing = Packing(cu_seqlens_q, cu_seqlens_kv, seqlens_kv, block_table)
     validation.check_packed(q, k, v, packing)
-    layout = _layout(tuple(seqlens), args)
+    layout = _layout((max_seqlen_q, max_seqlen_kv), arguments)
     batch = packing.cu_seqlens_q.shape[0] - 1
     validation.check_packed_layout(layout, q, batch)
     _check_packing(q, k, packing, layout.seqlens)
-    packing = varlen.Packing(
-        *(None if x is None else x.contiguous() for x in vars(packing).values())
-    )
-    first, call = _call(q, k, batch, layout, args, packing)
+    packing = Packing(*(None if x is None else x.contiguous() for x in vars(packing).values()))
+    first, call = _call(q, k, batch, layout, arguments, packing)
     tensors = [_rows(x) for x in (q, k, v)]
     steps, (out, lse) = forward.steps(call, *tensors, packing, False, Target.of(q))
     _run(first + steps, q)
@@ -127,24 +139,26 @@ def _check_rows(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dsinks (empty without sinks)."""
-    _refuse(q, v)
+    """dq, dk, dv and the gradients of the sink logits (empty without any)."""
+    arguments = Arguments(*rest)
+    refuse(Request("attention", q, k, v, arguments.features()))
     validation.check_qkv(q, k, v)
-    layout = _layout((q.shape[2], k.shape[2]), args)
+    layout = _layout((q.shape[2], k.shape[2]), arguments)
     validation.check_layout(layout, q, k)
     shape = (*q.shape[:3], v.shape[-1])
     for x, name in ((dout, "dout"), (out, "out")):
         _check_rows(x, name, shape, q.dtype)
     for x, name in ((dlse, "dlse"), (lse, "lse")):
         _check_rows(x, name, shape[:3], torch.float32)
-    first, call = _call(q, k, q.shape[0], layout, args)
+    first, call = _call(q, k, q.shape[0], layout, arguments)
     dlse, lse = dlse.contiguous(), lse.contiguous()
     dout, out, *tensors = (_rows(x) for x in (dout, out, q, k, v))
     steps, (dq, dk, dv, delta) = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
     _run(first + steps, q)
-    return *(x.to(q.dtype) for x in (dq, dk, dv)), _sink_gradients(call.sinks, lse, delta, args[6])
+    dsinks = _sink_gradients(call.sinks, lse, delta, arguments.sink_logits)
+    return *(x.to(q.dtype) for x in (dq, dk, dv)), dsinks
 
 
 def _sink_gradients(

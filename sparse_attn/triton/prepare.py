@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contract.packing import Packing
 from ..layout import BlockLayout
-from ..varlen import Packing
 from . import configs
 from .launch import Launch
 from .primitives import SIZES, sequence

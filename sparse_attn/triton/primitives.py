@@ -13,6 +13,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_LIMIT = tl.constexpr(2**30)
+HIGHEST = tl.constexpr(3.4028234663852886e38)  # of float32
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Arguments that change from call to call: kernels are not compiled anew for their divisors.
 SIZES = (
@@ -31,6 +33,23 @@ def load_rows(ptr, offsets, live, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     if SIZE < BLOCK:
         mask = mask & (columns < SIZE)[None, :]
     return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_part(ptr, offsets, live, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """`BLOCK` columns of such rows, from number `first` on."""
+    columns = first + tl.arange(0, BLOCK)
+    mask = live[:, None] & (columns < SIZE)[None, :]
+    return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_part(ptr, x, offsets, live, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The counterpart of `load_part`, in the dtype of `ptr`."""
+    columns = first + tl.arange(0, BLOCK)
+    mask = live[:, None] & (columns < SIZE)[None, :]
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + offsets[:, None] + columns[None, :], x, mask=mask)
 
 
 @triton.jit
@@ -117,6 +136,12 @@ def load_window(window_ptr, head):
     """The window of a head, at most `NO_LIMIT`, which stands for -1."""
     window = tl.load(window_ptr + head)
     return tl.where((window < 0) | (window > NO_LIMIT), NO_LIMIT, window)
+
+
+@triton.jit
+def load_sink(sink_ptr, head):
+    """The number of first keys that a head always sees, at least 0 whatever is there."""
+    return tl.maximum(tl.load(sink_ptr + head), 0)
 
 
 @triton.jit
@@ -290,55 +315,67 @@ def tanh(x):
     large = (1 - e) / (1 + e)
     large = tl.where(x < 0, -large, large)
     y = x * x
-    small = x + x * y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488)))
-    return tl.where(tl.abs(x) < 0.25, small, large)
+    series = tl.fma(y, 0.021869488, -0.053968254)
+    series = tl.fma(y, tl.fma(y, series, 0.13333333), -0.33333333)
+    return tl.where(tl.abs(x) < 0.25, tl.fma(x * y, series, x), large)
 
 
 @triton.jit
-def scores(qk, inner_scale, softcap, SOFTCAP: tl.constexpr):
-    """``inner_scale * qk``, or ``softcap * tanh(inner_scale * qk)``, in base 2."""
-    s = inner_scale * qk
-    if SOFTCAP:
-        s = softcap * tanh(s)
-    return s
-
-
-@triton.jit
-def online_softmax(acc, m_i, l_i, s, v, INPUT_PRECISION: tl.constexpr):
-    """The state ``(acc, m_i, l_i)`` of each row after the scores `s` (base 2) of more keys: the
-    largest score, the sum of ``2**(s - m_i)``, and the same sum times `v`.
+def scores(qk, rule, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """``scale * qk``, or ``softcap * tanh(scale * qk / softcap)``, and the tanh; or, if not
+    `PRESCALED`, `qk` as it is, which `unit` makes a score: ``2**((x - y) * unit * LOG2E)`` is then
+    right for `x` and `y` of any size, their difference being taken first.
     """
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
-    alpha = tl.exp2(m_i - m_safe)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
-    return acc, m_new, l_i
+    scale, _, softcap, inverse_softcap = rule
+    x = qk
+    capped = qk
+    if PRESCALED:
+        x = scale * qk
+    if SOFTCAP:
+        capped = tanh(x * inverse_softcap)
+        x = softcap * capped
+    return x, capped
 
 
 @triton.jit
-def finish(acc, m_i, l_i, sink_logit):
-    """``(out, lse)`` of a state, with the sink logit (or -inf) in the softmax denominator."""
-    m_new = tl.maximum(m_i, sink_logit * LOG2E)
+def online_sum(m_i, l_i, x, floor, unit):
+    """Of the scores `x` of more keys ``exp((x - m_i) * unit)``, what sums so far are multiplied by,
+    and the state ``(m_i, l_i)`` of each row: the largest score, within float32, and the sum of
+    these, which is inf if a score is, and NaN if one is.
+
+    `floor` is `LOWEST` for rows that see any of the keys, else -inf: so `m_i` is -inf only for rows
+    that have seen no key, not for those whose scores are all -inf.
+    """
+    m_new = tl.minimum(tl.maximum(m_i, tl.maximum(tl.max(x, 1), floor)), HIGHEST)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m_i - m_safe)
-    total = l_i * alpha + tl.exp2(sink_logit * LOG2E - m_safe)
+    p = tl.exp2((x - m_safe[:, None]) * (unit * LOG2E))
+    alpha = tl.exp2((m_i - m_safe) * (unit * LOG2E))
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(m_i, l_i, sink_logit, unit):
+    """What turns the sums of a state into out, and lse, with the sink logit (or -inf) in the
+    softmax denominator: 0 and -inf for rows that saw no key and have no sink.
+    """
     empty = m_i == float("-inf")
-    lse = tl.where(empty, sink_logit, m_safe * LN2 + tl.log(tl.where(empty, 1.0, total)))
-    return acc * (alpha / tl.where(empty, 1.0, total))[:, None], lse
+    largest = tl.where(l_i == 0, LOWEST, tl.maximum(m_i * unit, LOWEST))
+    top = tl.minimum(tl.maximum(largest, sink_logit), HIGHEST)
+    alpha = tl.where(largest == top, 1.0, tl.exp2((largest - top) * LOG2E))
+    total = l_i * alpha + tl.exp2((sink_logit - top) * LOG2E)
+    factor = tl.where(total < float("inf"), alpha / total, float("nan"))
+    return tl.where(empty, 0.0, factor), top + tl.log(total)
 
 
 @triton.jit
-def probabilities(s, lse):
-    """``2**(s - lse)``, both in base 2; rows without keys have lse inf."""
-    return tl.exp2(s - lse)
+def probabilities(x, lse, unit):
+    """``exp(x * unit - lse)``, lse in base 2; rows without keys have lse inf."""
+    return tl.exp2(x * (unit * LOG2E) - lse)
 
 
 @triton.jit
-def score_gradients(ds, s, softcap, SOFTCAP: tl.constexpr):
+def score_gradients(ds, capped, SOFTCAP: tl.constexpr):
     """The gradients of products, up to the scale, from those of scores."""
     if SOFTCAP:
-        capped = s / softcap
         ds = ds * (1 - capped * capped)
     return ds

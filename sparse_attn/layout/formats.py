@@ -1,15 +1,17 @@
-"""A `BlockLayout` from and to other notations of the same mask."""
+"""Other notations of the same mask: to them from a layout, and from them to the fields of one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checks import as_bool, as_int, as_pair
-from .layout import BlockLayout
-from .layout_algebra import ascending, common_heads, compact, listed, spread_heads, take
+from ..checks import as_bool, as_int, as_pair
+from .algebra import take
+from .fields import Fields, common_heads
+from .lists import IndexLists, ascending, compact, spread_heads
+from .mask import visible
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 
 def _blocks_only(
     counts: Tensor, indices: Tensor, block_size: tuple[int, int], seqlens: tuple[int, int]
-) -> BlockLayout:
+) -> dict[str, Any]:
+    """The fields of a layout of blocks alone."""
     none = torch.zeros(1, dtype=torch.int32, device=counts.device)
-    return BlockLayout(seqlens, none, none, block_size, counts, indices)
+    blocks = {"kv_num_blocks": counts, "kv_indices": indices, "block_size": block_size}
+    return {"seqlens": seqlens, "sink": none, "window": none, **blocks}
 
 
 def _sizes(block_size, seqlens) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -40,7 +44,7 @@ def _expect_blocks(name: str, shape: tuple[int, int], block_size, seqlens) -> No
         )
 
 
-def from_dense(block_mask: Tensor, *, block_size, seqlens) -> BlockLayout:
+def from_dense(block_mask: Tensor, *, block_size, seqlens) -> dict[str, Any]:
     block_size, seqlens = _sizes(block_size, seqlens)
     _expect_tensor("block_mask", block_mask)
     if block_mask.dtype != torch.bool or block_mask.dim() != 4:
@@ -55,7 +59,7 @@ def from_dense(block_mask: Tensor, *, block_size, seqlens) -> BlockLayout:
     return _blocks_only(counts.view(lead), indices.view(*lead, -1), block_size, seqlens)
 
 
-def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
+def from_topk(indices: Tensor, *, block_size, seqlens) -> dict[str, Any]:
     block_size, seqlens = _sizes(block_size, seqlens)
     _expect_tensor("indices", indices)
     if indices.dim() != 4 or indices.dtype not in (torch.int32, torch.int64):
@@ -74,7 +78,7 @@ def from_topk(indices: Tensor, *, block_size, seqlens) -> BlockLayout:
     return _blocks_only(*ascending(entries, num_kv_blocks), block_size, seqlens)
 
 
-def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
+def from_csr(csr: Tensor, *, block_size, seqlens) -> dict[str, Any]:
     block_size, seqlens = _sizes(block_size, seqlens)
     _expect_tensor("csr", csr)
     if csr.layout not in (torch.sparse_csr, torch.sparse_bsr) or csr.dim() != 2:
@@ -97,7 +101,7 @@ def from_csr(csr: Tensor, *, block_size, seqlens) -> BlockLayout:
     return _blocks_only(counts[None, None], indices[None, None], block_size, seqlens)
 
 
-def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> BlockLayout:
+def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
     if not isinstance(block_mask, BlockMask):
@@ -122,76 +126,32 @@ def from_block_mask(block_mask: BlockMask, *, drop_mask_mod: bool = False) -> Bl
 
 
 def _dense_blocks(counts: Tensor, indices: Tensor, block_mask: BlockMask, seqlens) -> Tensor:
-    return _table(counts, indices, -(-seqlens[1] // block_mask.BLOCK_SIZE[1]))
+    return IndexLists(counts, indices).table(-(-seqlens[1] // block_mask.BLOCK_SIZE[1]))
 
 
-def _table(counts: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Lists ``[..., width]`` as a bool table ``[..., size]``."""
-    table = torch.zeros(*counts.shape, size + 1, dtype=torch.bool, device=counts.device)
-    safe = torch.where(listed(counts, indices), indices, size).long()
-    return table.scatter_(-1, safe, True)[..., :size]
-
-
-def visible(
-    layout: BlockLayout, start: int, stop: int, *, is_causal: bool, num_heads: int | None
-) -> Tensor:
-    num_heads, is_causal = common_heads(layout, num_heads), as_bool("is_causal", is_causal)
-    stop = as_int("stop", stop, 0, layout.seqlen_q)
-    start = as_int("start", start, 0, stop)
-    device = layout.device
-    rows = torch.arange(start, stop, device=device)
-    keys = torch.arange(layout.seqlen_kv, device=device)
-    position = rows + (layout.seqlen_kv - layout.seqlen_q)
-    distance = position[:, None] - keys
-    sink = spread_heads(layout.sink, 0, num_heads)[:, None, None]
-    window = spread_heads(layout.window, 0, num_heads)[:, None, None]
-    near = (distance if is_causal else distance.abs()) < window
-    mask = ((keys < sink) | near | (window == -1))[None]
-    q_blocks = rows // layout.block_size[0]
-    if layout.kv_num_blocks is not None and len(rows):
-        first, last = int(q_blocks[0]), int(q_blocks[-1]) + 1
-        table = _table(
-            layout.kv_num_blocks[:, :, first:last],
-            layout.kv_indices[:, :, first:last],
-            layout.num_kv_blocks,
-        )
-        picked = table[:, :, q_blocks - first][..., keys // layout.block_size[1]]
-        mask = mask | spread_heads(picked, 1, num_heads)
-    if layout.num_columns is not None and len(rows):
-        groups = q_blocks // layout.column_group
-        first, last = int(groups[0]), int(groups[-1]) + 1
-        table = _table(
-            layout.num_columns[:, :, first:last],
-            layout.column_indices[:, :, first:last],
-            layout.seqlen_kv,
-        )
-        mask = mask | spread_heads(table[:, :, groups - first], 1, num_heads)
-    return mask & (distance >= 0) if is_causal else mask
-
-
-def to_topk(layout: BlockLayout) -> Tensor:
+def to_topk(layout: Fields) -> Tensor:
     _require_blocks(layout)
-    return torch.where(listed(layout.kv_num_blocks, layout.kv_indices), layout.kv_indices, -1)
+    return layout.blocks.filled(-1)
 
 
-def to_csr(layout: BlockLayout, batch: int, head: int) -> Tensor:
+def to_csr(layout: Fields, batch: int, head: int) -> Tensor:
     _require_blocks(layout)
     one = take(layout, as_int("batch", batch), as_int("head", head))
-    counts, indices = one.kv_num_blocks[0, 0], one.kv_indices[0, 0]
-    crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    cols = indices[listed(counts, indices)].long()
+    blocks = one.blocks
+    crow = torch.nn.functional.pad(blocks.counts[0, 0].cumsum(0), (1, 0))
+    cols = blocks.indices[0, 0][blocks.listed()[0, 0]].long()
     values = torch.ones(len(cols), device=cols.device)
     return torch.sparse_csr_tensor(
         crow, cols, values, (layout.num_q_blocks, layout.num_kv_blocks), check_invariants=True
     )
 
 
-def _require_blocks(layout: BlockLayout) -> None:
-    if layout.kv_num_blocks is None:
+def _require_blocks(layout: Fields) -> None:
+    if layout.blocks is None:
         raise ValueError("the layout has no block lists (kv_num_blocks is None)")
 
 
-def to_block_mask(layout: BlockLayout, *, is_causal: bool, num_heads: int | None) -> BlockMask:
+def to_block_mask(layout: Fields, *, is_causal: bool, num_heads: int | None) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
     num_heads, is_causal = common_heads(layout, num_heads), as_bool("is_causal", is_causal)
@@ -206,11 +166,11 @@ def to_block_mask(layout: BlockLayout, *, is_causal: bool, num_heads: int | None
     window = spread_heads(layout.window, 0, num_heads)
     off = layout.seqlen_kv - layout.seqlen_q
     blocks = columns = None
-    if layout.kv_num_blocks is not None:
-        blocks = _table(layout.kv_num_blocks, layout.kv_indices, layout.num_kv_blocks)
+    if layout.blocks is not None:
+        blocks = layout.blocks.table(layout.num_kv_blocks)
         blocks = spread_heads(blocks, 1, num_heads).expand(batch, -1, -1, -1)
-    if layout.num_columns is not None:
-        columns = _table(layout.num_columns, layout.column_indices, layout.seqlen_kv)
+    if layout.columns is not None:
+        columns = layout.columns.table(layout.seqlen_kv)
         columns = spread_heads(columns, 1, num_heads).expand(batch, -1, -1, -1)
 
     def mask_mod(b, h, i, j):
@@ -240,7 +200,7 @@ def _full_width(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks_seen(
-    layout: BlockLayout, m: int, *, is_causal: bool, num_heads: int
+    layout: Fields, m: int, *, is_causal: bool, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """The key blocks of which the rows of query block `m` see a key, and those of which every row
     sees every key: bool ``[B', H, Mkv]`` each. A block that the end of q or k cuts short is never

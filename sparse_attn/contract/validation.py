@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks
-from .backends import DTYPES
-from .layout import BlockLayout
-from .varlen import Packing
+from .. import checks
+from ..layout import BlockLayout
+from .dtypes import DTYPES
+from .packing import Packing
 
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,18 +1,15 @@
-"""Sequences of different lengths in packed tensors or a paged cache: what each of them is, and
-attention over one after the other.
+"""Sequences of different lengths in packed tensors or a paged cache, and what their values must
+be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from .layout import BlockLayout
-from .reference import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def _check_lengths(lengths: list[int], name: str, most: int, what: str) -> None:
             )
 
 
-def _key_rows(k: Tensor, packing: Packing, most: int) -> Iterator[Callable[[Tensor], Tensor]]:
+def key_rows(k: Tensor, packing: Packing, most: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """For each sequence the function that takes its rows ``[S, Hkv, D]`` out of k or v."""
     if packing.block_table is None:
         ends = _cumulated(packing.cu_seqlens_kv, "cu_seqlens_kv", k.shape[0], False)
@@ -77,26 +74,6 @@ def _key_rows(k: Tensor, packing: Packing, most: int) -> Iterator[Callable[[Tens
         yield lambda x, pages=pages, n=n: x[pages].flatten(0, 1)[:n]
 
 
-def sequence_layout(layout: BlockLayout, b: int, seqlens: tuple[int, int]) -> BlockLayout:
-    """What a layout for the greatest lengths means for sequence `b`: its first rows, and of their
-    lists the blocks and columns that the sequence has.
-    """
-    fields = {}
-    rows_q = -(-seqlens[0] // layout.block_size[0])
-    for counts, indices, rows, most in (
-        ("kv_num_blocks", "kv_indices", rows_q, -(-seqlens[1] // layout.block_size[1])),
-        ("num_columns", "column_indices", -(-rows_q // layout.column_group), seqlens[1]),
-    ):
-        if getattr(layout, counts) is None:
-            continue
-        batch = slice(b, b + 1) if getattr(layout, counts).shape[0] > 1 else slice(None)
-        n, x = (getattr(layout, name)[batch, :, :rows] for name in (counts, indices))
-        listed = torch.arange(x.shape[-1], device=x.device) < n[..., None]
-        fields[counts] = (listed & (x < most)).sum(-1, dtype=torch.int32)
-        fields[indices] = x.contiguous()
-    return replace(layout, seqlens=seqlens, **fields)
-
-
 def check_values(q: Tensor, k: Tensor, packing: Packing, seqlens: tuple[int, int]) -> list[int]:
     """Where the queries of each sequence begin, all values of `packing` being checked.
 
@@ -106,7 +83,7 @@ def check_values(q: Tensor, k: Tensor, packing: Packing, seqlens: tuple[int, int
     ends = _cumulated(packing.cu_seqlens_q, "cu_seqlens_q", q.shape[0], True)
     lengths = [b - a for a, b in pairwise(ends)]
     _check_lengths(lengths, "cu_seqlens_q", seqlens[0], "queries")
-    for _ in _key_rows(k, packing, seqlens[1]):
+    for _ in key_rows(k, packing, seqlens[1]):
         pass
     return ends
 
@@ -133,33 +110,3 @@ def violations(
         used = torch.arange(table.shape[1], device=q.device) * k.shape[1] < lengths[:, None]
         bad = used & ((table < 0) | (table >= k.shape[0]))
         yield "block_table", bad, f"is out of range: k has {k.shape[0]} pages"
-
-
-def attention(
-    attend: Callable[[Tensor, Tensor, Tensor, BlockLayout], tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    packing: Packing,
-) -> tuple[Tensor, Tensor]:
-    """``out [total_q, H, Dv]`` and ``lse [H, total_q]`` of all sequences, by a function for one.
-
-    Args:
-        attend: takes q, k, v as ``[1, heads, seqlen, dim]`` and the layout for their lengths.
-        q, k, v, layout, packing: as in `sparse_attention_varlen`, the layout's values validated.
-    """
-    ends = check_values(q, k, packing, layout.seqlens)
-    outs = [q.new_empty(0, q.shape[1], v.shape[-1])]
-    lses = [q.new_empty(q.shape[1], 0, dtype=compute_dtype(q.dtype))]
-    takers = _key_rows(k, packing, layout.seqlen_kv)
-    for b, take in enumerate(takers):
-        rows = slice(ends[b], ends[b + 1])
-        if ends[b] == ends[b + 1]:
-            continue
-        one = [x.transpose(0, 1)[None] for x in (q[rows], take(k), take(v))]
-        lengths = (one[0].shape[2], one[1].shape[2])
-        out, lse = attend(*one, sequence_layout(layout, b, lengths))
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, 1)

@@ -13,22 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
+from ..contract.dtypes import compute_dtype
+from ..contract.results import empty_lse, empty_out
+from ..layout import BlockLayout
 
 _CHUNK_ELEMENTS = 2**24
-
-
-def empty_out(q: Tensor, v: Tensor) -> Tensor:
-    """``[B, H, Sq, Dv]`` in q's dtype; laid out in memory as ``[B, Sq, H, Dv]`` if q is."""
-    batch, heads, rows = q.shape[:3]
-    if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
-    return q.new_empty(batch, heads, rows, v.shape[-1])
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, lse and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _chunks(q: Tensor, k: Tensor):
@@ -50,17 +39,19 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor,
     return softcap * capped, 1 - capped.square()
 
 
-def _per_row(sinks: Tensor, scores: Tensor) -> Tensor:
+def _per_row(sink_logits: Tensor, scores: Tensor) -> Tensor:
     """Sink logits ``[H]`` as a column beside ``scores [B, Hkv, group, rows, keys]``."""
-    return _grouped(sinks.to(scores.dtype)[None], scores.shape[1])[..., None, None]
+    return _grouped(sink_logits.to(scores.dtype)[None], scores.shape[1])[..., None, None]
 
 
-def _softmax(scores: Tensor, mask: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(
+    scores: Tensor, mask: Tensor, sink_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the visible ones in the last dimension, the sink logit in its denominator; the
     share of the latter; and the log of the denominator.
     """
     column = scores.new_full((1,) * scores.dim(), -torch.inf)
-    column = column if sinks is None else _per_row(sinks, scores)
+    column = column if sink_logits is None else _per_row(sink_logits, scores)
     column = column.expand(*scores.shape[:-1], 1)
     logits = torch.cat([scores.masked_fill(~mask, -torch.inf), column], -1)
     probs = torch.softmax(logits, -1)
@@ -85,11 +76,11 @@ def attention(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    sinks: Tensor | None,
     *,
     scale: float,
     softcap: float,
     is_causal: bool,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``out = softmax(scores over the visible keys and the sink logit) @ v`` and ``lse``, its log
     denominator.
@@ -99,14 +90,14 @@ def attention(
     dtype = compute_dtype(q.dtype)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     out = empty_out(q, v)
-    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    lse = empty_lse(q)
     keys, values = k.to(dtype).unsqueeze(2), v.to(dtype).unsqueeze(2)
     for start, stop in _chunks(q, k):
         queries = _grouped(q[:, :, start:stop].to(dtype), num_kv_heads)
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
         mask = _grouped(mask, num_kv_heads)
         scores, _ = _scores(queries, keys, scale, softcap)
-        probs, _, norm = _softmax(scores, mask, sinks)
+        probs, _, norm = _softmax(scores, mask, sink_logits)
         result = _visible_product(probs, values, mask)
         out[:, :, start:stop] = result.flatten(1, 2).to(q.dtype)
         lse[:, :, start:stop] = norm.flatten(1, 2)
@@ -120,13 +111,13 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    sinks: Tensor | None,
     *,
     scale: float,
     softcap: float,
     is_causal: bool,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and sinks (an empty tensor without sinks).
+    """Gradients of q, k, v and sink_logits (an empty tensor without sink_logits).
 
     With the probabilities ``p`` of the forward pass and ``delta = rowsum(p * dp) - dlse``::
 
@@ -135,7 +126,7 @@ def attention_backward(
         ds = p * (dp - delta)                    # times 1 - tanh(scores / softcap)**2 with one
         dq = scale * ds @ k
         dk = scale * ds.T @ q
-        dsinks = -sum(exp(sinks - lse) * delta)
+        dsinks = -sum(exp(sink_logits - lse) * delta)
 
     The probabilities are computed anew from whole rows, more exactly than from out and lse.
     """
@@ -144,7 +135,7 @@ def attention_backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
-    dsinks = torch.zeros(0 if sinks is None else num_heads, dtype=dtype, device=q.device)
+    dsinks = torch.zeros(0 if sink_logits is None else num_heads, dtype=dtype, device=q.device)
     keys, values = k.to(dtype).unsqueeze(2), v.to(dtype).unsqueeze(2)
     for start, stop in _chunks(q, k):
         queries, grads, dnorm = (
@@ -153,7 +144,7 @@ def attention_backward(
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=num_heads)
         mask = _grouped(mask, num_kv_heads)
         scores, slope = _scores(queries, keys, scale, softcap)
-        probs, share, _ = _softmax(scores, mask, sinks)
+        probs, share, _ = _softmax(scores, mask, sink_logits)
         dprobs = torch.where(mask, grads @ values.mT, 0)
         delta = (probs * dprobs).sum(-1) - dnorm
         dscores = probs * (dprobs - delta[..., None])
@@ -162,6 +153,11 @@ def attention_backward(
         dv += _visible_product(probs.mT, grads, mask.mT).sum(2)
         dq[:, :, start:stop] = _visible_product(dscores, keys, mask).flatten(1, 2).to(q.dtype)
         dk += _visible_product(dscores.mT, queries, mask.mT).sum(2)
-        if sinks is not None:
+        if sink_logits is not None:
             dsinks -= (share * delta).flatten(1, 2).sum((0, 2))
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype)
+    return (
+        dq,
+        dk.to(k.dtype),
+        dv.to(v.dtype),
+        dsinks if sink_logits is None else dsinks.to(sink_logits.dtype),
+    )

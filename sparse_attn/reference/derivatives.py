@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import BlockLayout
-from .reference import compute_dtype
+from ..contract.dtypes import compute_dtype
+from ..layout import BlockLayout
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -26,7 +26,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
@@ -39,13 +39,13 @@ def _attend(
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is None:
+    if sink_logits is None:
         # The softmax of nothing, and its derivatives, would be NaN.
         empty = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(empty, 0.0)
         lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf)
     else:
-        column = sinks.to(dtype).view(1, *group, 1, 1).expand(*scores.shape[:-1], 1)
+        column = sink_logits.to(dtype).view(1, *group, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
         lse = scores.logsumexp(-1)
     probs = scores.softmax(-1)[..., : k.shape[2]].masked_fill(~mask, 0.0)
@@ -58,17 +58,17 @@ def attention(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    sinks: Tensor | None,
     *,
     scale: float,
     softcap: float,
     is_causal: bool,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same as `reference.attention`, for any transform of functions."""
+    """The same as `reference.attention.attention`, for any transform of functions."""
     parts = []
     for start, stop in _chunks(q, k):
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=q.shape[1])
-        parts.append(_attend(q[:, :, start:stop], k, v, mask, sinks, scale, softcap))
+        parts.append(_attend(q[:, :, start:stop], k, v, mask, sink_logits, scale, softcap))
     out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return out, lse
 
@@ -81,29 +81,30 @@ def of_gradients(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    sinks: Tensor | None,
     *,
     scale: float,
     softcap: float,
     is_causal: bool,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """What `reference.attention_backward` passes back.
 
     Args:
         cotangents: of dq, dk, dv and dsinks.
-        dout, dlse, q, k, v, layout, sinks, scale, softcap, is_causal: as there.
+        dout, dlse, q, k, v, layout, scale, softcap, is_causal, sink_logits: as there.
 
     Returns:
-        tuple[Tensor | None, ...]: gradients of dout, dlse, q, k, v and sinks (None without sinks).
+        tuple[Tensor | None, ...]: gradients of dout, dlse, q, k, v and sink_logits
+        (None without them).
     """
-    to_dq, *to_others = cotangents[: 3 if sinks is None else 4]
-    shared = (k, v) if sinks is None else (k, v, sinks)
+    to_dq, *to_others = cotangents[: 3 if sink_logits is None else 4]
+    shared = (k, v) if sink_logits is None else (k, v, sink_logits)
     by_row, sums = [], None
     for start, stop in _chunks(q, k):
         mask = layout.visible(start, stop, is_causal=is_causal, num_heads=q.shape[1])
 
-        def attend(rows: Tensor, k: Tensor, v: Tensor, sinks=None, mask=mask):
-            return _attend(rows, k, v, mask, sinks, scale, softcap)
+        def attend(rows: Tensor, k: Tensor, v: Tensor, sink_logits=None, mask=mask):
+            return _attend(rows, k, v, mask, sink_logits, scale, softcap)
 
         def gradients(dout: Tensor, dlse: Tensor, *inputs: Tensor, attend=attend):
             return torch.func.vjp(attend, *inputs)[1]((dout, dlse))
@@ -114,4 +115,4 @@ def of_gradients(
         by_row.append((ddout, ddlse, dq))
         sums = others if sums is None else [a + b for a, b in zip(sums, others, strict=True)]
     joined = (torch.cat(x, 2) for x in zip(*by_row, strict=True))
-    return (*joined, *sums, *[None] * (sinks is None))
+    return (*joined, *sums, *[None] * (sink_logits is None))

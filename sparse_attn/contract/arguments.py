@@ -1,0 +1,134 @@
+"""The arguments that all attention ops take after their tensors: one bundle, in the order of their
+schemas, which are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import compress, product
+from typing import Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+
+class Arguments(NamedTuple):
+    """A layout's fields, the learnable sink logits ``[H]``, and the numbers that make scores.
+
+    An op receives them as positions: ``Arguments(*positions)`` gives them names again.
+    """
+
+    sink: Tensor
+    window: Tensor
+    kv_num_blocks: Tensor | None
+    kv_indices: Tensor | None
+    num_columns: Tensor | None
+    column_indices: Tensor | None
+    sink_logits: Tensor | None
+    block_q: int
+    block_kv: int
+    column_group: int
+    scale: float
+    softcap: float
+    is_causal: bool
+
+    @staticmethod
+    def of(
+        layout: BlockLayout,
+        scale: float,
+        softcap: float = 0.0,
+        is_causal: bool = True,
+        sink_logits: Tensor | None = None,
+    ) -> Arguments:
+        """The bundle of a call with this layout."""
+        return Arguments(
+            layout.sink,
+            layout.window,
+            layout.kv_num_blocks,
+            layout.kv_indices,
+            layout.num_columns,
+            layout.column_indices,
+            sink_logits,
+            *layout.block_size,
+            layout.column_group,
+            scale,
+            softcap,
+            is_causal,
+        )
+
+    def layout(self, seqlens: tuple[int, int]) -> BlockLayout:
+        """The layout for ``(seqlen_q, seqlen_kv)``; its values are not checked."""
+        return BlockLayout(
+            seqlens,
+            self.sink,
+            self.window,
+            (self.block_q, self.block_kv),
+            self.kv_num_blocks,
+            self.kv_indices,
+            self.num_columns,
+            self.column_indices,
+            self.column_group,
+        )
+
+    def scores(self) -> dict[str, Any]:
+        """What says how scores are made and which of them count, by name."""
+        return {
+            "sink_logits": self.sink_logits,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "is_causal": self.is_causal,
+        }
+
+    def features(self) -> frozenset[str]:
+        """Which of `request.FEATURES` the call asks for."""
+        has_blocks, has_columns = self.kv_num_blocks is not None, self.num_columns is not None
+        return _FEATURES[has_blocks, has_columns, self.softcap > 0, self.sink_logits is not None]
+
+    def needs_grad(self) -> bool:
+        """Whether one of the differentiable arguments requires a gradient."""
+        x = self.sink_logits
+        return x is not None and x.requires_grad
+
+    def copied(self) -> Arguments:
+        """A copy of the layout, which another thread may write into during a call."""
+        copies = {x: getattr(self, x) for x in _TENSORS if x not in DIFFERENTIABLE}
+        return self._replace(**{x: t if t is None else t.clone() for x, t in copies.items()})
+
+
+_FEATURES = {  # by which of them are asked for
+    asked: frozenset(compress(("blocks", "columns", "softcap", "sink_logits"), asked))
+    for asked in product((False, True), repeat=4)
+}
+
+
+# Those with gradients: the backward ops return one for each, after those of q, k and v.
+DIFFERENTIABLE = ("sink_logits",)
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
+_KINDS = {name: _SCHEMA_TYPES[kind] for name, kind in get_type_hints(Arguments).items()}
+_TENSORS = tuple(name for name, kind in _KINDS.items() if kind.startswith("Tensor"))
+assert Arguments._fields[: len(_TENSORS)] == _TENSORS  # tensors come first
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
+
+
+def split(positions: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
+    """The tensors of a bundle that was given as positions, and the numbers after them."""
+    return positions[: len(_TENSORS)], positions[len(_TENSORS) :]
+
+
+def gradients_of(
+    arguments: Arguments, gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """One entry for each argument: the gradients of `DIFFERENTIABLE` that were given, else None."""
+    found = dict(zip(DIFFERENTIABLE, gradients, strict=True))
+    return tuple(
+        found.get(name) if x is not None else None
+        for name, x in zip(Arguments._fields, arguments, strict=True)
+    )
