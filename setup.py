@@ -73,8 +73,9 @@ def _kernels():
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     extension = CppExtension(
         "sparse_attn._C",
-        ["csrc/bindings.cpp", *_relative("csrc/cpu/*.cpp")],
+        _relative("csrc/**/*.cpp"),
         depends=_relative("csrc/**/*.h"),
+        include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": FLAGS},
         extra_link_args=["-s"] if sys.platform == "linux" else [],
         py_limited_api=True,

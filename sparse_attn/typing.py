@@ -14,8 +14,9 @@ Backend = Literal["auto", "cpu", "triton", "reference"]
 
 
 class SelectorLike(Protocol):
-    """What `sparse_attention` takes for a selector: a `selectors.Selector`, or any function of this
-    signature.
+    """What `sparse_attention` and `patch` take for a selector: a `selectors.Selector`, or any
+    function of this signature. Two attributes that a `Selector` has are asked for where there are
+    such: `is_dense`, and `for_layer`, which `patch` calls for each layer.
 
     Example:
         >>> def window(q, k, *, is_causal, scale):

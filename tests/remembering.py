@@ -38,7 +38,7 @@ class LiteralMaskCache(Selector):
     def __init__(self, selector, refresh):
         self.selector, self.refresh, self.last = selector, refresh, None
 
-    def fresh(self):
+    def for_layer(self, layer):
         return LiteralMaskCache(self.selector, self.refresh)
 
     def __call__(self, q, k, *, is_causal=True, scale=None):
@@ -103,8 +103,11 @@ class Compared(Selector):
     literal: dict = field(default_factory=lambda: selectors(FreshQuest, LiteralMaskCache))
     calls: itertools.count = field(default_factory=itertools.count)
 
-    def fresh(self):
-        own = ({name: x.fresh() for name, x in y.items()} for y in (self.remembering, self.literal))
+    def for_layer(self, layer):
+        own = (
+            {name: x.for_layer(layer) for name, x in y.items()}
+            for y in (self.remembering, self.literal)
+        )
         return Compared(*own, self.calls)
 
     def __call__(self, q, k, **rest):

@@ -28,14 +28,15 @@ NO_NUMBERS = [
 NO_INTS = [*NO_NUMBERS, 4.0, np.float64(4), torch.tensor(4.0), None]
 NO_BOOLS = [0, 1, 1.0, "yes", None, np.int64(1), torch.tensor(1), torch.tensor([True]), object()]
 NO_SELECTORS = [selectors.SinkWindow, 3, "dense", torch.ones(4, 4, dtype=torch.bool)]
-BY_TYPE = {"int": NO_INTS, "float": NO_NUMBERS, "bool": NO_BOOLS, "Selector": NO_SELECTORS}
+BY_TYPE = {"int": NO_INTS, "float": NO_NUMBERS, "bool": NO_BOOLS, "SelectorLike": NO_SELECTORS}
+BY_TYPE["Refreshable"] = [*NO_SELECTORS, selectors.HiP, selectors.Dense()]
 
 
 def parameters():
     """Every field of every public selector that is a parameter."""
     for name, selector in TABLE.items():
         for field in dataclasses.fields(selector):
-            if field.init:
+            if field.init and type(selector).__name__ in selectors.__all__:
                 yield pytest.param(selector, field, id=f"{name}.{field.name}")
 
 

@@ -1,5 +1,6 @@
 """The rules from scores to block lists, against literal readings."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from sparse_attn.selectors.choose import (
     blocks_at_distances,
     covering_blocks,
+    highest,
+    highest_within,
     join_lists,
+    listed_blocks,
     top_blocks,
 )
 
@@ -107,6 +111,46 @@ def test_covering_blocks_keep_the_block_that_crosses_the_line():
     assert lists_of(counts, indices) == [[1, 2]]
     counts, indices = covering_blocks(torch.tensor([[0.25, 0.5, 0.25]]), 0.5)
     assert lists_of(counts, indices) == [[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forced_blocks_are_among_the_top_whatever_their_score(dtype):
+    scores = torch.tensor([[4.0, 3.0, -math.inf, 2.0], [1.0, math.nan, 3.0, 4.0]], dtype=dtype)
+    forced = torch.tensor([[False, False, False, True], [False, True, False, False]])
+    assert lists_of(*top_blocks(scores, 2, forced)) == [[0, 3], [1, 3]]
+    assert lists_of(*top_blocks(scores[:1], 2, forced[1])) == [[0, 1]]
+    assert lists_of(*top_blocks(scores[:1], 2)) == [[0, 1]]
+
+
+@pytest.mark.parametrize("values", [6, 10**4])
+def test_the_highest_scores_are_the_first_of_a_stable_sort(values):
+    """Whole numbers: sums are exact, and with few of them many are equal."""
+    scores = torch.randint(0, values, (2, 3, 5, 40)).float()
+    share = 10.0 * values
+    counts = torch.randint(0, 41, (2, 3, 5, 1))
+    masks = {
+        "same": highest(scores, 7),
+        "each": highest(scores, counts),
+        "below": highest_within(scores, share, inclusive=False),
+        "across": highest_within(scores, share, inclusive=True),
+        "one": highest_within(scores, 0.5, inclusive=False),
+    }
+    for at in itertools.product(*map(range, counts.shape[:3])):
+        row = scores[at].tolist()
+        ranked = sorted(range(40), key=lambda n, row=row: (-row[n], n))
+        fits = sum(total <= share for total in scores[at][ranked].cumsum(0).tolist())
+        sizes = {"same": 7, "each": counts[at].item(), "below": fits, "across": fits + 1, "one": 1}
+        for name, mask in masks.items():
+            kept = mask[at].nonzero()[:, 0].tolist()
+            assert kept == sorted(ranked[: sizes[name]]), name
+
+
+def test_a_mask_is_listed_in_ascending_order():
+    keep = torch.rand(2, 3, 5, 9) < 0.4
+    counts, indices = listed_blocks(keep)
+    assert lists_of(counts, indices) == [row.nonzero()[:, 0].tolist() for row in keep.flatten(0, 2)]
+    assert counts.dtype == indices.dtype == torch.int32
+    assert indices.shape[-1] == keep.sum(-1).max()
 
 
 @pytest.mark.parametrize("seqlens", [(64, 64), (50, 50), (20, 70), (70, 20), (1, 33), (64, 67)])

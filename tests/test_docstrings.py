@@ -10,6 +10,7 @@ import pytest
 
 import sparse_attn
 from sparse_attn import hf, landmark, quality, retrieval, selectors
+from sparse_attn.selectors.scored import BlockScores
 
 MODULES = (sparse_attn, selectors, hf, landmark, retrieval, quality)
 SECTIONS = ("Args", "Returns", "Raises", "Example")
@@ -34,10 +35,13 @@ def public() -> dict[str, object]:
 
 def methods(cls: type) -> Iterator[tuple[str, Callable]]:
     """The public methods of a class and their names, each as it is defined first: what overrides a
-    method keeps the contract that is told there.
+    method keeps the contract that is told there. The parts of `BlockScores` are not for users: one
+    example shows them all.
     """
     first = {name: value for base in cls.__mro__ for name, value in vars(base).items()}
     for name, value in first.items():
+        if vars(BlockScores).get(name) is value:
+            continue
         function = getattr(value, "__func__", value)
         if not name.startswith("_") and inspect.isfunction(function):
             yield name, function

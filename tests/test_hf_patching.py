@@ -43,6 +43,46 @@ def test_remove_restores_and_is_idempotent():
     assert torch.equal(logits(model, ids), before)
 
 
+class ByLayer:
+    """A selector of another class of the user's: a window that grows with the layer."""
+
+    def __init__(self, window=1):
+        self.window = window
+
+    def for_layer(self, layer):
+        return ByLayer(3 + 40 * layer)
+
+    def __call__(self, q, k, *, is_causal, scale):
+        return selectors.SlidingWindow(self.window)(q, k)
+
+
+def test_layers_ask_a_selector_for_their_own():
+    model, ids = new_model(), tokens()
+    with patch(model, {layer: selectors.SlidingWindow(3 + 40 * layer) for layer in range(2)}):
+        expected = logits(model, ids)
+    with patch(model, ByLayer()) as patched:
+        assert torch.equal(logits(model, ids), expected)
+    assert patched.stats == {"sparse": 2}
+
+
+class AllKeys:
+    is_dense = True
+
+    def __call__(self, q, k, *, is_causal, scale):
+        return selectors.Dense()(q, k)
+
+
+def test_a_selector_that_says_it_is_dense_is_served_as_dense():
+    model, ids = new_model(), tokens()
+    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    mask = mask.expand(len(ids), 1, -1, -1)
+    expected = logits(model, ids, attention_mask=mask)
+    with patch(model, AllKeys()) as patched:
+        assert_close(logits(model, ids, attention_mask=mask), expected)
+        assert_close(logits(model, ids), expected)
+    assert "sparse" not in patched.stats
+
+
 def test_a_patch_is_taken_off_by_an_exception():
     model = new_model()
     with pytest.raises(ZeroDivisionError), patch(model, SPARSE):

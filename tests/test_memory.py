@@ -233,7 +233,7 @@ def test_keys_in_inference_tensors_are_read_each_time():
         k = torch.randn(1, 2, 60, 16)
         for n in range(50, 60):
             k[:, :, 3] *= -9
-            assert same_lists(quest(q, k[:, :, :n]), quest.fresh()(q, k[:, :, :n]))
+            assert same_lists(quest(q, k[:, :, :n]), quest.for_layer(0)(q, k[:, :, :n]))
             assert same_lists(cache(q, k[:, :, :n]), HIP(q, k[:, :, :n]))
 
 
@@ -335,11 +335,11 @@ def test_what_is_no_selector_is_named(make, message):
         make()
 
 
-def test_fresh_is_an_equal_selector_with_a_memory_of_its_own():
+def test_for_layer_is_an_equal_selector_with_a_memory_of_its_own():
     window, quest = SinkWindow(), Quest()
-    assert window.fresh() is window
+    assert window.for_layer(0) is window
     for plain in (window | Dense(), PerHead({0: window}), PrefillDecode(window, Dense())):
-        assert plain.fresh() is plain
+        assert plain.for_layer(0) is plain
     for selector in (
         quest,
         MaskCache(HIP, 2),
@@ -347,9 +347,9 @@ def test_fresh_is_an_equal_selector_with_a_memory_of_its_own():
         PerHead({(0, 1): quest}, default=quest),
         PrefillDecode(window, window | quest),
     ):
-        own = selector.fresh()
+        own = selector.for_layer(0)
         assert own == selector and own is not selector
-    heads = PerHead({(0, 1): quest, 2: quest}).fresh().selectors
+    heads = PerHead({(0, 1): quest, 2: quest}).for_layer(0).selectors
     assert quest is not heads[0, 1] is not heads[2] is not quest
 
 

@@ -282,7 +282,7 @@ def test_sparge_attn_in_chunks_is_the_same(monkeypatch):
     q, k, _ = structured_qk(256)
     selector = SpargeAttn(mass=0.5, similarity=0.19, block_q=16, block_k=16)
     whole = selector(q, k)
-    monkeypatch.setattr("sparse_attn.selectors.sparge_attn._CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(SpargeAttn, "chunk_elements", 300)
     assert torch.equal(selector(q, k).to_dense(num_heads=4), whole.to_dense(num_heads=4))
 
 
@@ -308,7 +308,7 @@ def test_x_attention_in_chunks_is_the_same(monkeypatch):
     q, k, _ = structured_qk(512)
     selector = XAttention(mass=0.7, block_size=32)
     whole = selector(q[:, :, 100:], k)
-    monkeypatch.setattr("sparse_attn.selectors.x_attention._CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(XAttention, "chunk_elements", 300)
     parts = selector(q[:, :, 100:], k)
     assert torch.equal(parts.to_dense(num_heads=4), whole.to_dense(num_heads=4))
 

@@ -129,7 +129,7 @@ def test_16_bit_scores_choose_nearly_the_best_pages(dtype):
 def test_chunks_of_rows_change_nothing(monkeypatch):
     q, k, _ = structured_qk(128)
     whole = Quest(budget=32, page_size=8)(q, k)
-    monkeypatch.setattr("sparse_attn.selectors.quest._CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(Quest, "chunk_elements", 300)
     assert torch.equal(Quest(budget=32, page_size=8)(q, k).kv_indices, whole.kv_indices)
 
 

@@ -1,9 +1,13 @@
 """Selectors against a slow literal reading of what they promise, on structured and on real q, k."""
 
+import inspect
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from sparse_attn import BlockLayout, selectors, sparse_attention
+from sparse_attn import BlockLayout, patch, selectors, sparse_attention
 from sparse_attn.selectors import (
     AnchorAttention,
     BlockTopK,
@@ -11,6 +15,7 @@ from sparse_attn.selectors import (
     FlexPrefill,
     HiP,
     InfiniteHiP,
+    KeyBuffer,
     LocalStride,
     MaskCache,
     PerHead,
@@ -23,8 +28,30 @@ from sparse_attn.selectors import (
     VerticalSlash,
     XAttention,
 )
+from sparse_attn.selectors.choose import top_blocks
+from sparse_attn.selectors.scored import BlockScores
 
+from .hf_models import new_model, tokens
 from .structured import structured_qk
+
+
+@dataclass(frozen=True)
+class NearestBlocks(BlockScores):
+    """The `top_k` key blocks whose mean key lies nearest to the mean query, and a window."""
+
+    top_k: int = 8
+    block_size: int = 64
+    window: int = 256
+    margin: int = 0
+
+    def scores(self, means, blocks):
+        queries, keys = means  # [B, H, Mq, D] and [B, Hkv, Mkv, D]
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+        return -torch.cdist(queries[:, :, blocks.numbers], keys)
+
+    def choose(self, scores, forced):
+        return top_blocks(scores, self.top_k, forced)
+
 
 # A new selector adds one row: every generic test below runs on it.
 TABLE = {
@@ -48,6 +75,7 @@ TABLE = {
     "SpargeAttn": SpargeAttn(top=0.3, block_q=32, block_k=16),
     "TriShape": TriShape(sink=5, window=40, last=30),
     "LocalStride": LocalStride(local=2, stride=4, block_size=16),
+    "NearestBlocks": NearestBlocks(top_k=3, block_size=16, window=20),
 }
 # Defined for causal attention only, and for prompts whose last rows choose for all.
 CAUSAL_ONLY = {"VerticalSlash", "FlexPrefill", "AnchorAttention", "LocalStride"}
@@ -56,7 +84,12 @@ every_selector = pytest.mark.parametrize("selector", TABLE.values(), ids=TABLE)
 
 
 def test_every_public_selector_has_a_row():
-    assert set(selectors.__all__) - {"Selector", "KeyBuffer"} == set(TABLE)
+    assert set(selectors.__all__) - {"Selector", "KeyBuffer"} == set(TABLE) - {"NearestBlocks"}
+
+
+def test_the_docs_write_the_selector_that_is_tested_here():
+    page = Path(__file__).parents[1] / "docs" / "selectors.md"
+    assert inspect.getsource(NearestBlocks) in page.read_text()
 
 
 @every_selector
@@ -239,8 +272,118 @@ def test_block_topk_finds_needles_that_a_window_loses():
 def test_block_topk_in_chunks_is_the_same(monkeypatch):
     q, k, _ = structured_qk(512)
     whole = BlockTopK(3, 16, 4, 32)(q, k)
-    monkeypatch.setattr("sparse_attn.selectors.block_topk._CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(BlockTopK, "chunk_elements", 300)
     assert torch.equal(BlockTopK(3, 16, 4, 32)(q, k).kv_indices, whole.kv_indices)
+
+
+def literal_nearest(selector, q, k, margin=0):
+    """The blocks of NearestBlocks for one head, causal: q ``[Sq, D]``, k ``[Skv, D]``."""
+    size, off, rows = selector.block_size, len(k) - len(q), []
+    for queries in q.double().split(size):
+        last = off + size * len(rows) + len(queries) - 1
+        distances = {}
+        for n, keys in enumerate(k.double().split(size)):
+            if n * size <= last - (selector.window - margin):
+                distances[n] = float((queries.mean(0) - keys.mean(0)).norm())
+        rows.append(sorted(sorted(distances, key=distances.get)[: selector.top_k]))
+    return rows
+
+
+@pytest.mark.parametrize("margin", [0, 20])
+@pytest.mark.parametrize("seqlens", [(300, 300), (70, 300), (1, 300), (300, 200)], ids=str)
+def test_a_selector_of_ten_lines_is_its_docstring(seqlens, margin):
+    q, k, _ = structured_qk(300)
+    q, k = q[:, :, : seqlens[0]], k[:, :, : seqlens[1]]
+    selector = NearestBlocks(top_k=2, block_size=16, window=40, margin=margin)
+    layout = selector(q, k).validate()
+    for h in range(4):
+        counts, lists = layout.kv_num_blocks[0, h].tolist(), layout.kv_indices[0, h].tolist()
+        found = [row[:n] for row, n in zip(lists, counts, strict=True)]
+        assert found == literal_nearest(selector, q[0, h], k[0, h // 2], margin)
+
+
+def test_a_selector_of_ten_lines_combines_with_the_others():
+    q, k, _ = structured_qk(300)
+    selector = NearestBlocks(top_k=2, block_size=16, window=40, margin=3)
+    mask = selector(q, k).to_dense(num_heads=4)
+    heads = PerHead({(1, 2): selector}, default=Dense())(q, k).to_dense(num_heads=4)
+    assert torch.equal(heads[:, 1:3], mask[:, 1:3]) and heads[:, 0].equal(heads[:, 3])
+    both = PrefillDecode(selector, Dense())
+    assert torch.equal(both(q, k).to_dense(num_heads=4), mask)
+    cache, buffer, made = MaskCache(selector, refresh=4), KeyBuffer(k[:, :, :290]), None
+    for n in range(290, 300):
+        layout = cache(q[:, :, n - 1 : n], buffer.keys)
+        made = selector(q[:, :, n - 1 : n], buffer.keys) if n % 4 == 2 else made
+        assert layout.seqlens == (1, n) and layout.kv_indices.equal(made.kv_indices)
+        buffer.append(k[:, :, n : n + 1])
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in MaskCache"])
+def test_a_selector_of_ten_lines_serves_a_model(wrapped):
+    model, ids = new_model(), tokens(length=40)
+    selector = NearestBlocks(top_k=1, block_size=4, window=8, margin=3)
+    with torch.no_grad(), patch(model, MaskCache(selector, 4) if wrapped else selector) as patched:
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+        for n in range(30, 40):
+            out = model(ids[:, n : n + 1], past_key_values=cache).logits
+    assert patched.stats == {"sparse": 22} and out.isfinite().all()
+
+
+def by_hand(q, k, *, is_causal, scale):
+    """A selector without a class."""
+    assert isinstance(scale, float)
+    return BlockLayout.sink_window((q.shape[2], k.shape[2]), sink=2, window=9, device=q.device)
+
+
+def test_a_function_goes_wherever_a_selector_goes():
+    q, k, _ = structured_qk(100)
+    expected = SinkWindow(sink=2, window=9)(q, k).to_dense(num_heads=4)
+    wide = SlidingWindow(window=30)
+    for selector in (
+        PerHead({0: by_hand}, default=by_hand),
+        PrefillDecode(by_hand, Dense()),
+        selectors.Union((by_hand,)),
+        PerHead({(0, 1, 2, 3): by_hand}).for_layer(3),
+    ):
+        assert torch.equal(selector(q, k).to_dense(num_heads=4), expected)
+    for both in (wide | by_hand, by_hand | wide, by_hand | wide | by_hand):
+        assert torch.equal(both(q, k).to_dense()[0, 0], (expected | wide(q, k).to_dense())[0, 0])
+        assert all(x in (wide, by_hand) for x in both.selectors)
+    with patch(new_model(), by_hand) as patched:
+        patched._model(tokens())
+    assert patched.stats == {"sparse": 2}
+
+
+class LastBlocks:
+    """The last key block that the first row of a call has behind it, found in two stages; derives
+    from nothing.
+    """
+
+    margin, num_stages = 7, 2
+
+    def prune(self, stage, kept, q, k, *, is_causal=True, scale=None):
+        assert (kept is None) == (stage == 0)
+        return (k.shape[2] - q.shape[2]) // 4 if stage == 0 else kept
+
+    def layout(self, kept, q, k):
+        block = torch.full((1, 1, -(-q.shape[2] // 64), 1), kept, dtype=torch.int32)
+        window = BlockLayout.sink_window((q.shape[2], k.shape[2]), window=8)
+        lists = dict(kv_num_blocks=torch.ones_like(block[..., 0]), kv_indices=block)
+        return replace(window, block_size=(64, 4), **lists)
+
+    def __call__(self, q, k, *, is_causal=True, scale=None):
+        return self.layout(self.prune(1, self.prune(0, None, q, k), q, k), q, k)
+
+
+def test_any_selector_with_stages_can_be_refreshed():
+    buffer, cache = KeyBuffer(torch.randn(1, 2, 20, 8)), MaskCache(LastBlocks(), refresh=(8, 2))
+    blocks = []
+    for _ in range(17):
+        blocks.append(cache(torch.randn(1, 4, 1, 8), buffer.keys).kv_indices.item())
+        buffer.append(torch.randn(1, 2, 1, 8))
+    assert blocks == [4] * 8 + [6] * 8 + [8]
+    with pytest.raises(ValueError, match="needs a margin of at least 8, got 7"):
+        MaskCache(LastBlocks(), refresh=9)
 
 
 def test_per_head_gives_each_head_its_own():
@@ -281,6 +424,11 @@ def test_per_head_gives_each_head_its_own():
         (lambda: SpargeAttn(block_k=0), "block_k must be an int of at least 1, got 0"),
         (lambda: PrefillDecode(Dense(), Dense(), 0), "decode_rows must be an int of at least 1"),
         (lambda: Quest(budget=8), "budget must be an int of at least 16, got 8"),
+        (lambda: NearestBlocks(block_size=0), "block_size must be an int of at least 1, got 0"),
+        (lambda: NearestBlocks(window=1.5), "window must be an int of at least 0, got 1.5"),
+        (lambda: NearestBlocks(margin=-1), "margin must be an int of at least 0, got -1"),
+        (lambda: NearestBlocks(window=40, margin=41), "margin is 41, more than window = 40"),
+        (lambda: NearestBlocks(top_k=0)(*structured_qk(8)[:2]), "top_k must be at least 1, got 0"),
         (lambda: Quest(page_size=0), "page_size must be an int of at least 1, got 0"),
     ],
 )

@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from sparse_attn.varlen import Packing
 
-from sparse_attn import BlockLayout, ops
+from sparse_attn import BlockLayout
+from sparse_attn.contract.arguments import Arguments
+from sparse_attn.contract.packing import Packing
 from sparse_attn.triton import backward, configs, forward, lists, prepare
 from sparse_attn.triton.launch import Call
 
@@ -310,9 +311,9 @@ def disturbed(monkeypatch, tensors):
 def test_lists_that_change_during_a_call(monkeypatch):
     q, k, v = fenced(1, 2, 24, 16), fenced(1, 2, 40, 16), fenced(1, 2, 40, 16)
     layout = random_layout((24, 40), heads=2, block_size=(16, 8), sink=1, window=3, columns=9)
-    arguments = [ops.layout_args(layout, None, 0.25, 0.0, x) for x in (True, False)]
+    arguments = [Arguments.of(layout, 0.25, 0.0, x) for x in (True, False)]
     attend = torch.ops.sparse_attn.attention_triton
-    gradients = torch.ops.sparse_attn.attention_triton_backward
+    gradients = torch.ops.sparse_attn.attention_backward_triton
     results = [attend(q, k, v, *x) for x in arguments]
     dout, dlse = torch.randn(1, 2, 24, 16), torch.zeros(1, 2, 24)
     tensors = list(layout.tensors().values())
@@ -339,7 +340,7 @@ def test_sequences_that_change_during_a_call(monkeypatch, paged):
         packing = Packing(ends, None, int32(9, 30), int32(1, 0, 0, 0, 0, 2, 3, 4).view(2, 4))
     tensors = [x for x in vars(packing).values() if x is not None]
     attend = torch.ops.sparse_attn.attention_varlen_triton
-    layout = ops.layout_args(BlockLayout.dense((5, 30)), None, 0.25, 0.0, True)
+    layout = Arguments.of(BlockLayout.dense((5, 30)), 0.25, 0.0, True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # not all rows are some sequence's
     for _ in disturbed(monkeypatch, tensors):
         out, lse = attend(q, k, v, *vars(packing).values(), 5, 30, *layout)

@@ -11,6 +11,7 @@ from typing_extensions import assert_type
 
 import sparse_attn
 from sparse_attn import BlockLayout, selectors, sparse_attention, sparse_attention_varlen
+from sparse_attn.selectors.base import Refreshable
 from sparse_attn.typing import Backend, SelectorLike
 
 q, k, v = torch.randn(3, 1, 4, 64, 16).unbind(0)
@@ -41,6 +42,9 @@ def select() -> None:
     anything: list[SelectorLike] = [selector, by_hand, selectors.Dense()]
     for one in anything:
         assert_type(sparse_attention(q, k, v, one), Tensor)
+    staged: list[Refreshable] = [selectors.HiP(), selectors.InfiniteHiP(), selectors.BlockTopK()]
+    assert_type([selectors.MaskCache(one, refresh=1) for one in staged], list[selectors.MaskCache])
+    selectors.MaskCache(by_hand)  # type: ignore[arg-type]
     sparse_attention(q, k, v, lambda q, k, *, is_causal, scale: layout)
     sparse_attention(q, k, v, without_scale)  # type: ignore[call-overload]
     sparse_attention(q, k, v, selectors.Dense)  # type: ignore[call-overload]

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..selectors import lineage
-from ..selectors.base import fresh_copy
+from ..selectors.base import for_layer
+from ..typing import SelectorLike
 
 _in_use: WeakSet[LayerSelectors] = WeakSet()  # those with a memory
 
 
 class LayerSelectors:
-    """The selectors with a memory of one patch: an own one for each attention module, as two
-    modules may have one ``layer_idx``. Copies and pickles are empty.
+    """What `Selector.for_layer` returned for the attention modules of one patch, where that is an
+    object of the module's own: two modules may have one ``layer_idx``. Copies and pickles are
+    empty.
     """
 
     def __init__(self) -> None:
@@ -32,24 +34,27 @@ class LayerSelectors:
     def __reduce__(self) -> tuple:
         return LayerSelectors, ()
 
-    def own(self, module: nn.Module, selector: Any) -> Any:
+    def own(self, module: nn.Module, selector: SelectorLike) -> SelectorLike:
         """What the module uses in place of `selector`, which other modules may have too."""
         if torch.compiler.is_compiling():  # compiled code keeps nothing between calls
             return selector
         given, own = self._own.get(module, (None, None))
         if given is selector:
             return own
-        own = fresh_copy(selector)
+        own = for_layer(selector, getattr(module, "layer_idx", None))
         if own is not selector:
             self._own[module] = selector, own
-            self.expect(selector)
+            self._follow()
         return own
 
-    def expect(self, *selectors: Any) -> None:
-        """Follow the caches from now on, if one of these selectors has a memory."""
-        if any(fresh_copy(one) is not one for one in selectors):
-            _in_use.add(self)
-            _follow_caches()
+    def expect(self, selector: SelectorLike, layer: int) -> None:
+        """Follow the caches from now on, if the selector has an object of its own for a layer."""
+        if for_layer(selector, layer) is not selector:
+            self._follow()
+
+    def _follow(self) -> None:
+        _in_use.add(self)
+        _follow_caches()
 
     def clear(self) -> None:
         """Let go of all of them."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..typing import SelectorLike
 from .forward import EAGER_NAME, NAME
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------- arguments
 
 
-def checked_selector(selector: Any) -> Any:
+def checked_selector(
+    selector: SelectorLike | Mapping[int, SelectorLike],
+) -> SelectorLike | dict[int, SelectorLike]:
     """The selector, or a dict of them by layer index, as it was given."""
-    if not isinstance(selector, dict):
+    if not isinstance(selector, Mapping):
         _check_one(selector, "selector")
         return selector
     for layer, one in selector.items():

@@ -15,6 +15,8 @@ from ..contract.request import Request
 from ..layout import BlockLayout
 from ..ops.backends import choose
 from ..selectors import Dense, SlidingWindow
+from ..selectors.base import is_dense
+from ..typing import SelectorLike
 from . import dense, masks
 from .caches import LayerSelectors
 from .packing import PACKING, restrict
@@ -56,7 +58,7 @@ class Router:
     the copied configs, but no `Patch` that could remove it: it is `orphaned`.
     """
 
-    selector: Any
+    selector: SelectorLike | dict[int, SelectorLike]
     exclude_layers: frozenset[int] = frozenset()
     backend: str = "auto"
     stats: Counter = field(default_factory=Counter)
@@ -73,12 +75,12 @@ class Router:
         _routers.add(self)
         register()
 
-    def selector_for(self, layer: int | None) -> Any:
+    def selector_for(self, layer: int | None) -> SelectorLike:
         """The selector of a full-attention layer: `Dense()` if excluded or not in the dict."""
         if layer in self.exclude_layers:
             return Dense()
         if isinstance(self.selector, dict):
-            return self.selector.get(layer, Dense())
+            return Dense() if layer is None else self.selector.get(layer, Dense())
         return self.selector
 
     def count(self, path: str) -> None:
@@ -222,7 +224,7 @@ def _causal(
         path, selector = "window", SlidingWindow(window=window) if window else Dense()
     else:
         selector = router.layers.own(call.module, router.selector_for(call.layer))
-        path = "dense" if isinstance(selector, Dense) else "sparse"
+        path = "dense" if is_dense(selector) else "sparse"
     if call.dropout and path == "sparse":
         remedy = "set it to 0 in the config, or use Dense()"
         call.refuse(f"attention dropout {call.dropout} with {selector}", remedy)
@@ -269,7 +271,7 @@ def _check_mask(call: Call, mask: Tensor | None) -> None:
 
 def _check_explicit(call: Call, router: Router, own_window: bool) -> None:
     selector = router.selector_for(call.layer)
-    if own_window or isinstance(selector, Dense):
+    if own_window or is_dense(selector):
         return
     remedy = "pass a 2-D padding mask, patch with Dense(), or name the layer in exclude_layers"
     call.refuse(f"an explicit attention mask with {selector}", remedy)
@@ -279,7 +281,7 @@ def _check_explicit(call: Call, router: Router, own_window: bool) -> None:
 
 
 def _by_segments(
-    call: Call, visible: masks.Visible, selector: Any, window: int, backend: str
+    call: Call, visible: masks.Visible, selector: SelectorLike, window: int, backend: str
 ) -> Tensor:
     """Each segment with its own queries and keys, ``[B, Sq, H, Dv]``."""
     batch, num_heads, seqlen_q, _ = call.query.shape
@@ -290,7 +292,7 @@ def _by_segments(
             part = call.part(rows, segment)
             if not segment.behind:
                 attended = _attend(part, selector, backend)
-            elif window or isinstance(selector, Dense):
+            elif window or is_dense(selector):
                 mask = dense.window_mask(segment, visible.first, window, call.query.device)
                 attended = dense.explicit(part, mask, window=0, is_causal=False)
             else:
@@ -308,7 +310,7 @@ def _by_segments(
     return dense.fill_blind(call, out, seen)
 
 
-def _attend(call: Call, selector: Any, backend: str) -> Tensor:
+def _attend(call: Call, selector: SelectorLike, backend: str) -> Tensor:
     return sparse_attention(
         call.query,
         call.key,
@@ -321,7 +323,7 @@ def _attend(call: Call, selector: Any, backend: str) -> Tensor:
     ).transpose(1, 2)
 
 
-def _attend_behind(call: Call, selector: Any, backend: str) -> Tensor:
+def _attend_behind(call: Call, selector: SelectorLike, backend: str) -> Tensor:
     """Queries that all stand behind the last key: the selector chooses for the last of them.
 
     To the op they are so many heads of one query.
@@ -341,9 +343,9 @@ def _attend_behind(call: Call, selector: Any, backend: str) -> Tensor:
     return out.reshape(batch, num_heads, rows, -1).transpose(1, 2)
 
 
-def _torch_is_faster(call: Call, selector: Any, backend: str) -> bool:
+def _torch_is_faster(call: Call, selector: SelectorLike, backend: str) -> bool:
     """Whether dense attention has no compiled kernel, with the choice left to us."""
-    if backend != "auto" or not isinstance(selector, Dense):
+    if backend != "auto" or not is_dense(selector):
         return False
     if call.softcap or call.sinks is not None:
         return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..ops.backends import check_backend
+from ..typing import SelectorLike
 from . import checks
 from .forward import EAGER_NAME, NAME, ROUTERS, Router, patched_elsewhere, register
 from .versions import transformers
@@ -19,15 +20,20 @@ if TYPE_CHECKING:
 
 
 def patch(
-    model: nn.Module, selector: Any, *, exclude_layers: Iterable[int] = (), backend: str = "auto"
+    model: nn.Module,
+    selector: SelectorLike | Mapping[int, SelectorLike],
+    *,
+    exclude_layers: Iterable[int] = (),
+    backend: str = "auto",
 ) -> Patch:
     """Run the full-attention layers of a transformers model with `selector`.
 
     Layers with a window of their own (Mistral, Gemma) keep it, token for token. Attention that is
     not causal (encoders, vision towers, cross attention) stays dense; a model in which no layer
     says that it is causal is warned of. With ``selectors.Dense()`` the model computes what it did
-    before, in rows of padding too. Of a selector that keeps something between calls, such as
-    ``selectors.Quest()``, each layer has a copy of its own.
+    before, in rows of padding too. Each layer uses ``selector.for_layer(layer_idx)`` where there is
+    such a method: of one that keeps something between calls, such as ``selectors.Quest()``, that is
+    a copy of its own.
 
     Args:
         model: a transformers model, or a module that wraps one (PEFT, DDP, a compiled model).
@@ -94,20 +100,20 @@ class Patch:
     def __init__(
         self,
         model: nn.Module,
-        selector: Any,
+        selector: SelectorLike | Mapping[int, SelectorLike],
         *,
         exclude_layers: Iterable[int] = (),
         backend: str = "auto",
     ) -> None:
         self._model = _pretrained_root(model)
-        selector = checks.checked_selector(selector)
+        chosen = checks.checked_selector(selector)
         excluded = checks.checked_layers("exclude_layers", exclude_layers)
         checks.check_layers_exist(self._model, "exclude_layers", excluded)
-        if isinstance(selector, dict):
-            checks.check_layers_exist(self._model, "selector", selector)
+        if isinstance(chosen, dict):
+            checks.check_layers_exist(self._model, "selector", chosen)
         check_backend(backend)
         checks.check_served(self._model)
-        self._router = Router(selector, frozenset(excluded), backend)
+        self._router = Router(chosen, frozenset(excluded), backend)
         self._entered = 0
         self._apply()
         checks.warn_if_nothing_is_causal(self._model)
@@ -163,7 +169,8 @@ class Patch:
                 _remove(self._model, router)
         self._router.before = _implementations(self._model)
         chosen = self._router.selector
-        self._router.layers.expect(*(chosen.values() if isinstance(chosen, dict) else (chosen,)))
+        for layer, selector in (chosen if isinstance(chosen, dict) else {0: chosen}).items():
+            self._router.layers.expect(selector, layer)
         reached = False
         try:
             for module in self._model.modules():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks import as_int, as_number, check_selector
-from ..selectors import Dense, PerHead, Selector, SinkWindow
+from ..selectors import Dense, PerHead, SinkWindow
+from ..typing import SelectorLike
 
 
 def top_heads(scores: Tensor, share: float) -> Tensor:
@@ -76,8 +77,8 @@ def shared_by_groups(heads: Tensor, num_heads: int) -> Tensor:
 
 
 def head_selectors(
-    full: Tensor, *, retrieval: Selector | None = None, streaming: Selector | None = None
-) -> dict[int, Selector]:
+    full: Tensor, *, retrieval: SelectorLike | None = None, streaming: SelectorLike | None = None
+) -> dict[int, SelectorLike]:
     """Selectors for `patch`: one way of attending for retrieval heads, another for all others.
 
     Args:
@@ -87,7 +88,7 @@ def head_selectors(
             DuoAttention (arXiv 2410.10819).
 
     Returns:
-        dict[int, Selector]: one selector for each layer.
+        dict[int, SelectorLike]: one selector for each layer.
 
     Raises:
         TypeError, ValueError: if `full` is no bool ``[layers, heads]``, or a selector is none.
@@ -105,7 +106,7 @@ def head_selectors(
             check_selector(name, selector)
     retrieval = Dense() if retrieval is None else retrieval
     streaming = SinkWindow(sink=64, window=256) if streaming is None else streaming
-    selectors = {}
+    selectors: dict[int, SelectorLike] = {}
     for layer, row in enumerate(full):
         named = tuple(row.nonzero()[:, 0].tolist())
         if len(named) in (0, len(row)):

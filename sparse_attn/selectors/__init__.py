@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from ..names import missing
 from .anchor_attention import AnchorAttention
-from .base import PerHead, PrefillDecode, Selector, Union
+from .base import Selector, Union
 from .block_topk import BlockTopK
+from .combine import PerHead, PrefillDecode
 from .flex_prefill import FlexPrefill
 from .hip import HiP
 from .infinite_hip import InfiniteHiP

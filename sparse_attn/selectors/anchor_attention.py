@@ -40,7 +40,8 @@ class AnchorAttention(Selector):
         step: query blocks of a group. Default 16.
 
     Raises:
-        ValueError: when called with ``is_causal=False``.
+        ValueError: if an argument is no number of its kind or out of range; when called with
+            ``is_causal=False``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)

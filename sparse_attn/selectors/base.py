@@ -1,19 +1,18 @@
-"""What a selector is, and how selectors combine."""
+"""What a selector is, and what may be asked of one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import BlockLayout
-from ..layout.algebra import assemble_heads
-from .checks import as_int, check_selector, count_fields, selector_fields
-from .lineage import take_heads
+from ..typing import SelectorLike
+from .checks import check_selector
+from .probes import softmax_scale
 
 
 class Selector:
@@ -21,17 +20,23 @@ class Selector:
 
     ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q,
     seqlen_kv)``; ``a | b`` selects what either selects. A subclass is a frozen dataclass that
-    defines ``__call__``. What it keeps between calls is in a `lineage.Memory`, and `fresh` gives a
-    selector without it.
+    defines ``__call__``. What it keeps between calls is in a `lineage.Memory`, and `for_layer`
+    gives a selector without it.
+
+    Attributes:
+        is_dense: whether every call selects all keys, so that any other way of computing dense
+            attention serves it as well. Default False.
 
     Example:
-        >>> class EvenHeads(Selector):
+        >>> class EveryOtherHead(Selector):
         ...     def __call__(self, q, k, *, is_causal=True, scale=None):
         ...         windows = torch.arange(q.shape[1]) % 2 * 64 - 1  # -1 is no limit
         ...         return BlockLayout.sink_window((q.shape[2], k.shape[2]), window=windows)
-        >>> EvenHeads()(torch.randn(1, 2, 256, 64), torch.randn(1, 2, 256, 64)).window
+        >>> EveryOtherHead()(torch.randn(1, 2, 256, 64), torch.randn(1, 2, 256, 64)).window
         tensor([-1, 63], dtype=torch.int32)
     """
+
+    is_dense: ClassVar[bool] = False
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
@@ -41,17 +46,94 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
-    def fresh(self) -> Selector:
-        """The selector itself or, if it keeps something between calls, an equal one that has kept
-        nothing yet; `patch` gives each layer its own.
+    def for_layer(self, layer: int | None) -> SelectorLike:
+        """The selector of one attention layer: by default this one.
+
+        A selector that keeps something between calls returns an equal one that has kept nothing
+        yet, as keys are those of a layer.
+
+        Args:
+            layer: the index of the layer, or None if it has none.
+
+        Returns:
+            Selector: equal to this one.
+
+        Example:
+            >>> quest = Quest(budget=64)
+            >>> quest.for_layer(3) == quest, quest.for_layer(3) is quest
+            (True, False)
         """
         return self
 
-    def __or__(self, other: Selector) -> Union:
-        if not isinstance(other, Selector):
-            return NotImplemented
-        mine = self.selectors if isinstance(self, Union) else (self,)
-        return Union(mine + (other.selectors if isinstance(other, Union) else (other,)))
+    def __or__(self, other: SelectorLike) -> Union:
+        return _union(self, other) if _is_selector(other) else NotImplemented
+
+    def __ror__(self, other: SelectorLike) -> Union:
+        return _union(other, self) if _is_selector(other) else NotImplemented
+
+
+class Refreshable(Protocol):
+    """A selector that chooses in stages, whose selection can be kept for later rows: what
+    `MaskCache` asks of one. A call is all stages, one after the other::
+
+        kept = None
+        for stage in range(num_stages):
+            kept = prune(stage, kept, q, k, is_causal=is_causal, scale=scale)
+        return layout(kept, q, k)
+
+    Attributes:
+        margin: the last keys of the window that are searched too, so many of them: as many rows may
+            follow before the first key leaves the window that was never searched.
+        num_stages: number of stages, at least 1.
+    """
+
+    @property
+    def margin(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def prune(
+        self,
+        stage: int,
+        kept: Any,
+        q: Tensor,
+        k: Tensor,
+        *,
+        is_causal: bool = True,
+        scale: float | None = None,
+    ) -> Any:
+        """What a stage keeps, in a form of its own; nothing writes to it.
+
+        Args:
+            stage: its number, from 0.
+            kept: what the stage before it has kept; None for the first one.
+            q, k, is_causal, scale: as in a call.
+        """
+
+    def layout(self, kept: Any, q: Tensor, k: Tensor) -> BlockLayout:
+        """The layout of what the last stage has kept. Later rows may have more keys."""
+        ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
+    ) -> BlockLayout: ...
+
+
+def for_layer(selector: SelectorLike, layer: int | None) -> SelectorLike:
+    """`Selector.for_layer` of a selector; a callable without that method as it is."""
+    method = getattr(selector, "for_layer", None)
+    return selector if method is None else method(layer)
+
+
+def is_dense(selector: SelectorLike) -> bool:
+    """`Selector.is_dense` of a selector; False for a callable without that attribute."""
+    return getattr(selector, "is_dense", False)
+
+
+def _is_selector(value: object) -> bool:
+    """Whether `value` can be called as a selector: a class is none."""
+    return callable(value) and not isinstance(value, type)
 
 
 @dataclass(frozen=True)
@@ -62,15 +144,16 @@ class Union(Selector):
         selectors: the selectors, at least one.
 
     Raises:
-        TypeError, ValueError: if `selectors` is no tuple, empty, or holds something else.
+        TypeError: if `selectors` is not a tuple of selectors.
+        ValueError: if it is empty.
 
     Example:
-        >>> union = SinkWindow(sink=16, window=256) | BlockTopK(top_k=8)
-        >>> len(union.selectors)
+        >>> either = BlockTopK(top_k=8) | SinkWindow(sink=4, window=64)
+        >>> len(either.selectors)
         2
     """
 
-    selectors: tuple[Selector, ...]
+    selectors: tuple[SelectorLike, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.selectors, tuple | list):
@@ -80,128 +163,32 @@ class Union(Selector):
         for i, selector in enumerate(self.selectors):
             check_selector(f"selectors[{i}]", selector)
 
-    def fresh(self) -> Union:
-        own = tuple(fresh_copy(x) for x in self.selectors)
-        return self if _same(own, self.selectors) else Union(own)
+    @property
+    def alternatives(self) -> tuple[SelectorLike, ...]:
+        """The same: ``a | b | c`` is one union of three."""
+        return self.selectors
+
+    def for_layer(self, layer: int | None) -> Union:
+        own = tuple(for_layer(x, layer) for x in self.selectors)
+        return self if same(own, self.selectors) else Union(own)
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         first, *others = self.selectors
+        scale = softmax_scale(q, scale)
         layout = first(q, k, is_causal=is_causal, scale=scale)
         for other in others:
             layout = layout | other(q, k, is_causal=is_causal, scale=scale)
         return layout
 
 
-@dataclass(frozen=True)
-class PerHead(Selector):
-    """A selector of its own for each query head, e.g. dense retrieval heads among streaming ones.
-
-    Args:
-        selectors: mapping from a query head, or a tuple of query heads, to its selector.
-        default: the selector of heads not named, or None if every head is. Default None.
-
-    Raises:
-        ValueError: when called, if a head is out of range, named twice, or has no selector.
-
-    Example:
-        >>> retrieval = PerHead({(0, 3): Dense()}, default=SinkWindow(sink=16, window=256))
-    """
-
-    selectors: Mapping[int | tuple[int, ...], Selector]
-    default: Selector | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.selectors, Mapping):
-            raise TypeError(f"selectors must be a mapping, got {type(self.selectors).__name__}")
-        for heads, selector in self.selectors.items():
-            check_selector(f"selectors[{heads!r}]", selector)
-            _named_heads(heads)
-        if self.default is not None:
-            check_selector("default", self.default)
-
-    def fresh(self) -> PerHead:
-        default = None if self.default is None else fresh_copy(self.default)
-        own = {heads: fresh_copy(x) for heads, x in self.selectors.items()}
-        before = (*self.selectors.values(), self.default)
-        return self if _same((*own.values(), default), before) else PerHead(own, default)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
-    ) -> BlockLayout:
-        num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
-        layouts, heads = [], []
-        for named, selector in self._assignments(num_heads):
-            queries, keys = q[:, named], take_heads(k, [h // group for h in named])
-            layouts.append(selector(queries, keys, is_causal=is_causal, scale=scale))
-            heads.append(named)
-        return assemble_heads(layouts, heads, num_heads)
-
-    def _assignments(self, num_heads: int) -> list[tuple[list[int], Selector]]:
-        """(heads, selector) pairs that together name each head once."""
-        pairs = [(_named_heads(heads), s) for heads, s in self.selectors.items()]
-        named = [h for heads, _ in pairs for h in heads]
-        for h in named:
-            if not 0 <= h < num_heads:
-                raise ValueError(f"selectors names head {h}, but there are {num_heads} query heads")
-        if len(set(named)) < len(named):
-            raise ValueError(f"selectors names a head twice: {sorted(named)}")
-        rest = [h for h in range(num_heads) if h not in set(named)]
-        if rest and self.default is None:
-            raise ValueError(f"heads {rest} have no selector; name them or give a default")
-        return pairs + ([(rest, self.default)] if rest else [])
+def _union(*selectors: SelectorLike) -> Union:
+    return Union(tuple(x for one in selectors for x in getattr(one, "alternatives", (one,))))
 
 
-def _named_heads(key: int | tuple[int, ...]) -> list[int]:
-    """The heads that a key of `PerHead` names."""
-    heads = key if isinstance(key, tuple | range | frozenset) else (key,)
-    return [as_int("a head that selectors names", h) for h in heads]
-
-
-@dataclass(frozen=True)
-class PrefillDecode(Selector):
-    """One selector for prompts and another for the few rows of a decoding step.
-
-    Args:
-        prefill: selector for calls with more than `decode_rows` query rows.
-        decode: selector for calls with fewer.
-        decode_rows: most query rows of a decoding step. Default 16.
-
-    Raises:
-        TypeError, ValueError: if a selector is none, or `decode_rows` no int of at least 1.
-
-    Example:
-        >>> both = PrefillDecode(prefill=SinkWindow(sink=64, window=4096), decode=Dense())
-    """
-
-    prefill: Selector
-    decode: Selector
-    decode_rows: int = 16
-
-    def __post_init__(self) -> None:
-        selector_fields(self, "prefill", "decode")
-        count_fields(self, decode_rows=1)
-
-    def fresh(self) -> PrefillDecode:
-        prefill, decode = fresh_copy(self.prefill), fresh_copy(self.decode)
-        if _same((prefill, decode), (self.prefill, self.decode)):
-            return self
-        return replace(self, prefill=prefill, decode=decode)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
-    ) -> BlockLayout:
-        selector = self.decode if q.shape[2] <= self.decode_rows else self.prefill
-        return selector(q, k, is_causal=is_causal, scale=scale)
-
-
-def fresh_copy(selector: Any) -> Any:
-    """`Selector.fresh` of a selector; any other callable as it is."""
-    return selector.fresh() if isinstance(selector, Selector) else selector
-
-
-def _same(own: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+def same(own: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Whether both hold the same objects."""
     return all(a is b for a, b in zip(own, before, strict=True))
 
 

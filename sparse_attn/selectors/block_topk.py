@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
-from .base import Selector, block_rows, chunk_starts, pool_mean, seqlens
-from .checks import count_fields, int_fields
-from .choose import join_lists, top_blocks
-from .probes import products
-
-_CHUNK_ELEMENTS = 2**22
+from .checks import count_fields
+from .choose import top_blocks
+from .scored import BlockScores
 
 
 @dataclass(frozen=True)
-class BlockTopK(Selector):
+class BlockTopK(BlockScores):
     """For each query block and head, the `top_k` key blocks whose mean key best matches its mean
     query.
 
@@ -50,38 +45,8 @@ class BlockTopK(Selector):
     window: int = 256
 
     def __post_init__(self) -> None:
-        count_fields(self, top_k=1, sink=0, window=1)
-        int_fields(self, block_size=1)
+        super().__post_init__()
+        count_fields(self, top_k=1, window=1)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
-    ) -> BlockLayout:
-        base = BlockLayout.sink_window(
-            seqlens(q, k), sink=self.sink, window=self.window, device=q.device
-        )
-        if k.shape[2] == 0 or q.shape[2] == 0:
-            return base
-        queries, keys = pool_mean(q, self.block_size), pool_mean(k, self.block_size)
-        rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[2]))
-        lists = []
-        for start in chunk_starts(queries.shape[2], rows):
-            scores = products(queries[:, :, start : start + rows], keys)
-            hidden = ~self._candidates(q, k, start, scores.shape[2], is_causal)
-            lists.append(top_blocks(scores.masked_fill(hidden, -torch.inf), self.top_k))
-        counts, indices = join_lists(lists)
-        block_size = (self.block_size, self.block_size)
-        return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
-
-    def _candidates(self, q: Tensor, k: Tensor, start: int, rows: int, is_causal: bool) -> Tensor:
-        """Which key blocks the query blocks ``start .. start + rows`` may choose: bool ``[rows,
-        Mkv]``.
-        """
-        seqlen_kv, size = k.shape[2], self.block_size
-        first_row, last_row = block_rows(seqlens(q, k), size, start, rows, q.device)
-        first_key = torch.arange(0, seqlen_kv, size, device=q.device)
-        last_key = (first_key + size - 1).clamp(max=seqlen_kv - 1)
-        in_window = last_row - first_key < self.window
-        if not is_causal:
-            in_window = in_window & (last_key - first_row < self.window)
-        shown = (last_key < self.sink) | in_window
-        return ~shown & (first_key <= last_row) if is_causal else ~shown
+    def choose(self, scores: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
+        return top_blocks(scores, self.top_k, forced)

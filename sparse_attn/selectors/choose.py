@@ -9,12 +9,14 @@ from ..layout.lists import ascending
 from ..ops.top_blocks import top_blocks as _top_blocks
 
 
-def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def top_blocks(scores: Tensor, top_k: int, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `top_k` blocks of highest score in each row; a score of -inf or NaN is never chosen.
 
     Args:
         scores: float ``[..., Mq, Mkv]``.
         top_k: blocks to keep, at least 1; rows with fewer finite scores keep those they have.
+        forced: bool, broadcastable to `scores`: blocks that are among the `top_k` whatever their
+            score. Default none.
 
     Returns:
         tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [..., Mq], kv_indices [..., Mq, min(top_k,
@@ -26,6 +28,8 @@ def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if forced is not None:
+        scores = scores.masked_fill(forced, torch.inf)
     return _top_blocks(scores, top_k)
 
 
@@ -63,10 +67,51 @@ def covering_blocks(
     return ascending(order.where(keep, scores.shape[-1]).int(), scores.shape[-1])
 
 
+def highest(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Which are the `count` highest scores of each row, of equal ones the earlier: bool.
+
+    Args:
+        scores: ``[..., n]``.
+        count: for all rows, or ``[..., 1]`` for each.
+    """
+    return _leading(scores.argsort(dim=-1, descending=True, stable=True), count)
+
+
+def highest_within(scores: Tensor, share: float, *, inclusive: bool) -> Tensor:
+    """Which are the highest scores of each row that together hold at most `share`: bool.
+
+    Args:
+        scores: ``[..., n]``, at least 0.
+        share: the most that they sum to.
+        inclusive: whether the one that crosses the line is kept too; else at least one is kept.
+    """
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    count = (values.cumsum(-1) <= share).sum(-1, keepdim=True)
+    return _leading(order, count + 1 if inclusive else count.clamp(min=1))
+
+
+def _leading(order: Tensor, count: int | Tensor) -> Tensor:
+    """Which entries the first `count` of each row of ``order [..., n]`` name: bool."""
+    kept = torch.arange(order.shape[-1], device=order.device) < count
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, kept.expand(order.shape))
+
+
+def listed_blocks(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks where ``keep [..., Mq, Mkv]`` is true: int32 ``(kv_num_blocks [..., Mq],
+    kv_indices [..., Mq, width])``, `width` that of the longest. ``listed_blocks(scores >=
+    threshold)`` chooses by a threshold.
+    """
+    num_blocks = keep.shape[-1]
+    numbers = torch.arange(num_blocks, dtype=torch.int32, device=keep.device)
+    return ascending(numbers.where(keep, num_blocks), num_blocks)
+
+
 def join_lists(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Lists ``(counts [B, H, m], indices [B, H, m, width])`` of consecutive query blocks as one;
     the shorter ones get zeros behind their counts.
     """
+    if len(parts) == 1:
+        return parts[0]
     width = max(indices.shape[-1] for _, indices in parts)
     padded = [torch.nn.functional.pad(x, (0, width - x.shape[-1])) for _, x in parts]
     return torch.cat([counts for counts, _ in parts], 2), torch.cat(padded, 2)

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from ..layout import BlockLayout
 from .base import Selector, block_rows, pool_mean, seqlens
 from .checks import count_fields, int_fields, number_field, refuse_not_causal, share_fields
+from .choose import highest, highest_within
 from .probes import last_rows_mass, products, softmax_scale
 
 
@@ -44,7 +45,8 @@ class FlexPrefill(Selector):
         max_budget: greatest number of keys, or None for no limit. Default None.
 
     Raises:
-        ValueError: when called with ``is_causal=False``.
+        ValueError: if an argument is no number of its kind or out of range; when called with
+            ``is_causal=False``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
@@ -84,7 +86,7 @@ class FlexPrefill(Selector):
         pooled = pooled.softmax(-1).nan_to_num_(0.0)
         aware = _distance(pooled[:, :, -1], by_block) < self.tau
         keys, distances = (
-            _best(scores, self._budget(mass, aware))
+            _highest_and_first(scores, self._budget(mass, aware))
             for scores, mass in ((by_block, vertical), (by_distance, slash))
         )
         keep = keys[:, :, None].expand(-1, -1, len(first), -1)
@@ -92,7 +94,9 @@ class FlexPrefill(Selector):
             distance = position.div(size, rounding_mode="floor") - blocks
             known = distances[:, :, distance.clamp(0, distances.shape[2] - 1)]
             keep = keep | (known & (distance >= 0))
-        keep[aware] |= _best_pairs(pooled[:, :, :-1][aware], self.mass)
+        pairs = pooled[:, :, :-1][aware]  # [heads, Mq, Mkv], whose rows sum to 1
+        best = highest_within(pairs.flatten(1), self.mass * pairs.shape[1], inclusive=True)
+        keep[aware] |= best.view(pairs.shape)
         return BlockLayout.from_dense(keep & ~future, block_size=(size, size), seqlens=lengths)
 
     def _budget(self, mass: Tensor, aware: Tensor) -> Tensor:
@@ -119,20 +123,8 @@ def _distance(p: Tensor, q: Tensor) -> Tensor:
     return (twice / 2).clamp(min=0).sqrt()
 
 
-def _best(scores: Tensor, count: Tensor) -> Tensor:
-    """The first of ``scores [B, H, n]`` and the others of greatest score, ``count [B, H, 1]`` in
-    all: bool.
+def _highest_and_first(scores: Tensor, count: Tensor) -> Tensor:
+    """Which are the first of ``scores [B, H, n]`` and the others of highest score, ``count [B, H,
+    1]`` in all: bool.
     """
-    ranked = scores.index_fill(-1, torch.tensor(0, device=scores.device), torch.inf)
-    ranks = ranked.argsort(-1, descending=True).argsort(-1)
-    return ranks < count
-
-
-def _best_pairs(mass: Tensor, share: float) -> Tensor:
-    """The fewest entries of each ``mass [heads, Mq, Mkv]``, whose rows sum to 1, that hold a share
-    of it, and one more: bool.
-    """
-    values, order = mass.flatten(1).sort(descending=True)
-    covered = values.cumsum(1) <= share * mass.shape[1]
-    kept = torch.arange(values.shape[1], device=mass.device) <= covered.sum(1, keepdim=True)
-    return torch.zeros_like(kept).scatter_(1, order, kept).view(mass.shape)
+    return highest(scores.index_fill(-1, torch.tensor(0, device=scores.device), torch.inf), count)

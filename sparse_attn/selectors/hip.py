@@ -103,15 +103,48 @@ class HiP(Selector):
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
-        base = BlockLayout.sink_window(
-            seqlens(q, k), sink=self.sink, window=self.window, device=q.device
-        )
+        return self.layout(self.prune(0, None, q, k, is_causal=is_causal, scale=scale), q, k)
+
+    @property
+    def num_stages(self) -> int:
+        return 1
+
+    def prune(
+        self,
+        stage: int,
+        kept: None,
+        q: Tensor,
+        k: Tensor,
+        *,
+        is_causal: bool = True,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The key blocks that the search finds, see `Refreshable`.
+
+        Args:
+            stage: 0, the only stage.
+            kept: None, as no stage comes before.
+            q: ``[B, H, Sq, D]``.
+            k: ``[B, Hkv, Skv, D]``.
+            is_causal: as in `sparse_attention`. Default True.
+            scale: as in `sparse_attention`; its sign alone counts. Default None.
+
+        Returns:
+            tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [B, H, Mq], kv_indices [B, H, Mq,
+            width])``; None if there are no rows or no keys.
+
+        Example:
+            >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+            >>> counts, indices = HiP(k=32, block_q=32).prune(0, None, q, k)
+            >>> counts.shape
+            torch.Size([1, 4, 8])
+        """
         if k.shape[2] == 0 or q.shape[2] == 0:
-            return base
+            return None
         if scale is not None and scale < 0:
             q = -q
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-        counts, indices = hip_select(
+        return hip_select(
             q,
             k,
             slots=-(-self.k // self.block_k),
@@ -125,5 +158,29 @@ class HiP(Selector):
             strict=self.strict,
             is_causal=is_causal,
         )
+
+    def layout(self, kept: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> BlockLayout:
+        """The layout of the key blocks that were found.
+
+        Args:
+            kept: from `prune`.
+            q: ``[B, H, Sq, D]``, as there.
+            k: ``[B, Hkv, Skv, D]``, as there.
+
+        Returns:
+            BlockLayout: these blocks, a sink and a window.
+
+        Example:
+            >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+            >>> selector = HiP(k=32, block_q=32)
+            >>> selector.layout(selector.prune(0, None, q, k), q, k).block_size
+            (32, 16)
+        """
+        base = BlockLayout.sink_window(
+            seqlens(q, k), sink=self.sink, window=self.window, device=q.device
+        )
+        if kept is None:
+            return base
+        counts, indices = kept
         block_size = (self.block_q, self.block_k)
         return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)

@@ -98,9 +98,13 @@ class InfiniteHiP(Selector):
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
     ) -> BlockLayout:
         kept = self.prune(0, None, q, k, is_causal=is_causal, scale=scale)
-        for stage in range(1, len(self.chunk)):
+        for stage in range(1, self.num_stages):
             kept = self.prune(stage, kept, q, k, is_causal=is_causal, scale=scale)
         return self.layout(kept, q, k)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.chunk)
 
     def prune(
         self,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .base import Selector
+from .base import Refreshable, Selector, for_layer
 from .checks import check_at_least
-from .hip import HiP
-from .infinite_hip import InfiniteHiP, Lists
 from .lineage import Memory
+
+_STAGED = ("margin", "num_stages", "prune", "layout")  # of a `Refreshable`
 
 
 @dataclass
@@ -23,14 +23,14 @@ class _Selection:
 
     kind: tuple[Any, ...]
     made: list[int] = field(default_factory=list)
-    kept: list[Lists] = field(default_factory=list)  # of the stages of InfiniteHiP
+    kept: list[Any] = field(default_factory=list)  # what each stage has returned
     layout: BlockLayout | None = None
 
 
 @dataclass(frozen=True)
 class MaskCache(Selector):
-    """`HiP` or `InfiniteHiP` that chooses anew only at some decoding steps; in between the window
-    alone follows the new tokens (HiP, arXiv 2406.09827, section 3; InfiniteHiP, arXiv 2502.08910).
+    """A selector that chooses anew only at some decoding steps; in between the window alone follows
+    the new tokens (HiP, arXiv 2406.09827, section 3; InfiniteHiP, arXiv 2502.08910).
 
     A decoding step is a causal call with one query row. It is a step after the call before it if k
     is proven to hold the keys of that call and one more, and q is of the same shape and kind. Then
@@ -53,9 +53,10 @@ class MaskCache(Selector):
     as `patch` does. Compiled code chooses anew in each call.
 
     Args:
-        selector: a `HiP` or an `InfiniteHiP`.
-        refresh: number of decoding steps that share a selection, at least 1; for `InfiniteHiP` also
-            a tuple with one for each stage, none greater than the one before it, as ``(16, 8, 4)``
+        selector: a `HiP`, an `InfiniteHiP`, or another selector with `margin`, `num_stages`,
+            `prune` and `layout`, see `selectors.base.Refreshable`.
+        refresh: number of decoding steps that share a selection, at least 1; or a tuple with one
+            for each stage of the selector, none greater than the one before it, as ``(16, 8, 4)``
             in the paper. Default 8.
 
     Raises:
@@ -69,19 +70,19 @@ class MaskCache(Selector):
         >>> in_stages = MaskCache(InfiniteHiP(margin=15), refresh=(16, 8, 4))
     """
 
-    selector: HiP | InfiniteHiP
+    selector: Refreshable
     refresh: int | tuple[int, ...] = 8
     _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.selector, HiP | InfiniteHiP):
+        if isinstance(self.selector, type) or not all(hasattr(self.selector, x) for x in _STAGED):
             raise TypeError(
-                f"selector must be a HiP or an InfiniteHiP, the selectors that MaskCache knows how "
-                f"to refresh, got {self.selector!r}"
+                "selector must be a HiP or an InfiniteHiP, or have as they do what MaskCache needs "
+                f"to refresh a selection ({', '.join(_STAGED)}), got {self.selector!r}"
             )
         for interval in self._intervals:
             check_at_least("refresh", interval, 1)
-        stages = self._num_stages
+        stages = self.selector.num_stages
         if len(self._intervals) != stages:
             raise ValueError(
                 f"refresh={self.refresh} must have one entry for each stage of the selector, which "
@@ -109,25 +110,21 @@ class MaskCache(Selector):
         ages = (k.shape[2] - made for made in now.made)
         due = (i for i, age in enumerate(ages) if age >= self._intervals[i])
         first = next(due, len(now.made))
-        if first < self._num_stages:
+        if first < self.selector.num_stages:
             self._run(first, now, q, k, scale)
         self._memory.keep(k, now)
         # The lists are the caller's to change, the kept ones are not.
         lists = {name: x.clone() for name, x in now.layout.tensors().items()}
         return replace(now.layout, seqlens=(1, k.shape[2]), **lists)
 
-    def fresh(self) -> MaskCache:
-        return replace(self)
-
-    @property
-    def _num_stages(self) -> int:
-        return len(self.selector.chunk) if isinstance(self.selector, InfiniteHiP) else 1
+    def for_layer(self, layer: int | None) -> MaskCache:
+        return replace(self, selector=for_layer(self.selector, layer))
 
     @property
     def _intervals(self) -> tuple[int, ...]:
         if isinstance(self.refresh, tuple | list):
             return tuple(self.refresh)
-        return (self.refresh,) * self._num_stages
+        return (self.refresh,) * self.selector.num_stages
 
     def _continued(self, kind: tuple[Any, ...], k: Tensor) -> _Selection | None:
         """What is kept, if this call is a step after the one before it."""
@@ -138,12 +135,9 @@ class MaskCache(Selector):
 
     def _run(self, first: int, now: _Selection, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Runs the stages from the first one that is due."""
-        now.made[first:] = [k.shape[2]] * (self._num_stages - first)
-        if isinstance(self.selector, HiP):
-            now.layout = self.selector(q, k, scale=scale)
-            return
+        now.made[first:] = [k.shape[2]] * (self.selector.num_stages - first)
         del now.kept[first:]
-        for stage in range(first, self._num_stages):
+        for stage in range(first, self.selector.num_stages):
             before = now.kept[-1] if stage > 0 else None
             now.kept.append(self.selector.prune(stage, before, q, k, scale=scale))
         now.layout = self.selector.layout(now.kept[-1], q, k)

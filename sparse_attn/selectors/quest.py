@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import BlockLayout
-from .base import Selector, block_rows, seqlens
 from .checks import bool_fields, count_fields, int_fields
-from .choose import join_lists, top_blocks
+from .choose import top_blocks
 from .lineage import Memory
 from .probes import products
-
-_CHUNK_ELEMENTS = 2**22
+from .scored import BlockScores, QueryBlocks
 
 
 @dataclass(frozen=True)
-class Quest(Selector):
+class Quest(BlockScores):
     """For each row and head the pages of keys that may hold the greatest products, by the bounds of
     each page (Quest, arXiv 2406.10774), for decoding.
 
@@ -64,44 +62,37 @@ class Quest(Selector):
     _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         int_fields(self, page_size=1)
         count_fields(self, budget=self.page_size)
         bool_fields(self, "shared")
 
-    def __call__(
-        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
-    ) -> BlockLayout:
-        base = BlockLayout.sink_window(seqlens(q, k), device=q.device)
-        if k.shape[2] == 0 or q.shape[2] == 0:
-            return base
-        q = q.detach()
-        if scale is not None and scale < 0:
-            q = -q
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        return 1, self.page_size
+
+    def prepare(self, q: Tensor, k: Tensor, *, is_causal: bool, scale: float) -> Any:
+        q = -q.detach() if scale < 0 else q.detach()
         queries = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
         bounds = [self._whole_pages(k)]
         if not is_causal and k.shape[2] % self.page_size:
             tail = k[:, :, k.shape[2] // self.page_size * self.page_size :]
             bounds.append(_page_bounds(tail, tail.shape[2]))
-        pages = torch.arange(-(-k.shape[2] // self.page_size), device=q.device)
-        rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * len(pages)))
-        lists = []
-        for start in range(0, q.shape[2], rows):
-            position, _ = block_rows(seqlens(q, k), 1, start, rows, q.device)
-            own = position.div(self.page_size, rounding_mode="floor")
-            some = queries[:, :, start : start + rows]
-            scores = torch.cat([products(some, x) for x in bounds], -1).float()
-            if self.shared:
-                scores = scores.unflatten(1, (k.shape[1], -1)).sum(2)
-            scores = pad(scores, (0, len(pages) - scores.shape[3]))
-            if is_causal:
-                scores = scores.masked_fill_(pages > own, -torch.inf)
-            scores = scores.masked_fill_(pages == own, torch.inf)
-            lists.append(top_blocks(scores, self.budget // self.page_size))
-        counts, indices = join_lists(lists)
-        block_size = (1, self.page_size)
-        return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
+        return queries, bounds
 
-    def fresh(self) -> Quest:
+    def scores(self, prepared: Any, blocks: QueryBlocks) -> Tensor:
+        queries, bounds = prepared
+        some = queries[:, :, blocks.numbers]
+        scores = torch.cat([products(some, x) for x in bounds], -1).float()
+        if self.shared:
+            scores = scores.unflatten(1, (bounds[0].shape[1], -1)).sum(2)
+        scores = pad(scores, (0, len(blocks.first_key) - scores.shape[3]))
+        return scores.masked_fill_(blocks.own(), torch.inf)  # the page that the row stands in
+
+    def choose(self, scores: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
+        return top_blocks(scores, self.budget // self.page_size, forced)
+
+    def for_layer(self, layer: int | None) -> Quest:
         return replace(self)
 
     def _whole_pages(self, k: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Dense(Selector):
         >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
         >>> layout = Dense()(q, k)
     """
+
+    is_dense: ClassVar[bool] = True
 
     def __call__(
         self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None

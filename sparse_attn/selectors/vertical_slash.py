@@ -38,7 +38,8 @@ class VerticalSlash(Selector):
         block_size: rows of a query block and keys of a key block. Default 64.
 
     Raises:
-        ValueError: when called with ``is_causal=False``.
+        ValueError: if an argument is no number of its kind or out of range; when called with
+            ``is_causal=False``.
 
     Example:
         >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import BlockLayout
-from .base import Selector, block_rows, chunk_starts, seqlens
 from .checks import int_fields, share_fields
-from .choose import covering_blocks, join_lists
-from .probes import products, softmax_scale
-
-_CHUNK_ELEMENTS = 2**20
+from .choose import covering_blocks
+from .probes import products
+from .scored import BlockScores, QueryBlocks
 
 
 @dataclass(frozen=True)
-class XAttention(Selector):
+class XAttention(BlockScores):
     """For each query block and head, the fewest key blocks that hold a share of its estimated
     attention (XAttention, arXiv 2503.16428), for prefill.
 
@@ -50,49 +48,45 @@ class XAttention(Selector):
     mass: float = 0.9
     stride: int = 8
     block_size: int = 128
+    chunk_elements: ClassVar[int] = 2**20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share_fields(self, "mass")
-        int_fields(self, stride=1, block_size=1)
+        int_fields(self, stride=1)
         if self.block_size % self.stride:
             raise ValueError(
                 f"stride must divide block_size, got {self.stride} and {self.block_size}"
             )
 
-    def __call__(
-        self, q: Tensor, k: Tensor, *, is_causal: bool = True, scale: float | None = None
-    ) -> BlockLayout:
-        base = BlockLayout.sink_window(seqlens(q, k), device=q.device)
-        if k.shape[2] == 0 or q.shape[2] == 0:
-            return base
+    def prepare(self, q: Tensor, k: Tensor, *, is_causal: bool, scale: float) -> Any:
         queries = _groups(q, self.stride).flip(3).flatten(3)
-        keys = _groups(k, self.stride).flatten(3)
-        per_block = self.block_size // self.stride
-        pairs = q.shape[0] * q.shape[1] * per_block * keys.shape[2]  # of groups, a query block
-        blocks = max(1, _CHUNK_ELEMENTS // pairs)
-        lists = []
-        for start in chunk_starts(-(-q.shape[2] // self.block_size), blocks):
-            first, last = block_rows(seqlens(q, k), self.block_size, start, blocks, q.device)
-            seen = k.shape[2]
-            if is_causal:
-                stop = min((start + blocks) * self.block_size, q.shape[2])
-                seen = max(1, stop + k.shape[2] - q.shape[2])
-            rows = slice(start * per_block, (start + blocks) * per_block)
-            scores = products(queries[:, :, rows], keys[:, :, : -(-seen // self.stride)])
-            scores = scores.float() * (softmax_scale(q, scale) / self.stride)
-            if is_causal:
-                num_rows, num_keys = scores.shape[2:]
-                ahead = self._ahead(seqlens(q, k), rows.start, num_rows, num_keys, q.device)
-                scores = scores.masked_fill_(ahead, -torch.inf)
-            mass = _sum_tiles(scores.softmax(-1).nan_to_num_(0.0), per_block)
-            first_key = torch.arange(mass.shape[3], device=q.device) * self.block_size
-            own = (first_key <= last) & (first_key + self.block_size > first)
-            if is_causal:
-                mass = mass.masked_fill_(first_key > last, -torch.inf)
-            lists.append(covering_blocks(mass, self.mass, own | (first_key == 0)))
-        counts, indices = join_lists(lists)
-        block_size = (self.block_size, self.block_size)
-        return replace(base, block_size=block_size, kv_num_blocks=counts, kv_indices=indices)
+        return queries, _groups(k, self.stride).flatten(3), scale / self.stride
+
+    def scores(self, prepared: Any, blocks: QueryBlocks) -> Tensor:
+        queries, keys, scale = prepared
+        (seqlen_q, seqlen_kv), per_block = blocks.seqlens, self.block_size // self.stride
+        rows = slice(blocks.numbers.start * per_block, blocks.numbers.stop * per_block)
+        seen = seqlen_kv
+        if blocks.is_causal:
+            stop = min(blocks.numbers.stop * self.block_size, seqlen_q)
+            seen = max(1, stop + seqlen_kv - seqlen_q)
+        scores = products(queries[:, :, rows], keys[:, :, : -(-seen // self.stride)])
+        scores = scores.float() * scale
+        if blocks.is_causal:
+            num_rows, num_keys = scores.shape[2:]
+            ahead = self._ahead(blocks.seqlens, rows.start, num_rows, num_keys, scores.device)
+            scores = scores.masked_fill_(ahead, -torch.inf)
+        return _sum_tiles(scores.softmax(-1).nan_to_num_(0.0), per_block)
+
+    def forced(self, prepared: Any, blocks: QueryBlocks) -> Tensor:
+        return blocks.own() | (blocks.first_key == 0)
+
+    def choose(self, scores: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor]:
+        return covering_blocks(scores, self.mass, forced)
+
+    def elements(self, seqlen_kv: int) -> int:
+        return self.block_size // self.stride * -(-seqlen_kv // self.stride)
 
     def _ahead(
         self, seqlens: tuple[int, int], start: int, rows: int, keys: int, device: torch.device

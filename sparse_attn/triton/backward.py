@@ -85,7 +85,7 @@ def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choi
 
     candidates = configs.backward_rows(
         q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]), call.is_irregular, call.softcap > 0,
-        target, slots=call.slots, keys=call.layout.seqlen_kv,
+        target=target, slots=call.slots, keys=call.layout.seqlen_kv,
     )  # fmt: skip
     return Choice(_kind("backward_rows", call, q, v, target), candidates, build)
 
@@ -147,7 +147,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
 
     candidates = configs.backward_keys(
         q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]),
-        call.is_irregular or call.softcap > 0, target,
+        call.is_irregular or call.softcap > 0, target=target,
         slots=call.slots, keys=layout.seqlen_kv,
     )  # fmt: skip
     return Choice(_kind("backward_keys", call, q, v, target), candidates, build)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,17 +81,19 @@ def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Conf
     """
 
     @functools.wraps(choose)
-    def chosen(*args, slots: int, keys: int) -> tuple[Config, ...]:
-        found = choose(*args)
+    def chosen(
+        dtype: torch.dtype, *features: Any, target: Target, slots: int, keys: int
+    ) -> tuple[Config, ...]:
+        found = choose(dtype, *features, target)
         lowest = min(x.block_m for x in found)
         if slots <= 16:
             found = [x for x in found if x.block_m == lowest]
         else:
             found = [x for x in found if 16 < x.block_m <= max(64, slots)] or found
         found = [x for x in found if x.block_n <= 4 * keys] or found[:1]
-        if args[-1].warp_size == 64:
+        if target.warp_size == 64:
             found = [replace(x, num_warps=min(x.num_warps, 4), num_stages=1) for x in found]
-        limits = (max_registers(args[0], x.num_warps, args[-1]) for x in found)
+        limits = (max_registers(dtype, x.num_warps, target) for x in found)
         found = [replace(x, max_registers=y) for x, y in zip(found, limits, strict=True)]
         return tuple(dict.fromkeys(found))
 

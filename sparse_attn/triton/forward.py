@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -285,33 +287,22 @@ def _views(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
     return tuple((x[None] if x.dim() == 3 else x).transpose(1, 2) for x in (q, k, v, out))
 
 
-def steps(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, may_split: bool,
-    target: configs.Target,
-) -> tuple[list[Choice], tuple[Tensor, Tensor]]:  # fmt: skip
-    """What to run, in order, and the tensors that then hold out and lse."""
+def _results(q: Tensor, v: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """out and lse, without values yet."""
     if packing is None:
-        out = empty_out(q, v)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        q4, k4, v4, out4 = q, k, v, out
-    else:
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-        q4, k4, v4, out4 = _views(q, k, v, out)
+        return empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(*q.shape[:2], v.shape[-1]), lse
+
+
+def _of_call(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, lse: Tensor
+) -> dict[str, Any]:
+    """The kernel's arguments that no configuration changes, but for tensors and their strides."""
     dims = (configs.padded(q.shape[-1]), configs.padded(v.shape[-1]))
-    rows = lse.shape[-1]
-    shared = {
-        "q_ptr": q4,
-        "k_ptr": k4,
-        "v_ptr": v4,
-        "out_ptr": out4,
-        "lse_ptr": lse,
-        **strides("q", q4, "bhm"),
-        **strides("k", k4, "bhn"),
-        **strides("v", v4, "bhn"),
-        **strides("o", out4, "bhm"),
-        "stride_lb": call.num_heads * rows,
-        "stride_lh": rows,
+    return {
+        "stride_lb": call.num_heads * lse.shape[-1],
+        "stride_lh": lse.shape[-1],
         **call.lists(),
         "sinks_ptr": call.sinks,
         **(_UNPACKED if packing is None else _packed(packing, k)),
@@ -329,8 +320,30 @@ def steps(
         "CHUNK": configs.columns_at_a_time(dims[1]),
         "PACK": call.pack,
         "GROUP_SIZE": call.group_size,
+    }
+
+
+def steps(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, may_split: bool,
+    target: configs.Target,
+) -> tuple[list[Choice], tuple[Tensor, Tensor]]:  # fmt: skip
+    """What to run, in order, and the tensors that then hold out and lse."""
+    out, lse = _results(q, v, packing)
+    q4, k4, v4, out4 = (q, k, v, out) if packing is None else _views(q, k, v, out)
+    shared = {
+        "q_ptr": q4,
+        "k_ptr": k4,
+        "v_ptr": v4,
+        "out_ptr": out4,
+        "lse_ptr": lse,
+        **strides("q", q4, "bhm"),
+        **strides("k", k4, "bhn"),
+        **strides("v", v4, "bhn"),
+        **strides("o", out4, "bhm"),
+        **_of_call(call, q, k, v, packing, lse),
         "INPUT_PRECISION": input_precision(q.dtype, may_split),
     }
+    dims, rows = (shared["BLOCK_D"], shared["BLOCK_DV"]), lse.shape[-1]
 
     def build(config: configs.Config) -> list[Launch]:
         rows_per_block, parts = call.row_tiles(config.block_m)
@@ -368,7 +381,7 @@ def steps(
     is_paged = packing is not None and packing.block_table is not None
     kind = ("forward", q.dtype, dims, may_split, packing is not None, is_paged, *call.kind, target)
     candidates = configs.forward(
-        q.dtype, max(dims), call.is_irregular, call.is_wide, target, slots=call.slots,
+        q.dtype, max(dims), call.is_irregular, call.is_wide, target=target, slots=call.slots,
         keys=call.layout.seqlen_kv,
     )  # fmt: skip
     return [Choice(kind, candidates, build)], (out, lse)

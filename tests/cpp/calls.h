@@ -12,15 +12,16 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cpu/backward.h"
-#include "../../csrc/cpu/forward.h"
-#include "../../csrc/cpu/hip.h"
-#include "../../csrc/cpu/infinite_hip.h"
-#include "../../csrc/cpu/top_blocks.h"
-#include "../../csrc/cpu/varlen.h"
+#include "cpu/backward/backward.h"
+#include "cpu/forward/forward.h"
+#include "cpu/forward/varlen.h"
+#include "cpu/search/hip.h"
+#include "cpu/search/infinite_hip.h"
+#include "cpu/search/top_blocks.h"
 
 using sparse_attn::AttentionParams;
 using sparse_attn::BackwardParams;
+using sparse_attn::ForwardParams;
 using sparse_attn::cpu::Isa;
 using sparse_attn::cpu::Packing;
 using sparse_attn::cpu::Parallel;
@@ -56,7 +57,7 @@ struct Call {
 
 // Attention, whose layout has all kinds of lists.
 struct Attention : Call {
-  AttentionParams params;
+  ForwardParams params;
   std::vector<float> q, k, v, out, lse;
   std::vector<int32_t> sink{1, 0}, window{5};
   std::vector<int32_t> block_counts, block_indices, column_counts, column_indices;
@@ -130,6 +131,9 @@ struct Backward : Attention {
   void run(Isa isa, const Parallel& parallel) override {
     BackwardParams backward;
     static_cast<AttentionParams&>(backward) = params;
+    backward.out = params.out;
+    backward.out_stride = params.out_stride;
+    backward.lse = params.lse;
     backward.dout = dout.data();
     backward.dout_stride = params.out_stride;
     backward.dlse = dlse.data();

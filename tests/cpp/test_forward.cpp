@@ -17,17 +17,18 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/backward.h"
-#include "../../csrc/cpu/forward.h"
-#include "../../csrc/cpu/hip.h"
-#include "../../csrc/cpu/infinite_hip.h"
-#include "../../csrc/cpu/top_blocks.h"
+#include "cpu/backward/backward.h"
+#include "cpu/forward/forward.h"
+#include "cpu/search/hip.h"
+#include "cpu/search/infinite_hip.h"
+#include "cpu/search/top_blocks.h"
 
 namespace {
 
 using sparse_attn::AttentionParams;
 using sparse_attn::BackwardParams;
 using sparse_attn::DType;
+using sparse_attn::ForwardParams;
 using sparse_attn::IndexLists;
 using sparse_attn::Strides;
 using sparse_attn::cpu::Isa;
@@ -185,7 +186,7 @@ struct Lists {
 };
 
 struct Problem {
-  AttentionParams params;
+  ForwardParams params;
   Tensor q, k, v, out;
   std::vector<float> lse, sinks;
   std::vector<int32_t> sink, window;
@@ -249,7 +250,7 @@ struct Problem {
     params.window = {window.data(), static_cast<int64_t>(window.size())};
     params.blocks = blocks.view;
     params.columns = columns.view;
-    params.sinks = sinks.empty() ? nullptr : sinks.data();
+    params.sink_logits = sinks.empty() ? nullptr : sinks.data();
   }
 
   static Parallel two_threads() {
@@ -382,7 +383,7 @@ struct Gradients {
   };
 
   Problem& problem;
-  const AttentionParams& params;
+  const ForwardParams& params;
   Tensor dout;
   std::vector<float> dlse;
   Result dq, dk, dv, dsinks;
@@ -407,6 +408,9 @@ struct Gradients {
     problem.describe();
     BackwardParams backward;
     static_cast<AttentionParams&>(backward) = params;
+    backward.out = params.out;
+    backward.out_stride = params.out_stride;
+    backward.lse = params.lse;
     backward.dout = dout.bytes.data();
     backward.dout_stride = dout.strides;
     backward.dlse = dlse.data();
@@ -414,7 +418,7 @@ struct Gradients {
     backward.dk = dk.bytes.data();
     backward.dv = dv.bytes.data();
     if (!problem.sinks.empty()) {
-      backward.dsinks = reinterpret_cast<float*>(dsinks.bytes.data());
+      backward.dsink_logits = reinterpret_cast<float*>(dsinks.bytes.data());
     }
     sparse_attn::cpu::backward(backward, isa, threads);
   }
@@ -482,7 +486,7 @@ Problem random_problem(bool decode) {
                   decode ? random_int(1, 16) : choose<int64_t>({0, 1, 5, 64, 97, 130, 150}),
                   decode ? random_int(1, 5000) : choose<int64_t>({0, 1, 31, 64, 100, 170, 270}),
                   choose<int64_t>({1, 16, 40, 64}), choose<int64_t>({3, 32, 50}));
-  AttentionParams& params = problem.params;
+  ForwardParams& params = problem.params;
   params.is_causal = random_int(0, 1);
   params.streams_out = random_int(0, 1);
   params.scale = choose({0.25f, 0.1f, -0.2f});

@@ -6,8 +6,8 @@
 #include <string>
 #include <thread>
 
-#include "../../csrc/cpu/waiting_room.h"
 #include "calls.h"
+#include "cpu/runtime/waiting_room.h"
 
 namespace {
 
