@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from sparse_attn import selectors
 
-from . import report, texts
-from .budget import SIZES, Cost, Countdown, Size, largest
-from .devices import cpu_isa
-from .measure import Subject, measure
-from .pretrained import load
+from .lib import report, texts
+from .lib.budget import SIZES, Cost, Countdown, Size, largest
+from .lib.devices import cpu_isa
+from .lib.measure import Subject, measure
+from .lib.pretrained import load
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 600.0  # seconds

@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_attn import selectors
 
-from .measure import LOGIT_ROWS, Subject, attending
-from .pretrained import load
-from .report import machine
-from .texts import english
-from .timing import fastest_dtype
+from .lib.measure import LOGIT_ROWS, Subject, attending
+from .lib.pretrained import load
+from .lib.report import machine
+from .lib.texts import english
+from .lib.timing import fastest_dtype
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("forward", "backward", "step")

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from sparse_attn import quality, selectors, sparse_attention
 from sparse_attn.selectors import BlockTopK, HiP, InfiniteHiP, KeyBuffer, MaskCache, SinkWindow
 
-from . import smollm2, texts
-from .measure import Subject, attending, measure
-from .sections import Cells, Page, Row, Section
-from .timing import paired_ratio, paired_times
+from .lib import smollm2, texts
+from .lib.measure import Subject, attending, measure
+from .lib.sections import Cells, Page, Row, Section
+from .lib.timing import paired_ratio, paired_times
 
 KEPT = Path(__file__).parent / "results" / "hip.json"
 PAGE = Path(__file__).parents[1] / "docs" / "hip.md"

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from sparse_attn import landmark_attention, selectors, sparse_attention
 
-from .sections import Page, Row, Section
-from .timing import paired_ratio, paired_times
+from .lib.sections import Page, Row, Section
+from .lib.timing import paired_ratio, paired_times
 
 KEPT = Path(__file__).parent / "results" / "landmark.json"
 PAGE = Path(__file__).parents[1] / "docs" / "landmark.md"

@@ -22,8 +22,8 @@ from sparse_attn.retrieval import (
     top_heads,
 )
 
-from . import smollm2, texts
-from .sections import Page, Row, Section
+from .lib import smollm2, texts
+from .lib.sections import Page, Row, Section
 
 KEPT = Path(__file__).parent / "results" / "retrieval.json"
 PAGE = Path(__file__).parents[1] / "docs" / "retrieval.md"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sparse_attn import BlockLayout
 
-from . import report
-from .cases import DTYPES, Blocks, Case, Columns, SinkWindow
-from .gpus import Gpu, gpu
-from .tiles import all_pairs, keys_touched, tiles_touched
+from .lib import report
+from .lib.cases import DTYPES, Blocks, Case, Columns, SinkWindow
+from .lib.gpus import Gpu, gpu
+from .lib.tiles import all_pairs, keys_touched, tiles_touched
 
 RESULTS = Path(__file__).parent / "results" / "roofline.md"
 
@@ -138,7 +138,7 @@ def cost(
     Args:
         layout: which keys each row sees.
         shape: heads, widths, dtype, forward or backward.
-        gpu: see `bench.gpus`.
+        gpu: see `bench.lib.gpus`.
         tile: rows and keys that the kernel multiplies at once; a part of a tile costs as much
             as a whole one. Default 128 by 64.
         share: of peak arithmetic that the kernel reaches. Default: what sparse kernels do (SHARES).
@@ -150,7 +150,7 @@ def cost(
         ValueError: if the GPU's share is not known and not given.
 
     Example:
-        >>> from bench.gpus import gpu
+        >>> from bench.lib.gpus import gpu
         >>> layout = BlockLayout.sink_window((8192, 8192), sink=64, window=1024)
         >>> cost(layout, Shape(), gpu("H100")).bound
         'compute'

@@ -17,13 +17,14 @@ import torch
 
 from sparse_attn import BlockLayout, sparse_attention
 
-from . import devices, report
-from .cases import B64, Case, Dense, square
-from .kernels import RESULTS, Problem, WrongResult, check, forward_results, worst_error
-from .memory import peak_growth
-from .timing import OtherLoad, paired_ratio, paired_times
+from .lib import devices, report
+from .lib.cases import B64, Case, Dense, square
+from .lib.memory import peak_growth
+from .lib.problem import Problem, WrongResult, check, forward_results, worst_error
+from .lib.timing import OtherLoad, paired_ratio, paired_times
 
 LENGTHS = [8192, 32768, 131072, 1048576]
+RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
 HEAD_DIM = 64
 WINDOW, SINK, BLOCK, PICKED, COLUMNS = 1024, 64, 64, 64, 4096

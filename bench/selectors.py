@@ -31,8 +31,8 @@ from sparse_attn.selectors import (
     XAttention,
 )
 
-from . import smollm2
-from .sections import Page, Section
+from .lib import smollm2
+from .lib.sections import Page, Section
 
 KEPT = Path(__file__).parent / "results" / "selectors.json"
 PAGE = Path(__file__).parents[1] / "docs" / "selectors.md"

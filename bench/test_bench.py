@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.cases import chosen
-from bench.kernels import Problem, check
+from bench.lib.cases import chosen
+from bench.lib.problem import Problem, check
 
 
 @pytest.mark.parametrize("library", ["sparse_attn", "torch SDPA"])

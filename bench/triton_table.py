@@ -31,9 +31,9 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
-from . import report
-from .assembly import AMDGCN, SASS, count, hot_loop
-from .gpus import GPUS, Gpu, gpu
+from .lib import report
+from .lib.assembly import AMDGCN, SASS, count, hot_loop
+from .lib.gpus import GPUS, Gpu, gpu
 
 ROOT = Path(__file__).parents[1]
 CSV = ROOT / "bench" / "results" / "triton.csv"
@@ -175,7 +175,7 @@ def _sass(cubin: bytes) -> tuple[str, str]:
 
 
 def compile_case(case, arch: str) -> Compiled:
-    """One kernel for one target: `case` as `sparse_attn.triton.compile_cases` describes it."""
+    """One kernel for one target: `case` as `bench.lib.compile_cases` describes it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -227,7 +227,7 @@ def fingerprint(case) -> str:
 
 def kernel_cases(arch: str) -> list:
     """The cases of a target."""
-    from sparse_attn.triton.compile_cases import compile_cases
+    from .lib.compile_cases import compile_cases
 
     return list(compile_cases(capability(gpu(arch)), gpu(arch).warp_size))
 

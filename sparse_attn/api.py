@@ -204,11 +204,13 @@ def sparse_attention_varlen(
             follows from its own lengths, and blocks and columns beyond them are not seen.
         cu_seqlens_q: int32 ``[batch + 1]``, where each sequence's queries begin, from 0 to
             `total_q`.
-        cu_seqlens_kv: int32 ``[batch + 1]``, the same for keys, to at most `total_kv`.
-        seqlens_kv: int32 ``[batch]``, number of keys of each sequence in the cache.
+        cu_seqlens_kv: int32 ``[batch + 1]``, the same for keys, to at most `total_kv`; with packed
+            keys. Default None.
+        seqlens_kv: int32 ``[batch]``, number of keys of each sequence in the cache; with a paged
+            cache. Default None.
         block_table: int32 ``[batch, max_pages]``: key ``j`` of sequence ``b`` lies in row
             ``j % page_size`` of page ``block_table[b, j // page_size]``. Entries behind a
-            sequence's last page are ignored.
+            sequence's last page are ignored; with a paged cache. Default None.
         is_causal: as in `sparse_attention`, for each sequence by its own lengths. Default True.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         softcap: bound of the scores, 0 or None for none. Default 0.

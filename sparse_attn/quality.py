@@ -33,6 +33,12 @@ class Quality:
         error: ``norm(out - dense) / norm(dense)`` over all rows.
 
     Rows that see no key in attention to all keys are left out.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4, 256, 64).unbind(0)
+        >>> found = measure(q, k, v, BlockLayout.dense((256, 256)))
+        >>> found.density.unique().item()
+        1.0
     """
 
     density: Tensor

@@ -99,7 +99,7 @@ def real_qk():
     """q [1, 9, 1024, 64] and k [1, 3, 1024, 64] of some layers of SmolLM2-135M on English text."""
     import pydoc_data.topics
 
-    from bench.pretrained import load
+    from bench.lib.pretrained import load
 
     tokenizer, model = load("smollm2", torch.float32)
     text = "\n".join(pydoc_data.topics.topics.values())

@@ -13,8 +13,19 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 import sparse_attn
-from bench import devices, kernels, report, timing
-from bench.cases import CASES, CUDA_CASES, TABLES, Blocks, Case, Columns, Dense, SinkWindow, chosen
+from bench import kernels
+from bench.lib import devices, problem, report, timing
+from bench.lib.cases import (
+    CASES,
+    CUDA_CASES,
+    TABLES,
+    Blocks,
+    Case,
+    Columns,
+    Dense,
+    SinkWindow,
+    chosen,
+)
 
 
 class FakeClock:
@@ -221,9 +232,9 @@ def test_the_stopwatch_of_the_device_times_the_calls():
 
 
 def test_flex_is_compared_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(kernels, "compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(problem, "compiled_flex", lambda: flex_attention)
     calls = {
-        flex: kernels.Problem(small(Blocks(16, 16, 0.5), flex=flex)).calls(with_flex=True)
+        flex: problem.Problem(small(Blocks(16, 16, 0.5), flex=flex)).calls(with_flex=True)
         for flex in (False, True)
     }
     assert list(calls[False]) == ["ours", "SDPA"] and list(calls[True])[-1] == "Flex"
@@ -231,10 +242,10 @@ def test_flex_is_compared_where_it_is_asked_for(monkeypatch):
 
 
 def test_gradients_are_checked_in_parts_alike(monkeypatch):
-    problem = kernels.Problem(small(Blocks(16, 16, 0.5), part="backward", dtype="fp32"))
-    whole = kernels.backward_results(problem)
-    monkeypatch.setattr(kernels, "CHECKED_ELEMENTS", 2 * 96 * 20)
-    parts = kernels.backward_results(problem)
+    some = problem.Problem(small(Blocks(16, 16, 0.5), part="backward", dtype="fp32"))
+    whole = problem.backward_results(some)
+    monkeypatch.setattr(problem, "CHECKED_ELEMENTS", 2 * 96 * 20)
+    parts = problem.backward_results(some)
     for name in ("dq", "dk", "dv"):
         for a, b in zip(whole[name], parts[name], strict=True):
             torch.testing.assert_close(a.double(), b.double(), atol=1e-5, rtol=1e-5)
@@ -247,9 +258,9 @@ def test_a_wrong_result_is_refused(case, monkeypatch):
         out, lse = sparse_attn.sparse_attention(q, k, 1.1 * v, layout, return_lse=True)
         return (out, lse) if return_lse else out
 
-    monkeypatch.setattr(kernels, "sparse_attention", wrong)
+    monkeypatch.setattr(problem, "sparse_attention", wrong)
     for device in (None, fake_gpu()):
-        with pytest.raises(kernels.WrongResult, match=re.escape(case.name)):
+        with pytest.raises(problem.WrongResult, match=re.escape(case.name)):
             kernels.measure(case, device=device)
 
 
@@ -264,7 +275,7 @@ def test_the_program_fails_and_names_the_wrong_case(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "check", lambda problem: refuse(problem.case))
 
     def refuse(case):
-        raise kernels.WrongResult(f"{case.name}: off")
+        raise problem.WrongResult(f"{case.name}: off")
 
     with pytest.raises(SystemExit) as stopped:
         run_program(monkeypatch, "--out", tmp_path)
@@ -298,9 +309,9 @@ def test_a_case_that_flex_does_not_compile_is_measured_without_it(monkeypatch, c
     def fail(*args, **kwargs):
         raise RuntimeError("no tiles fit")
 
-    monkeypatch.setattr(kernels, "compiled_flex", lambda: fail)
-    problem = kernels.Problem(replace(SMALL[0], flex=True))
-    assert set(problem.calls(with_flex=True)) == {"ours", "SDPA"}
+    monkeypatch.setattr(problem, "compiled_flex", lambda: fail)
+    some = problem.Problem(replace(SMALL[0], flex=True))
+    assert set(some.calls(with_flex=True)) == {"ours", "SDPA"}
     assert "no FlexAttention: no tiles fit" in capsys.readouterr().err
 
 
@@ -317,7 +328,7 @@ def test_flash_attn_is_optional(monkeypatch):
     for name in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, None)
     assert devices.flash_attention() is None
-    assert kernels.Problem(SMALL[0], fake_gpu()).flash() is None
+    assert problem.Problem(SMALL[0], fake_gpu()).flash() is None
 
 
 def test_work_counts_the_pairs_that_are_seen():
@@ -326,7 +337,7 @@ def test_work_counts_the_pairs_that_are_seen():
     product, read = 2 * 32**3, 2**20
 
     def work(case):
-        return kernels.work(kernels.Problem(case, device))
+        return kernels.work(problem.Problem(case, device))
 
     assert work(small(Dense())) == (pairs * 2 * 2 * 16, product)
     assert work(small(Dense(), part="backward")) == (pairs * 5 * 2 * 16, product)
@@ -334,9 +345,9 @@ def test_work_counts_the_pairs_that_are_seen():
 
 
 def test_sampled_rows_exist():
-    assert kernels.sampled_rows(1).tolist() == [0]
-    assert kernels.sampled_rows(100).max() == 99
-    assert torch.all(kernels.sampled_rows(8192).diff() > 0)
+    assert problem.sampled_rows(1).tolist() == [0]
+    assert problem.sampled_rows(100).max() == 99
+    assert torch.all(problem.sampled_rows(8192).diff() > 0)
 
 
 def test_a_section_of_a_page_is_replaced(tmp_path):

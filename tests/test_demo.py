@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import budget, demo, report, timing
-from bench.budget import SIZES, Cost, Countdown, Size, largest
+from bench import demo
+from bench.lib import budget, report, timing
+from bench.lib.budget import SIZES, Cost, Countdown, Size, largest
 from sparse_attn.selectors import probes
 
 seconds = st.floats(0.01, 100)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bench.pretrained import load
+from bench.lib.pretrained import load
 from sparse_attn import selectors
 from sparse_attn.hf import patch
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import roofline
-from bench.gpus import GPUS, gpu
+from bench.lib.gpus import GPUS, gpu
+from bench.lib.tiles import keys_touched, tiles_touched
 from bench.roofline import (
     Comparison,
     Shape,
@@ -15,7 +16,6 @@ from bench.roofline import (
     cost,
     heads_per_tile,
 )
-from bench.tiles import keys_touched, tiles_touched
 from sparse_attn import BlockLayout
 
 from .oracle import literal_mask, random_layout

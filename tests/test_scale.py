@@ -25,7 +25,7 @@ BACKWARD_LIMIT = LIMIT if NATIVE_BACKWARD else BACKWARD_SEQLEN**2 // 2
 
 SET_UP = """
 import json, torch
-from bench.memory import peak_growth
+from bench.lib.memory import peak_growth
 from sparse_attn import BlockLayout, reference, selectors, sparse_attention
 
 def inputs(n):

@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.lib.compile_cases import HEAD_DIMS, compiled_calls, steps_of
 from sparse_attn import BlockLayout
 from sparse_attn.contract.arguments import Arguments
 from sparse_attn.contract.packing import Packing
 from sparse_attn.triton import autotune, backward, configs, forward, prepare
-from sparse_attn.triton.compile_cases import HEAD_DIMS, compiled_calls, steps_of
 from sparse_attn.triton.configs import Config, Target
 from sparse_attn.triton.launch import Call
 from sparse_attn.triton.support import DTYPES

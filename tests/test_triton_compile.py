@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from bench import triton_table
-from bench.assembly import AMDGCN, SASS, hot_loop
-from bench.gpus import GPUS
+from bench.lib.assembly import AMDGCN, SASS, hot_loop
+from bench.lib.gpus import GPUS
 from bench.triton_table import (
     Compiled,
     cell,

@@ -74,6 +74,27 @@ class Patch:
     """A patched model, made by `patch`; as a context manager it removes itself at the end.
 
     Patches nest: the last one counts, and each `remove` takes out its own, in any order.
+
+    Args:
+        model: as in `patch`.
+        selector: as in `patch`.
+        exclude_layers: as in `patch`. Default none.
+        backend: as in `patch`. Default ``"auto"``.
+
+    Raises:
+        TypeError, ValueError, ImportError: as `patch` does.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from sparse_attn import patch, selectors
+        >>> sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=50)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> patched = patch(model, selectors.SinkWindow(sink=4, window=64))
+        >>> patched.active
+        True
+        >>> patched.remove()
+        >>> patched
+        Patch(LlamaForCausalLM, SinkWindow(sink=4, window=64), no calls, removed)
     """
 
     def __init__(

@@ -9,7 +9,24 @@ from ..checks import as_int
 
 
 def is_landmark(seqlen: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which positions hold a landmark: the last one of every whole block; bool ``[seqlen]``."""
+    """Which positions hold a landmark: the last one of every whole block.
+
+    Args:
+        seqlen: number of tokens, landmarks included.
+        block_size: tokens of a block, its landmark included, at least 2.
+        device: of the result. Default the CPU.
+
+    Returns:
+        Tensor: bool ``[seqlen]``.
+
+    Raises:
+        ValueError: if a number is no int, or too small.
+
+    Example:
+        >>> from sparse_attn.landmark import is_landmark
+        >>> is_landmark(7, block_size=3).int()
+        tensor([0, 0, 1, 0, 0, 1, 0], dtype=torch.int32)
+    """
     seqlen, block_size = as_int("seqlen", seqlen, 0), as_int("block_size", block_size, 2)
     return torch.arange(seqlen, device=device) % block_size == block_size - 1
 
@@ -34,7 +51,7 @@ def insert_landmarks(ids: Tensor, landmark: int, *, block_size: int) -> Tensor:
         landmark.
 
     Raises:
-        ValueError: if block_size is less than 2.
+        TypeError, ValueError: if `ids` are no ints, or `block_size` is less than 2.
 
     Example:
         >>> from sparse_attn.landmark import insert_landmarks
@@ -62,6 +79,9 @@ def landmark_labels(ids: Tensor, *, block_size: int, ignore_index: int = -100) -
 
     Returns:
         Tensor: ``[..., tokens]``, already shifted: row ``i`` of the logits goes with entry ``i``.
+
+    Raises:
+        TypeError, ValueError: if `ids` are no ints, or `block_size` is less than 2.
 
     Example:
         >>> from sparse_attn.landmark import landmark_labels

@@ -57,8 +57,16 @@ _AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call would run on (`backend`, None if none can) and each other's `reasons`
-    against it.
+    """Which backend a call runs on, and why the others do not run it; ``print`` shows both.
+
+    Args:
+        backend: "cpu", "triton" or "reference"; None if no backend can run the call.
+        reasons: for each backend a list of sentences, empty if it can run the call.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4, 256, 64, dtype=torch.float64).unbind(0)
+        >>> explain(q, k, v).reasons["reference"]
+        []
     """
 
     backend: str | None

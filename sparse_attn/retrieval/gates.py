@@ -24,6 +24,14 @@ def load_gates(path: str | Path) -> Tensor:
 
     Raises:
         ValueError: if the lines differ in length, or hold no numbers.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w") as file:
+        ...     print("0.9 0.1", "0.2 0.8", sep=chr(10), file=file, flush=True)
+        ...     gates = load_gates(file.name)
+        >>> gates.shape
+        torch.Size([2, 2])
     """
     rows = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
     if not rows or len({len(row) for row in rows}) > 1:

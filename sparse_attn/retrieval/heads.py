@@ -64,6 +64,10 @@ def shared_by_groups(heads: Tensor, num_heads: int) -> Tensor:
 
     Raises:
         ValueError: if n does not divide `num_heads`.
+
+    Example:
+        >>> shared_by_groups(torch.tensor([[True, False]]), num_heads=4)
+        tensor([[ True,  True, False, False]])
     """
     check_heads("heads", heads)
     num_heads = as_int("num_heads", num_heads, 1)
@@ -85,6 +89,9 @@ def head_selectors(
 
     Returns:
         dict[int, SelectorLike]: one selector for each layer.
+
+    Raises:
+        TypeError, ValueError: if `full` is no bool ``[layers, heads]``, or a selector is none.
 
     Example:
         >>> from sparse_attn.retrieval import head_selectors

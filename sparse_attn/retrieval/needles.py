@@ -21,6 +21,12 @@ class NeedlePrompt:
     Args:
         ids: int64 ``[1, tokens]``.
         needle: the positions of the needle's tokens.
+
+    Raises:
+        ValueError: if `ids` has another shape, or `needle` is empty or not within it.
+
+    Example:
+        >>> prompt = NeedlePrompt(torch.arange(100)[None], needle=range(40, 48))
     """
 
     ids: Tensor
@@ -54,6 +60,15 @@ def needle_prompt(
 
     Raises:
         ValueError: if depth is out of range, or the haystack too short or the rest too long.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def tokenizer(text, **options):  # a token for each letter
+        ...     return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+        >>> text, fact = "Once upon a time. " * 9, "The key is 7."
+        >>> prompt = needle_prompt(tokenizer, text, fact, "The key", tokens=100, depth=0.5)
+        >>> prompt.ids.shape, prompt.needle
+        (torch.Size([1, 100]), range(40, 53))
     """
     depth, tokens = as_number("depth", depth, 0, 1), as_int("tokens", tokens, 1)
 
@@ -103,9 +118,13 @@ def needle_scores(
         ValueError: if the model writes half of no needle.
 
     Example:
-        >>> # prompts = [needle_prompt(tokenizer, text, fact, question, tokens=4096, depth=0.5)]
-        >>> # full = top_heads(needle_scores(model, prompts), share=0.05)
-        >>> # with patch(model, head_selectors(full)): model.generate(...)
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=50)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> _ = torch.nn.init.zeros_(model.lm_head.weight)  # it writes nothing but token 0
+        >>> prompt = NeedlePrompt(torch.tensor([[5, 0, 7, 8]]), needle=range(1, 2))
+        >>> needle_scores(model, [prompt], max_new_tokens=2).shape
+        torch.Size([2, 2])
     """
     max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
     scores = torch.zeros(num_layers(model), num_heads(model), dtype=torch.float64)

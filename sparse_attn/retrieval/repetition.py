@@ -105,6 +105,15 @@ def repetition_heads(
 
     Returns:
         Tensor: bool ``[layers, heads]``.
+
+    Raises:
+        TypeError, ValueError: if scores are not ``[layers, heads]``, `num_kv_heads` does not divide
+            the heads, or a share is out of range.
+
+    Example:
+        >>> induction, echo = torch.tensor([[0.9, 0.1, 0.2, 0.3]]), torch.zeros(1, 4)
+        >>> repetition_heads(induction, echo, num_kv_heads=2, induction_share=0.5, echo_share=0)
+        tensor([[ True,  True, False, False]])
     """
     num_kv_heads = as_int("num_kv_heads", num_kv_heads, 1)
     for name, scores in (("induction", induction), ("echo", echo)):

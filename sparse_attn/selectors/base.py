@@ -16,15 +16,24 @@ from .probes import softmax_scale
 
 
 class Selector:
-    """Chooses the keys of each head by looking at q and k; a subclass is a frozen dataclass. What
-    it keeps between calls is in a `lineage.Memory`, and `for_layer` gives a selector without it.
+    """Chooses the keys of each head by looking at q and k.
 
     ``selector(q, k, is_causal=True, scale=None)`` returns a `BlockLayout` for ``(seqlen_q,
-    seqlen_kv)``; ``a | b`` selects what either selects.
+    seqlen_kv)``; ``a | b`` selects what either selects. A subclass is a frozen dataclass that
+    defines ``__call__``. What it keeps between calls is in a `lineage.Memory`, and `for_layer`
+    gives a selector without it.
 
     Attributes:
         is_dense: whether every call selects all keys, so that any other way of computing dense
             attention serves it as well. Default False.
+
+    Example:
+        >>> class EveryOtherHead(Selector):
+        ...     def __call__(self, q, k, *, is_causal=True, scale=None):
+        ...         windows = torch.arange(q.shape[1]) % 2 * 64 - 1  # -1 is no limit
+        ...         return BlockLayout.sink_window((q.shape[2], k.shape[2]), window=windows)
+        >>> EveryOtherHead()(torch.randn(1, 2, 256, 64), torch.randn(1, 2, 256, 64)).window
+        tensor([-1, 63], dtype=torch.int32)
     """
 
     is_dense: ClassVar[bool] = False
@@ -38,11 +47,21 @@ class Selector:
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     def for_layer(self, layer: int | None) -> SelectorLike:
-        """The selector of one attention layer: by default this one. One that keeps something
-        between calls returns an equal one that has kept nothing yet, as keys are those of a layer.
+        """The selector of one attention layer: by default this one.
+
+        A selector that keeps something between calls returns an equal one that has kept nothing
+        yet, as keys are those of a layer.
 
         Args:
             layer: the index of the layer, or None if it has none.
+
+        Returns:
+            Selector: equal to this one.
+
+        Example:
+            >>> quest = Quest(budget=64)
+            >>> quest.for_layer(3) == quest, quest.for_layer(3) is quest
+            (True, False)
         """
         return self
 

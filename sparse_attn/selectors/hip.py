@@ -119,8 +119,25 @@ class HiP(Selector):
         is_causal: bool = True,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """The key blocks that are found: int32 ``(kv_num_blocks [B, H, Mq], kv_indices [B, H, Mq,
-        width])``, or None if there are no rows or no keys. See `Refreshable`.
+        """The key blocks that the search finds, see `Refreshable`.
+
+        Args:
+            stage: 0, the only stage.
+            kept: None, as no stage comes before.
+            q: ``[B, H, Sq, D]``.
+            k: ``[B, Hkv, Skv, D]``.
+            is_causal: as in `sparse_attention`. Default True.
+            scale: as in `sparse_attention`; its sign alone counts. Default None.
+
+        Returns:
+            tuple[Tensor, Tensor]: int32 ``(kv_num_blocks [B, H, Mq], kv_indices [B, H, Mq,
+            width])``; None if there are no rows or no keys.
+
+        Example:
+            >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+            >>> counts, indices = HiP(k=32, block_q=32).prune(0, None, q, k)
+            >>> counts.shape
+            torch.Size([1, 4, 8])
         """
         if k.shape[2] == 0 or q.shape[2] == 0:
             return None
@@ -143,7 +160,22 @@ class HiP(Selector):
         )
 
     def layout(self, kept: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> BlockLayout:
-        """The layout of the key blocks that were found."""
+        """The layout of the key blocks that were found.
+
+        Args:
+            kept: from `prune`.
+            q: ``[B, H, Sq, D]``, as there.
+            k: ``[B, Hkv, Skv, D]``, as there.
+
+        Returns:
+            BlockLayout: these blocks, a sink and a window.
+
+        Example:
+            >>> q, k = torch.randn(2, 1, 4, 256, 64).unbind(0)
+            >>> selector = HiP(k=32, block_q=32)
+            >>> selector.layout(selector.prune(0, None, q, k), q, k).block_size
+            (32, 16)
+        """
         base = BlockLayout.sink_window(
             seqlens(q, k), sink=self.sink, window=self.window, device=q.device
         )

@@ -121,11 +121,21 @@ class InfiniteHiP(Selector):
         Args:
             stage: its number, from 0.
             kept: the chunks that the stage before it has kept, or None for the first one.
-            q, k, is_causal, scale: as in a call.
+            q: ``[B, H, Sq, D]``.
+            k: ``[B, Hkv, Skv, D]``.
+            is_causal: as in `sparse_attention`. Default True.
+            scale: as in `sparse_attention`; its sign alone counts. Default None.
 
         Returns:
             tuple[Tensor, Tensor]: int32 ``(counts [B, H or 1, Mq], indices [B, H or 1, Mq,
             width])``, ascending; chunk ``c`` begins at key ``sink + chunk[stage] * c``.
+
+        Example:
+            >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
+            >>> selector = InfiniteHiP(chunk=(32,), keep=(64,), stride_q=(1,), block_q=32, sink=0)
+            >>> counts, indices = selector.prune(0, None, q, k)
+            >>> counts.shape
+            torch.Size([1, 1, 16])
         """
         if scale is not None and scale < 0:
             q = -q
@@ -148,7 +158,22 @@ class InfiniteHiP(Selector):
         )
 
     def layout(self, kept: Lists, q: Tensor, k: Tensor) -> BlockLayout:
-        """The layout of the chunks that the last stage has kept."""
+        """The layout of the chunks that the last stage has kept.
+
+        Args:
+            kept: from `prune`, for the last stage.
+            q: ``[B, H, Sq, D]``, as there.
+            k: ``[B, Hkv, Skv, D]``, as there.
+
+        Returns:
+            BlockLayout: the chunks as blocks, a sink and a window.
+
+        Example:
+            >>> q, k = torch.randn(2, 1, 4, 512, 64).unbind(0)
+            >>> selector = InfiniteHiP(chunk=(32,), keep=(64,), stride_q=(1,), block_q=32, sink=0)
+            >>> selector.layout(selector.prune(0, None, q, k), q, k).block_size
+            (32, 32)
+        """
         counts, indices = kept
         first_block = self.sink // self.chunk[-1]
         listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]

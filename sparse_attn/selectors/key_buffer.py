@@ -54,7 +54,20 @@ class KeyBuffer:
         return self._memory[:, :, : self._length]
 
     def append(self, new: Tensor) -> None:
-        """Add the keys ``new [B, Hkv, S', D]`` behind the others."""
+        """Adds keys behind the others.
+
+        Args:
+            new: ``[B, Hkv, S', D]``, of the dtype and on the device of the others.
+
+        Raises:
+            ValueError: if `new` does not continue the keys, or needs a gradient.
+
+        Example:
+            >>> buffer = KeyBuffer(torch.zeros(1, 2, 100, 64))
+            >>> buffer.append(torch.ones(1, 2, 1, 64))
+            >>> len(buffer)
+            101
+        """
         self._check_gradient("new", new)
         old, start = self.keys, self._length
         kind = (old.dtype, old.device, old.shape[:2], old.shape[3:])
@@ -71,7 +84,20 @@ class KeyBuffer:
         lineage.carry(before, old, self.keys, start)
 
     def crop(self, length: int) -> None:
-        """Keep the first `length` keys only."""
+        """Keeps the first keys only.
+
+        Args:
+            length: how many, from 0 to as many as there are.
+
+        Raises:
+            ValueError: if there are fewer keys, or `length` is no int.
+
+        Example:
+            >>> buffer = KeyBuffer(torch.zeros(1, 2, 100, 64))
+            >>> buffer.crop(60)
+            >>> len(buffer)
+            60
+        """
         if not isinstance(length, int) or not 0 <= length <= self._length:
             raise ValueError(f"length must be an int from 0 to {self._length}, got {length!r}")
         self._length = length

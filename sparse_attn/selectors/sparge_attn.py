@@ -19,8 +19,10 @@ from .scored import BlockScores, QueryBlocks
 @dataclass(frozen=True)
 class SpargeAttn(BlockScores):
     """For each query block and head the key blocks of the greatest products of means, and all that
-    means say nothing about (SpargeAttn, arXiv 2502.18137): for any attention with many rows,
-    causal or not. Its choice of blocks, without its 8-bit products.
+    means say nothing about (SpargeAttn, arXiv 2502.18137).
+
+    It is for any attention with many rows, causal or not. This is the paper's choice of blocks,
+    without its 8-bit products.
 
     A block of rows is *coherent* if the mean cosine of all pairs of its rows (itself with itself
     included) exceeds `similarity`. Over the coherent key blocks, ``P = softmax(scale * mean(q

@@ -102,7 +102,7 @@ def _seeded(device: str = "cpu") -> torch.Generator:
 class Case:
     """One row of the table.
 
-    `tier` is the smallest run that holds it: "quick" is in every run and in the README, "default",
+    `tier` is the smallest run that holds it: "quick" is in every run and on the page, "default",
     or "full". `flex` asks for a comparison with FlexAttention. `part` is "forward" or "backward".
     """
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..contract.packing import Packing
-from ..layout import BlockLayout
-from . import backward, forward, hip, infinite_hip, lists, prepare
-from .autotune import Choice
-from .configs import Target
-from .launch import Call, Launch
-from .support import DTYPES
+from sparse_attn import BlockLayout
+from sparse_attn.contract.packing import Packing
+from sparse_attn.triton import backward, forward, hip, infinite_hip, lists, prepare
+from sparse_attn.triton.autotune import Choice
+from sparse_attn.triton.configs import Target
+from sparse_attn.triton.launch import Call, Launch
+from sparse_attn.triton.support import DTYPES
 
 _TYPES = {
     torch.float32: "*fp32",
