@@ -25,21 +25,21 @@ from .typing import Backend, SelectorLike
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    sink_logits: Tensor | None = ..., key_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...
 @overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    sink_logits: Tensor | None = ..., key_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, layout_or_selector: BlockLayout | SelectorLike, *,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    sink_logits: Tensor | None = ..., key_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
@@ -52,7 +52,7 @@ def sparse_attention(
     is_causal: bool = True,
     scale: float | None = None,
     softcap: float | None = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     key_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
@@ -60,13 +60,14 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which each row sees only the keys that a layout names.
 
-    Equivalent PyTorch, for ``softcap=0`` and ``sinks=None``::
+    Equivalent PyTorch, for ``softcap=0`` and ``sink_logits=None``::
 
         mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
-    With ``softcap > 0`` the scores are ``softcap * tanh(scale * q @ k.mT / softcap)``; with sinks,
-    ``exp(sinks[h])`` joins the softmax denominator of head ``h`` and carries no value.
+    With ``softcap > 0`` the scores are ``softcap * tanh(scale * q @ k.mT / softcap)``; with
+    `sink_logits`, ``exp(sink_logits[h])`` joins the softmax denominator of head ``h`` and carries
+    no value.
 
     Args:
         q: ``[batch, num_heads, seqlen_q, head_dim]``, float32, bfloat16, float16 or float64; any
@@ -82,7 +83,7 @@ def sparse_attention(
             need). Default True.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         softcap: bound of the scores, 0 or None for none. Default 0.
-        sinks: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
+        sink_logits: learnable sink logits, floating-point ``[num_heads]``, or None. Default None.
         key_bias: added to the scores of each key, after the softcap: floating-point ``[batch or 1,
             H', seqlen_kv]``, where ``H'`` divides `num_heads`; the log of how many keys a merged
             one stands for. None for none. Default None.
@@ -101,7 +102,7 @@ def sparse_attention(
         Tensor: ``[batch, num_heads, seqlen_q, head_dim_v]`` in q's dtype; 0 in rows that see no
         key. With ``return_lse=True`` a tuple ``(out, lse)``, lse float32 (float64 for float64)
         ``[batch, num_heads, seqlen_q]``, the natural log of the softmax denominator (sink
-        included), -inf in empty rows. Both are differentiable with respect to q, k, v, sinks,
+        included), -inf in empty rows. Both are differentiable with respect to q, k, v, sink_logits,
         key_bias and alibi_slopes.
 
     Raises:
@@ -121,8 +122,8 @@ def sparse_attention(
         return_lse = checks.as_bool("return_lse", return_lse)
     scale, softcap = validation.check_scalars(q, scale, softcap)
     layout = _layout(layout_or_selector, q, k, is_causal, scale)
-    biases = (sinks, key_bias, alibi_slopes)
-    if not sinks is key_bias is alibi_slopes is None:
+    biases = (sink_logits, key_bias, alibi_slopes)
+    if not sink_logits is key_bias is alibi_slopes is None:
         biases = _biases(q, *biases, q.shape[0], k.shape[2])
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -141,7 +142,7 @@ def sparse_attention_varlen(
     cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    sink_logits: Tensor | None = ..., key_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., return_lse: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...
 @overload
@@ -150,7 +151,7 @@ def sparse_attention_varlen(
     cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    sink_logits: Tensor | None = ..., key_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., return_lse: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -159,7 +160,7 @@ def sparse_attention_varlen(
     cu_seqlens_kv: Tensor | None = ..., seqlens_kv: Tensor | None = ...,
     block_table: Tensor | None = ...,
     is_causal: bool = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., key_bias: Tensor | None = ...,
+    sink_logits: Tensor | None = ..., key_bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., return_lse: bool, backend: Backend = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
@@ -176,7 +177,7 @@ def sparse_attention_varlen(
     is_causal: bool = True,
     scale: float | None = None,
     softcap: float | None = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     key_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
@@ -214,7 +215,7 @@ def sparse_attention_varlen(
         is_causal: as in `sparse_attention`, for each sequence by its own lengths. Default True.
         scale: factor of the scores. Default ``1 / sqrt(head_dim)``.
         softcap: bound of the scores, 0 or None for none. Default 0.
-        sinks: learnable sink logits ``[num_heads]``, or None. Default None.
+        sink_logits: learnable sink logits ``[num_heads]``, or None. Default None.
         key_bias: as in `sparse_attention`, ``[batch or 1, H', layout.seqlen_kv]``: each sequence
             takes the first ones. Default None.
         alibi_slopes: as in `sparse_attention`, positions by each sequence's own lengths. Default
@@ -247,7 +248,7 @@ def sparse_attention_varlen(
     scale, softcap = validation.check_scalars(q, scale, softcap)
     batch = cu_seqlens_q.shape[0] - 1
     validation.check_packed_layout(layout, q, batch)
-    biases = _biases(q, sinks, key_bias, alibi_slopes, batch, layout.seqlen_kv)
+    biases = _biases(q, sink_logits, key_bias, alibi_slopes, batch, layout.seqlen_kv)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     arguments = Arguments.of(layout, scale, softcap, is_causal, *biases)
     features = arguments.features() | {"packed" if block_table is None else "paged"}
@@ -257,7 +258,7 @@ def sparse_attention_varlen(
     ):
         if block_table is not None:
             raise ValueError(
-                "a paged cache (block_table) has no gradients: detach q, k, v and sinks, or use "
+                "a paged cache (block_table) has no gradients: detach all inputs, or use "
                 "torch.no_grad()"
             )
         op = backends.op_for(backend, request._replace(op="attention"))
@@ -276,18 +277,18 @@ def sparse_attention_varlen(
 
 def _biases(
     q: Tensor,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
     batch: int,
     seqlen_kv: int,
 ) -> list[Tensor | None]:
     """What is added to scores, checked, in the dtype of scores."""
-    validation.check_per_head("sinks", sinks, q)
+    validation.check_per_head("sink_logits", sink_logits, q)
     validation.check_key_bias(key_bias, q, batch, q.shape[1], seqlen_kv)
     validation.check_per_head("alibi_slopes", alibi_slopes, q)
     dtype = compute_dtype(q.dtype)
-    return [None if x is None else x.to(dtype) for x in (sinks, key_bias, alibi_slopes)]
+    return [None if x is None else x.to(dtype) for x in (sink_logits, key_bias, alibi_slopes)]
 
 
 _Ops = dict[frozenset[str], Any]  # from the features of calls to the op that serves them

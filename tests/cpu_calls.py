@@ -26,7 +26,7 @@ class Case:
     window: list[int] = field(default_factory=lambda: [0])
     blocks: tuple[torch.Tensor, torch.Tensor] | None = None
     columns: tuple[torch.Tensor, torch.Tensor] | None = None
-    sinks: torch.Tensor | None = None
+    sink_logits: torch.Tensor | None = None
     block: tuple[int, int] = (1, 1)
     column_group: int = 1
     scale: float | None = None
@@ -43,7 +43,7 @@ class Case:
             torch.tensor(self.window, dtype=torch.int32),
             *(self.blocks or (None, None)),
             *(self.columns or (None, None)),
-            self.sinks,
+            self.sink_logits,
             *self.block,
             self.column_group,
             scale,
@@ -86,8 +86,8 @@ class Case:
             s = self.softcap * torch.tanh(s / self.softcap)
         s = s.masked_fill(~self.mask(), -math.inf)
         logits = s
-        if self.sinks is not None:
-            column = self.sinks.to(dtype)[None, :, None, None].expand(*s.shape[:3], 1)
+        if self.sink_logits is not None:
+            column = self.sink_logits.to(dtype)[None, :, None, None].expand(*s.shape[:3], 1)
             logits = torch.cat([s, column], -1)
         lse = torch.logsumexp(logits.double(), -1)
         if logits.shape[-1] == 0:

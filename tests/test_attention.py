@@ -42,7 +42,7 @@ def make_qkv(dtype, *, batch=1, heads=4, kv_heads=2, seqlens=(70, 70), dims=(32,
     return q, cached(d), cached(dv)
 
 
-def run_both(backend, q, k, v, layout, *, is_causal=True, sinks=None, **kwargs):
+def run_both(backend, q, k, v, layout, *, is_causal=True, sink_logits=None, **kwargs):
     """Ours, eager in the same dtype, and float64: outputs, lse and the gradients of a random
     loss; and the `rounding_noise` of the gradients.
     """
@@ -50,18 +50,18 @@ def run_both(backend, q, k, v, layout, *, is_causal=True, sinks=None, **kwargs):
     dout = torch.randn(*q.shape[:3], v.shape[-1]).to(q.dtype)
     dlse = torch.randn(q.shape[:3])
 
-    def ours(q, k, v, sinks):
+    def ours(q, k, v, sink_logits):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, sinks=sinks, return_lse=True, backend=backend,
-            **kwargs,
+            q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, return_lse=True,
+            backend=backend, **kwargs,
         )  # fmt: skip
 
-    def dense(q, k, v, sinks):
-        return dense_attention(q, k, v, mask, sinks=sinks, **kwargs)
+    def dense(q, k, v, sink_logits):
+        return dense_attention(q, k, v, mask, sink_logits=sink_logits, **kwargs)
 
     def gradients(attend, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        logits = None if sinks is None else sinks.detach().to(dtype).requires_grad_()
+        logits = None if sink_logits is None else sink_logits.detach().to(dtype).requires_grad_()
         out, lse = attend(*leaves, logits)
         finite = torch.where(torch.isinf(lse), 0, lse)
         loss = (out * dout.to(dtype)).sum() + (finite * dlse.to(finite.dtype)).sum()
@@ -74,7 +74,7 @@ def run_both(backend, q, k, v, layout, *, is_causal=True, sinks=None, **kwargs):
         gradients(ours, q.dtype),
         gradients(dense, q.dtype),
         gradients(dense, torch.float64),
-        rounding_noise(q, k, v, mask, dout, dlse, sinks=sinks, **kwargs),
+        rounding_noise(q, k, v, mask, dout, dlse, sink_logits=sink_logits, **kwargs),
     )
 
 
@@ -154,7 +154,7 @@ def test_softcap(backend, dtype, softcap):
 def test_learnable_sinks(backend, dtype):
     q, k, v = make_qkv(dtype)
     layout = random_layout((70, 70), heads=4, keep=0.2, window=4)
-    check(backend, q, k, v, layout, sinks=torch.tensor([-2.0, 0.0, 1.5, 6.0]))
+    check(backend, q, k, v, layout, sink_logits=torch.tensor([-2.0, 0.0, 1.5, 6.0]))
 
 
 @every_case
@@ -166,10 +166,12 @@ def test_empty_rows(backend, dtype):
     out, lse = sparse_attention(q, k, v, nothing, return_lse=True, backend=backend)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
-    sinks = torch.tensor([1.0, -1.0, 0.0, 2.0])
-    out, lse = sparse_attention(q, k, v, nothing, sinks=sinks, return_lse=True, backend=backend)
+    sink_logits = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    out, lse = sparse_attention(
+        q, k, v, nothing, sink_logits=sink_logits, return_lse=True, backend=backend
+    )
     assert (out == 0).all()
-    assert torch.equal(lse, sinks[None, :, None].expand_as(lse).to(lse.dtype))
+    assert torch.equal(lse, sink_logits[None, :, None].expand_as(lse).to(lse.dtype))
 
 
 @every_case
@@ -244,19 +246,21 @@ def test_large_scores_do_not_overflow(backend, dtype):
 def test_merged_parts_equal_the_whole(backend, dtype):
     q, k, v = make_qkv(dtype, seqlens=(40, 120))
     whole = BlockLayout.dense((40, 120))
-    parts, sinks = [], torch.randn(4)
+    parts, sink_logits = [], torch.randn(4)
     for start, stop in ((0, 30), (30, 33), (33, 120)):
         part = [x[:, :, start:stop] for x in (k, v)]
         parts.append(
             sparse_attention(
                 q, *part, BlockLayout.dense((40, stop - start)), is_causal=False, return_lse=True,
-                sinks=sinks if start == 0 else None, backend=backend,
+                sink_logits=sink_logits if start == 0 else None, backend=backend,
             )
         )  # fmt: skip
     out, lse = merge_states(*parts)
     mask = whole.to_dense(is_causal=False)
-    exact = dense_attention(*(x.double() for x in (q, k, v)), mask, sinks=sinks.double())
-    eager = dense_attention(q, k, v, mask, sinks=sinks)
+    exact = dense_attention(
+        *(x.double() for x in (q, k, v)), mask, sink_logits=sink_logits.double()
+    )
+    eager = dense_attention(q, k, v, mask, sink_logits=sink_logits)
     assert_accurate(out, exact[0], eager[0])
     assert_accurate(lse, exact[1], eager[1].to(lse.dtype))
 
@@ -316,9 +320,18 @@ def check_any(backend, draw, most=150):
     )
     if draw(st.booleans()):
         layout = replace(layout, window=torch.full_like(layout.window, -1))
-    sinks = torch.randn(heads) if draw(st.booleans()) else None
+    sink_logits = torch.randn(heads) if draw(st.booleans()) else None
     softcap = draw(st.sampled_from([0.0, 2.0]))
-    check(backend, q, k, v, layout, is_causal=draw(st.booleans()), sinks=sinks, softcap=softcap)
+    check(
+        backend,
+        q,
+        k,
+        v,
+        layout,
+        is_causal=draw(st.booleans()),
+        sink_logits=sink_logits,
+        softcap=softcap,
+    )
 
 
 @pytest.mark.parametrize("backend", backends(lambda b: b != "reference"))

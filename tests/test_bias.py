@@ -17,7 +17,7 @@ SERVING = ["reference"]
 OTHERS = sorted(set(KNOWN) - set(SERVING))
 
 
-def eager(q, k, v, mask, *, scale, softcap=0.0, sinks=None, key_bias=None, alibi_slopes=None):
+def eager(q, k, v, mask, *, scale, softcap=0.0, sink_logits=None, key_bias=None, alibi_slopes=None):
     """``(out, lse)`` from dense scores, an explicit mask and explicit distances."""
     heads, rows, keys = q.shape[1], q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
@@ -30,8 +30,10 @@ def eager(q, k, v, mask, *, scale, softcap=0.0, sinks=None, key_bias=None, alibi
         position = torch.arange(rows)[:, None] + keys - rows
         scores = scores - alibi_slopes[:, None, None] * (position - torch.arange(keys)).abs()
     scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    if sink_logits is not None:
+        scores = torch.cat(
+            [scores, sink_logits.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1
+        )
     return scores.softmax(-1)[..., :keys] @ v, scores.logsumexp(-1)
 
 
@@ -65,14 +67,15 @@ def test_against_dense_attention(backend, dtype, is_causal, softcap, bias_shape,
     mask = layout.to_dense(is_causal=is_causal, num_heads=4)
     tensors = inputs(dtype, seqlens, bias_shape)
 
-    def ours(q, k, v, sinks, bias, slopes):
+    def ours(q, k, v, sink_logits, bias, slopes):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, scale=0.4, softcap=softcap, sinks=sinks,
-            key_bias=bias, alibi_slopes=slopes, return_lse=True, backend=backend,
+            q, k, v, layout, is_causal=is_causal, scale=0.4, softcap=softcap,
+            sink_logits=sink_logits, key_bias=bias, alibi_slopes=slopes, return_lse=True,
+            backend=backend,
         )  # fmt: skip
 
-    def dense(q, k, v, sinks, bias, slopes):
-        more = {"sinks": sinks, "key_bias": bias, "alibi_slopes": slopes}
+    def dense(q, k, v, sink_logits, bias, slopes):
+        more = {"sink_logits": sink_logits, "key_bias": bias, "alibi_slopes": slopes}
         return eager(q, k, v, mask, scale=0.4, softcap=softcap, **more)
 
     found = with_gradients(ours, tensors, dtype)
@@ -118,12 +121,12 @@ def test_gradcheck_twice(backend, given):
 @pytest.mark.parametrize("backend", SERVING)
 @pytest.mark.parametrize("bias_batch", [1, 2])
 def test_packed_sequences_equal_each_alone(backend, bias_batch):
-    q, k, v, sinks, bias, slopes = inputs(torch.float64, (16, 23), (bias_batch, 2))
+    q, k, v, sink_logits, bias, slopes = inputs(torch.float64, (16, 23), (bias_batch, 2))
     lengths = [(7, 12), (9, 11)]
     ends_q, ends_kv = (torch.tensor([0, a, a + b]).int() for a, b in zip(*lengths, strict=True))
     layout = random_layout((9, 12), heads=2, block_size=(4, 4), window=3)
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]
-    more = {"sinks": sinks, "alibi_slopes": slopes, "backend": backend}
+    more = {"sink_logits": sink_logits, "alibi_slopes": slopes, "backend": backend}
     bias = bias[..., :12]
     leaf = packed[0].clone().requires_grad_()  # through the op that has gradients too
     for rows in (packed[0], leaf):

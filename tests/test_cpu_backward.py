@@ -62,12 +62,12 @@ def test_head_dims(isa, dtype, dims):
 @every_dtype
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("scale", [None, -0.3, 0.0])
-@pytest.mark.parametrize("sinks", [None, (-2.0, 0.0, 1.5, 6.0)], ids=["", "sinks"])
-def test_score_options(isa, dtype, softcap, scale, sinks):
+@pytest.mark.parametrize("sink_logits", [None, (-2.0, 0.0, 1.5, 6.0)], ids=["", "sink_logits"])
+def test_score_options(isa, dtype, softcap, scale, sink_logits):
     q, k, v = make_qkv(dtype, batch=2, seqlens=(90, 70))
     layout = random_layout((90, 70), heads=4, keep=0.2, window=4)
-    sinks = None if sinks is None else torch.tensor(sinks)
-    check("cpu", q, k, v, layout, softcap=softcap, scale=scale, sinks=sinks)
+    sink_logits = None if sink_logits is None else torch.tensor(sink_logits)
+    check("cpu", q, k, v, layout, softcap=softcap, scale=scale, sink_logits=sink_logits)
 
 
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
@@ -97,9 +97,9 @@ def test_any_shape_layout_and_stride(isa, data):
         columns=draw(st.integers(0, 20)),
         column_group=draw(st.integers(1, 3)),
     )
-    sinks = torch.randn(kv_heads * group) if draw(st.booleans()) else None
+    sink_logits = torch.randn(kv_heads * group) if draw(st.booleans()) else None
     softcap, is_causal = draw(st.sampled_from([0.0, 2.0])), draw(st.booleans())
-    check("cpu", q, k, v, layout, is_causal=is_causal, sinks=sinks, softcap=softcap)
+    check("cpu", q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, softcap=softcap)
 
 
 @every_dtype
@@ -111,10 +111,12 @@ def test_bitwise_equal_on_any_number_of_threads(isa, dtype):
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        sinks = torch.zeros(4, requires_grad=True)
-        out, lse = sparse_attention(*leaves, layout, sinks=sinks, return_lse=True, backend="cpu")
+        sink_logits = torch.zeros(4, requires_grad=True)
+        out, lse = sparse_attention(
+            *leaves, layout, sink_logits=sink_logits, return_lse=True, backend="cpu"
+        )
         loss = (out * torch.randn(out.shape, dtype=dtype)).sum() + lse.sum()
-        grads.append(torch.autograd.grad(loss, (*leaves, sinks)))
+        grads.append(torch.autograd.grad(loss, (*leaves, sink_logits)))
     for again in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
 
@@ -137,8 +139,8 @@ def test_strides_of_the_gradient(isa, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("sinks", [None, torch.zeros(4)], ids=["", "sinks"])
-def test_what_nobody_sees_may_hold_nan(isa, dtype, sinks):
+@pytest.mark.parametrize("sink_logits", [None, torch.zeros(4)], ids=["", "sink_logits"])
+def test_what_nobody_sees_may_hold_nan(isa, dtype, sink_logits):
     q, k, v = make_qkv(dtype, seqlens=(130, 300))
     k, v = k.contiguous(), v.contiguous()
     layout = random_layout((130, 300), block_size=(16, 8), keep=0.02, columns=2)
@@ -146,7 +148,7 @@ def test_what_nobody_sees_may_hold_nan(isa, dtype, sinks):
     mask = layout.to_dense(is_causal=False)[0, 0]
     idle, unseen = ~mask.any(1), ~mask.any(0)
     assert idle.sum() > 10 and unseen.sum() > 100
-    arguments = Arguments.of(layout, 0.2, 0.0, False, sinks)
+    arguments = Arguments.of(layout, 0.2, 0.0, False, sink_logits)
     out, lse = torch.ops.sparse_attn.attention(q, k, v, *arguments)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
 

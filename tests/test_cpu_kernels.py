@@ -52,13 +52,13 @@ def test_layouts(isa, request, dtype, block, parts, is_causal):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", (0.0, 5.0))
-@pytest.mark.parametrize("sinks", (False, True))
+@pytest.mark.parametrize("sink_logits", (False, True))
 @pytest.mark.parametrize("scale", (None, -0.3, 0.0, 2.0))
-def test_score_options(isa, request, dtype, softcap, sinks, scale):
+def test_score_options(isa, request, dtype, softcap, sink_logits, scale):
     generator = torch.Generator().manual_seed(1)
     case = Case(*make_qkv((1, 4, 90, 64), 2, 70, 64, dtype, generator), window=[-1])
     case.softcap, case.scale = softcap, scale
-    case.sinks = torch.tensor([-math.inf, 0.0, 3.0, 20.0]) if sinks else None
+    case.sink_logits = torch.tensor([-math.inf, 0.0, 3.0, 20.0]) if sink_logits else None
     check(case, request)
 
 
@@ -132,7 +132,7 @@ def _case_with_lists():
     case = Case(*make_qkv((1, 4, 128, 32), 2, 200, 32, torch.float32, generator), block=(32, 16))
     case.blocks = random_lists(1, 4, 4, 13, 0.5, generator)
     case.columns = random_lists(1, 2, 4, 200, 0.1, generator)
-    case.sinks = torch.zeros(4)
+    case.sink_logits = torch.zeros(4)
     return case
 
 
@@ -193,7 +193,10 @@ BROKEN = {
         "column_indices must be contiguous",
     ),
     "rows do not match": (lambda c: setattr(c, "block", (64, 16)), "kv_num_blocks has 4 rows"),
-    "sinks too short": (lambda c: setattr(c, "sinks", torch.zeros(3)), "sinks has 3 entries"),
+    "sink_logits too short": (
+        lambda c: setattr(c, "sink_logits", torch.zeros(3)),
+        "sink_logits has 3 entries",
+    ),
     "k of another dtype": (lambda c: setattr(c, "k", c.k.half()), "k must have the dtype of q"),
     "v of another length": (lambda c: setattr(c, "v", c.v[:, :, :-1]), "v has shape"),
     "q not unit stride": (
@@ -242,7 +245,7 @@ def test_scores_that_outgrow_those_of_the_first_keys(isa, dtype, request):
     q, k, v = make_qkv((1, 3, 70, 64), 3, 1000, 64, dtype, generator)
     growth = torch.linspace(0, 12, 1000)[:, None]
     k = (k * torch.stack([growth, growth.exp2() / 256, growth.flip(0)])).to(dtype)
-    check(Case(q, k, v, window=[-1], sinks=torch.tensor([0.0, 50.0, 50.0])), request)
+    check(Case(q, k, v, window=[-1], sink_logits=torch.tensor([0.0, 50.0, 50.0])), request)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -112,7 +112,7 @@ LONG = {
 @pytest.mark.parametrize("rows", (1, 4))
 def test_keys_in_several_parts(isa, request, dtype, name, rows):
     case = _case(keys=9000, rows=rows, heads=4, kv_heads=1, dtype=dtype, **LONG[name])
-    case.sinks = torch.tensor([0.0, -math.inf, 1.0, 30.0])
+    case.sink_logits = torch.tensor([0.0, -math.inf, 1.0, 30.0])
     case.softcap = 3.0 if rows == 4 else 0.0
     check(case, request)
 

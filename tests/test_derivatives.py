@@ -16,7 +16,7 @@ def two_rows_at_once(monkeypatch):
 
 
 def _case(dtype, with_sinks):
-    """q, k, v, sinks and a layout with rows that see nothing."""
+    """q, k, v, sink_logits and a layout with rows that see nothing."""
     q = torch.randn(2, 4, 5, 3, dtype=dtype)
     k, v = torch.randn(2, 2, 2, 7, 3, dtype=dtype).unbind(0)
     layout = random_layout((5, 7), heads=2, block_size=(2, 2), keep=0.5, columns=2, column_group=3)
@@ -32,9 +32,16 @@ def _case(dtype, with_sinks):
 def test_against_finite_differences(softcap, with_sinks):
     tensors, layout = _case(torch.float64, with_sinks)
 
-    def attend(q, k, v, sinks=None):
+    def attend(q, k, v, sink_logits=None):
         out, lse = sparse_attention(
-            q, k, v, layout, softcap=softcap, sinks=sinks, return_lse=True, backend="reference"
+            q,
+            k,
+            v,
+            layout,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            return_lse=True,
+            backend="reference",
         )
         return out, lse.clamp(min=-100)
 
@@ -60,14 +67,16 @@ def test_those_of_every_backend(backend, dtype):
     tensors, layout = _case(dtype, True)
     mask = layout.to_dense(num_heads=4)
 
-    def ours(q, k, v, sinks):
-        return sparse_attention(q, k, v, layout, sinks=sinks, return_lse=True, backend=backend)
+    def ours(q, k, v, sink_logits):
+        return sparse_attention(
+            q, k, v, layout, sink_logits=sink_logits, return_lse=True, backend=backend
+        )
 
-    def eager(q, k, v, sinks):
-        return dense_attention(q, k, v, mask, sinks=sinks)
+    def eager(q, k, v, sink_logits):
+        return dense_attention(q, k, v, mask, sink_logits=sink_logits)
 
     exact = _second(eager, [x.detach().double().requires_grad_() for x in tensors])
-    names = ("q", "k", "v", "sinks")
+    names = ("q", "k", "v", "sink_logits")
     for name, *grads in zip(names, _second(ours, tensors), exact, _second(eager, tensors)):  # noqa: B905
         assert_accurate(*grads, name)
 

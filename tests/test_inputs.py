@@ -66,10 +66,14 @@ CASES = [
     ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ({"softcap": -1.0}, ValueError, "softcap must be finite and at least 0"),
     ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
-    ({"sinks": [0.0] * 4}, TypeError, "sinks must be a tensor, got list"),
-    ({"sinks": torch.zeros(3)}, ValueError, "sinks must be a float tensor [4]"),
-    ({"sinks": torch.zeros(4).int()}, ValueError, "sinks must be a float tensor [4]"),
-    ({"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks must be on q's device cpu"),
+    ({"sink_logits": [0.0] * 4}, TypeError, "sink_logits must be a tensor, got list"),
+    ({"sink_logits": torch.zeros(3)}, ValueError, "sink_logits must be a float tensor [4]"),
+    ({"sink_logits": torch.zeros(4).int()}, ValueError, "sink_logits must be a float tensor [4]"),
+    (
+        {"sink_logits": torch.zeros(4, device="meta")},
+        ValueError,
+        "sink_logits must be on q's device cpu",
+    ),
     ({"backend": "tpu"}, ValueError, "backend must be 'auto' or one of"),
 ]
 

@@ -27,7 +27,7 @@ TESTED = backends(lambda backend: backend != "triton")
 every_backend = pytest.mark.parametrize("backend", TESTED)
 
 
-def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sinks=None):
+def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sink_logits=None):
     """``(out, lse)``, row by row over the keys that it sees: what is hidden is not there."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
@@ -38,7 +38,11 @@ def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sinks=None):
         scores = (k[b, h // group, seen] @ q[b, h, i]) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        logits = scores if sinks is None else torch.cat([scores, sinks[h : h + 1].to(q.dtype)])
+        logits = (
+            scores
+            if sink_logits is None
+            else torch.cat([scores, sink_logits[h : h + 1].to(q.dtype)])
+        )
         probs = torch.softmax(logits, 0)[: len(seen)]
         outs.append(probs @ v[b, h // group, seen])
         lses.append(torch.logsumexp(logits, 0) if len(logits) else q.new_tensor(-math.inf))
@@ -46,13 +50,15 @@ def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sinks=None):
 
 
 def gradients(attend, tensors, dout, dlse, dtype):
-    """Results and gradients of ``attend(q, k, v, sinks)``, by name."""
+    """Results and gradients of ``attend(q, k, v, sink_logits)``, by name."""
     leaves = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in tensors[:3]]
-    sinks = tensors[3]
-    if sinks is not None:
-        sinks = sinks.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
-    out, lse = attend(*leaves, sinks)
-    wanted = leaves + ([] if sinks is None else [sinks])
+    sink_logits = tensors[3]
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(
+            torch.promote_types(dtype, torch.float32), copy=True
+        ).requires_grad_()
+    out, lse = attend(*leaves, sink_logits)
+    wanted = leaves + ([] if sink_logits is None else [sink_logits])
     grads = torch.autograd.grad((out, lse), wanted, (dout.to(out.dtype), dlse.to(lse.dtype)))
     names = ["out", "lse", "dq", "dk", "dv", "dsinks"]
     return dict(zip(names, [out.detach(), lse.detach(), *grads], strict=False))
@@ -95,7 +101,18 @@ def each_isa(backend):
 
 
 def check(
-    backend, q, k, v, layout, *, is_causal, dout=None, dlse=None, sinks=None, values=True, **options
+    backend,
+    q,
+    k,
+    v,
+    layout,
+    *,
+    is_causal,
+    dout=None,
+    dlse=None,
+    sink_logits=None,
+    values=True,
+    **options,
 ):
     """Results and gradients against the oracle, on every instruction set; of the gradients only
     what is not finite unless `values`.
@@ -104,16 +121,16 @@ def check(
     dlse = torch.randn(q.shape[:3]) if dlse is None else dlse
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
 
-    def exact(q, k, v, sinks):
-        return eager_over_visible(q, k, v, mask, sinks=sinks, **options)
+    def exact(q, k, v, sink_logits):
+        return eager_over_visible(q, k, v, mask, sink_logits=sink_logits, **options)
 
-    def ours(q, k, v, sinks):
+    def ours(q, k, v, sink_logits):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, sinks=sinks, return_lse=True, backend=backend,
-            **options,
+            q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, return_lse=True,
+            backend=backend, **options,
         )  # fmt: skip
 
-    tensors = (q, k, v, sinks)
+    tensors = (q, k, v, sink_logits)
     expected, eager = (
         gradients(exact, tensors, dout, dlse, dtype) for dtype in (torch.float64, torch.float32)
     )
@@ -181,12 +198,12 @@ def test_whatever_is_not_finite_comes_out_where_eager_has_it(backend, data):
     dout, dlse = torch.randn(1, heads, rows, dim_v).to(dtype), torch.randn(1, heads, rows)
     for x in (q, k, v, dout):
         poison(x, draw(KINDS), draw, huge(dtype))
-    sinks = torch.randn(heads) if draw(st.booleans()) else None
-    if sinks is not None:
-        sinks[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
+    sink_logits = torch.randn(heads) if draw(st.booleans()) else None
+    if sink_logits is not None:
+        sink_logits[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
     check(
         backend, q, k, v, draw_layout(draw, (rows, keys), kv_heads), dout=dout, dlse=dlse,
-        sinks=sinks, is_causal=draw(st.booleans()),
+        sink_logits=sink_logits, is_causal=draw(st.booleans()),
         softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
         scale=draw(st.sampled_from([None, -0.3, 0.0])),
     )  # fmt: skip
@@ -272,8 +289,18 @@ def test_scale_and_softcap_at_the_ends_of_float32(backend, dtype, rows, scale, s
     q, k, v = torch.randn(3, 1, 2, 40, 16).unbind(0)
     q, k, v = (q[:, :, -rows:] * size).to(dtype), (k * size).to(dtype), v.to(dtype)
     layout = random_layout((rows, 40), block_size=(18, 8), sink=3, window=20)
-    sinks = torch.tensor([0.0, 1.0])
-    check(backend, q, k, v, layout, is_causal=True, scale=scale, softcap=softcap, sinks=sinks)
+    sink_logits = torch.tensor([0.0, 1.0])
+    check(
+        backend,
+        q,
+        k,
+        v,
+        layout,
+        is_causal=True,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
 
 
 @every_backend

@@ -32,31 +32,38 @@ def _layout(seqlens=(9, 13)):
 def test_gradcheck(softcap, with_sinks):
     layout = _layout((5, 7))
     q, k, v = _inputs(torch.float64, requires_grad=True, seqlens=(5, 7), dim=3)
-    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
+    sink_logits = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
 
-    def attend(q, k, v, sinks):
+    def attend(q, k, v, sink_logits):
         out, lse = sparse_attention(
-            q, k, v, layout, softcap=softcap, sinks=sinks, return_lse=True, backend="reference"
+            q,
+            k,
+            v,
+            layout,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            return_lse=True,
+            backend="reference",
         )
         return out, lse.clamp(min=-100)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v, sinks))
+    assert torch.autograd.gradcheck(attend, (q, k, v, sink_logits))
 
 
-VARIANTS = ["lists", "no lists", "sinks", "transposed"]
+VARIANTS = ["lists", "no lists", "sink_logits", "transposed"]
 OPCHECKS = [(x, variant) for x in ("attention", "attention_reference") for variant in VARIANTS]
-OPCHECKS += [("attention_triton", "sinks")] if "_triton" in CPU_SUFFIXES else []
+OPCHECKS += [("attention_triton", "sink_logits")] if "_triton" in CPU_SUFFIXES else []
 
 
 @pytest.mark.parametrize(("name", "variant"), OPCHECKS)
 def test_opcheck_forward(name, variant):
     q, k, v = _inputs(torch.float32, requires_grad=True)
     layout = BlockLayout.dense((9, 13)) if variant == "no lists" else _layout()
-    sinks = torch.randn(4, requires_grad=True) if variant == "sinks" else None
+    sink_logits = torch.randn(4, requires_grad=True) if variant == "sink_logits" else None
     if variant == "transposed":
         q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     op = getattr(torch.ops.sparse_attn, name).default
-    torch.library.opcheck(op, (q, k, v, *Arguments.of(layout, 0.3, 0.0, True, sinks)))
+    torch.library.opcheck(op, (q, k, v, *Arguments.of(layout, 0.3, 0.0, True, sink_logits)))
 
 
 @pytest.mark.parametrize("suffix", CPU_SUFFIXES)
@@ -64,8 +71,8 @@ def test_opcheck_forward(name, variant):
 def test_opcheck_backward(suffix, with_sinks):
     name = f"attention{suffix}"
     q, k, v = _inputs(torch.float32)
-    sinks = torch.randn(4) if with_sinks else None
-    layout = Arguments.of(_layout(), 0.3, 0.0, True, sinks)
+    sink_logits = torch.randn(4) if with_sinks else None
+    layout = Arguments.of(_layout(), 0.3, 0.0, True, sink_logits)
     out, lse = getattr(torch.ops.sparse_attn, name)(q, k, v, *layout)
     op = getattr(torch.ops.sparse_attn, f"attention_backward{suffix}").default
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)

@@ -53,8 +53,8 @@ LAYOUTS = {
 )
 def test_16_bits(dtype, name, is_causal):
     q, k, v = make_qkv(dtype, batch=2, seqlens=(40, 90), dims=(24, 40))
-    sinks = torch.randn(4) if is_causal else None
-    check("triton", q, k, v, LAYOUTS[name]((40, 90)), is_causal=is_causal, sinks=sinks)
+    sink_logits = torch.randn(4) if is_causal else None
+    check("triton", q, k, v, LAYOUTS[name]((40, 90)), is_causal=is_causal, sink_logits=sink_logits)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -62,8 +62,8 @@ def test_16_bits(dtype, name, is_causal):
 def test_scales(scale, softcap):
     q, k, v = make_qkv(torch.float32, seqlens=(40, 50))
     layout = random_layout((40, 50), heads=2, keep=0.2, window=4)
-    sinks = torch.tensor([-2.0, 0.0, 1.5, 6.0])
-    check("triton", q, k, v, layout, softcap=softcap, scale=scale, sinks=sinks)
+    sink_logits = torch.tensor([-2.0, 0.0, 1.5, 6.0])
+    check("triton", q, k, v, layout, softcap=softcap, scale=scale, sink_logits=sink_logits)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -72,8 +72,8 @@ def test_any_number_of_splits(monkeypatch, rows, name, splits):
     monkeypatch.setattr(configs, "num_splits", lambda *args: splits)
     q, k, v = make_qkv(torch.float32, batch=2, heads=8, seqlens=(rows, 300))
     layout = BlockLayout.dense((rows, 300)) if name == "dense" else LAYOUTS[name]((rows, 300))
-    sinks = torch.randn(8) if rows == 1 else None
-    check("triton", q, k, v, layout, sinks=sinks, softcap=2.0 if rows == 3 else 0.0)
+    sink_logits = torch.randn(8) if rows == 1 else None
+    check("triton", q, k, v, layout, sink_logits=sink_logits, softcap=2.0 if rows == 3 else 0.0)
 
 
 @interpreted
@@ -170,7 +170,7 @@ def test_rows_with_most_keys_come_first(is_causal):
 
 
 def test_what_nobody_sees_may_hold_nan():
-    for sinks in (None, torch.zeros(4)):
+    for sink_logits in (None, torch.zeros(4)):
         q, k, v = make_qkv(torch.float32, seqlens=(70, 150))
         k, v = k.contiguous(), v.contiguous()
         layout = random_layout((70, 150), block_size=(16, 8), keep=0.02, columns=2)
@@ -180,9 +180,11 @@ def test_what_nobody_sees_may_hold_nan():
         assert idle.sum() > 5 and unseen.sum() > 50
         weights = torch.randn(1, 4, 70, 32)
 
-        def gradients(weights, q, k, v, layout=layout, sinks=sinks):
+        def gradients(weights, q, k, v, layout=layout, sink_logits=sink_logits):
             leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-            out = attend(*leaves, layout, is_causal=False, sinks=sinks, backend="triton")
+            out = attend(
+                *leaves, layout, is_causal=False, sink_logits=sink_logits, backend="triton"
+            )
             return torch.autograd.grad(out, leaves, weights)
 
         expected = gradients(weights, q, k, v)
@@ -342,7 +344,7 @@ def test_a_missing_triton_is_named(monkeypatch):
 
 
 def test_literal_mask_at_the_edges_of_int32():
-    """Windows and sinks as large as int32 holds: positions must not overflow."""
+    """Windows and sink_logits as large as int32 holds: positions must not overflow."""
     most = 2**31 - 1
     for sink, window in ((most, 0), (0, most), (most, most)):
         layout = BlockLayout.sink_window((20, 30), sink=sink, window=window)

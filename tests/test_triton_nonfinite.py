@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
 
-def eager(q, k, v, mask, *, scale=None, softcap=0.0, sinks=None):
+def eager(q, k, v, mask, *, scale=None, softcap=0.0, sink_logits=None):
     """``(out, lse)``, each row over the keys that it sees and the sink logit alone."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = mask.expand(*q.shape[:2], *mask.shape[2:])
@@ -45,18 +45,18 @@ def eager(q, k, v, mask, *, scale=None, softcap=0.0, sinks=None):
         scores = k[b, h, seen] @ q[b, h, i] * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[h, None].to(scores.dtype)])
+        if sink_logits is not None:
+            scores = torch.cat([scores, sink_logits[h, None].to(scores.dtype)])
         weights = torch.softmax(scores, 0)[: int(seen.sum())]
         outs.append(weights @ v[b, h, seen])
         lses.append(scores.logsumexp(0) if len(scores) else scores.new_tensor(-math.inf))
     return torch.stack(outs).view(*q.shape[:3], -1), torch.stack(lses).view(q.shape[:3])
 
 
-def with_gradients(attend, q, k, v, sinks, dout, dlse):
+def with_gradients(attend, q, k, v, sink_logits, dout, dlse):
     """out, lse and the gradients."""
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, sinks) if x is not None]
-    out, lse = attend(*leaves[:3], sinks=None if sinks is None else leaves[3])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, sink_logits) if x is not None]
+    out, lse = attend(*leaves[:3], sink_logits=None if sink_logits is None else leaves[3])
     grads = torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse.to(lse.dtype)))
     return [x.detach() for x in (out, lse, *grads)]
 
@@ -79,23 +79,23 @@ def assert_same(found, exact, eager=None):
 
 
 def check(
-    q, k, v, layout, *, is_causal=True, sinks=None, dout=None, dlse=None, twice_eager=False,
+    q, k, v, layout, *, is_causal=True, sink_logits=None, dout=None, dlse=None, twice_eager=False,
     **options,
 ):  # fmt: skip
     dout = torch.randn(*q.shape[:3], v.shape[-1]).to(q.dtype) if dout is None else dout
     dlse = torch.randn(q.shape[:3]) if dlse is None else dlse
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
 
-    def exact(q, k, v, sinks):
-        return eager(q, k, v, mask, sinks=sinks, **options)
+    def exact(q, k, v, sink_logits):
+        return eager(q, k, v, mask, sink_logits=sink_logits, **options)
 
-    def ours(q, k, v, sinks):
+    def ours(q, k, v, sink_logits):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, sinks=sinks, return_lse=True, backend="triton",
-            **options,
+            q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, return_lse=True,
+            backend="triton", **options,
         )  # fmt: skip
 
-    tensors = [q, k, v, sinks, dout, dlse]
+    tensors = [q, k, v, sink_logits, dout, dlse]
     doubles = [None if x is None else x.double() for x in tensors]
     singles = [None if x is None else x.float() for x in tensors]
     noisy = with_gradients(exact, *singles) if twice_eager else None
@@ -145,11 +145,11 @@ def test_what_is_not_finite_comes_out_where_eager_has_it(data):
     q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
     for x in (q, k, v, dout):
         poison(x, draw)
-    sinks = torch.randn(heads) if draw(st.booleans()) else None
-    if sinks is not None:
-        sinks[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
+    sink_logits = torch.randn(heads) if draw(st.booleans()) else None
+    if sink_logits is not None:
+        sink_logits[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
     check(
-        q, k, v, draw_layout(draw, (rows, keys), heads), sinks=sinks, dout=dout,
+        q, k, v, draw_layout(draw, (rows, keys), heads), sink_logits=sink_logits, dout=dout,
         is_causal=draw(st.booleans()), softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
         scale=draw(st.sampled_from([None, None, -0.3, 0.0])),
     )  # fmt: skip
@@ -188,8 +188,8 @@ def test_rows_of_scores_that_are_all_infinite_or_nan(monkeypatch, splits):
     k, v = torch.ones(1, 2, 150, 16), torch.randn(1, 2, 150, 16)
     q = torch.zeros(1, 2, 4, 16)
     q[:, :, :, 0] = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
-    for sinks in (None, torch.tensor([1.0, 2.0]), torch.tensor([-math.inf, 0.0])):
-        check(q, k, v, layout, sinks=sinks)
+    for sink_logits in (None, torch.tensor([1.0, 2.0]), torch.tensor([-math.inf, 0.0])):
+        check(q, k, v, layout, sink_logits=sink_logits)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -257,8 +257,8 @@ def test_scale_and_softcap_at_the_ends_of_float32(dtype, scale, softcap, exponen
     q, k = torch.randint(-4, 5, (2, 1, 2, 40, 16)) * 2.0**exponent
     q, k, v = (x.to(dtype) for x in (q[:, :, :5], k, torch.randn(1, 2, 40, 16)))
     layout = BlockLayout.sink_window((5, 40), sink=3, window=20)
-    sinks = torch.tensor([0.0, 1.0])
-    check(q, k, v, layout, scale=scale, softcap=softcap, sinks=sinks, twice_eager=True)
+    sink_logits = torch.tensor([0.0, 1.0])
+    check(q, k, v, layout, scale=scale, softcap=softcap, sink_logits=sink_logits, twice_eager=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -93,10 +93,10 @@ class Batch:
             mask = self.mask(layout, b, is_causal)
             if k.shape[2] == 0:
                 out = q.new_zeros(*q.shape[:3], v.shape[3])
-                sinks = options.get("sinks")
+                sink_logits = options.get("sink_logits")
                 lse = q.new_full(q.shape[:3], -math.inf)
-                if sinks is not None:
-                    lse[:] = sinks[:, None]
+                if sink_logits is not None:
+                    lse[:] = sink_logits[:, None]
             else:
                 out, lse = dense_attention(q, k, v, mask, **options)
             outs.append(out[0].transpose(0, 1))
@@ -158,7 +158,7 @@ def test_against_each_sequence_alone(backend, dtype, page_size, name):
     for kind, layout in layouts(batch):
         options = {"softcap": 2.0} if kind == "blocks" else {}
         if kind != "static":
-            options["sinks"] = torch.randn(4)
+            options["sink_logits"] = torch.randn(4)
         for is_causal in (True, False) if not is_interpreted(backend) else (page_size is None,):
             options["is_causal"] = is_causal
             out, lse = batch.run(layout, backend=backend, **options)
@@ -212,13 +212,13 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 def test_gradients(dtype):
     batch = Batch([(5, 9), (0, 3), (20, 20)], dtype, dim=8, dim_v=6)
     layout = random_layout(batch.greatest(), batch=3, heads=2, block_size=(4, 4), window=3)
-    sinks = torch.randn(4, dtype=dtype, requires_grad=True)
+    sink_logits = torch.randn(4, dtype=dtype, requires_grad=True)
     for x in (batch.q, batch.k, batch.v):
         x.requires_grad_()
-    inputs = (batch.q, batch.k, batch.v, sinks)
-    out, lse = batch.run(layout, sinks=sinks)
+    inputs = (batch.q, batch.k, batch.v, sink_logits)
+    out, lse = batch.run(layout, sink_logits=sink_logits)
     grads = torch.autograd.grad(out.sin().sum() + lse.sin().sum(), inputs)
-    exact_out, exact_lse = batch.dense(layout, torch.float64, sinks=sinks)
+    exact_out, exact_lse = batch.dense(layout, torch.float64, sink_logits=sink_logits)
     exact = torch.autograd.grad(exact_out.sin().sum() + exact_lse.sin().sum(), inputs)
     torch.testing.assert_close(grads, exact)
 
@@ -251,7 +251,10 @@ BAD = {
         "batch size 3",
     ),
     "scale": (lambda c: c.update(scale=math.inf), "scale must be finite"),
-    "sinks": (lambda c: c.update(sinks=torch.zeros(3)), "sinks must be a float tensor"),
+    "sink_logits": (
+        lambda c: c.update(sink_logits=torch.zeros(3)),
+        "sink_logits must be a float tensor",
+    ),
 }
 BAD_PAGES = {
     "page beyond": (

@@ -16,7 +16,7 @@ def dense_attention(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eager attention in the dtype of its inputs: ``(out, lse)``; rows that see nothing give 0 and
     -inf.
@@ -28,8 +28,8 @@ def dense_attention(
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     peak = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
     weights = torch.exp(scores - peak)
@@ -51,7 +51,7 @@ def rounding_noise(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What one rounding of lse to float32, and one of every dp and delta, can change in each
     gradient: the gradients' formulas with absolute values in place of differences.
@@ -62,7 +62,9 @@ def rounding_noise(
     q, k, v, dout, dlse = (x.detach().double() for x in (q, k, v, dout, dlse))
     group = q.shape[1] // k.shape[1]
     every_key = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
-    probs, lse = dense_attention(q, k, every_key, mask, scale=scale, softcap=softcap, sinks=sinks)
+    probs, lse = dense_attention(
+        q, k, every_key, mask, scale=scale, softcap=softcap, sink_logits=sink_logits
+    )
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     delta = (dout * (probs @ v)).abs().sum(-1) + dlse.abs()
     lse = torch.where(torch.isinf(lse), 0, lse)
@@ -73,8 +75,8 @@ def rounding_noise(
     dk, dv = ds.mT @ q.abs(), probs.mT @ dout.abs()
     dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
     noise = {"dq": ds @ k.abs(), "dk": dk, "dv": dv}
-    if sinks is not None:
-        weight = torch.exp(sinks.double()[:, None] - lse) * roundings
+    if sink_logits is not None:
+        weight = torch.exp(sink_logits.double()[:, None] - lse) * roundings
         noise["dsinks"] = (weight * delta).sum((0, 2))
     return noise
 

@@ -33,10 +33,10 @@ void describe_layout(const LayoutArguments& layout, AttentionParams& params) {
                                   "column_indices", ceil_div(query_blocks, group), params);
   if (layout.sink_logits.has_value()) {
     const Tensor& logits = *layout.sink_logits;
-    require_shape(logits, "sinks", 1);
-    require(logits.scalar_type() == ScalarType::Float, "sinks must be float32");
-    require(logits.is_contiguous(), "sinks must be contiguous");
-    require(logits.size(0) == params.num_heads, "sinks has ", logits.size(0),
+    require_shape(logits, "sink_logits", 1);
+    require(logits.scalar_type() == ScalarType::Float, "sink_logits must be float32");
+    require(logits.is_contiguous(), "sink_logits must be contiguous");
+    require(logits.size(0) == params.num_heads, "sink_logits has ", logits.size(0),
             " entries, but q has ", params.num_heads, " heads");
     params.sink_logits = float_data(logits);
   }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def explicit(call: Call, mask: Tensor | None, window: int, is_causal: bool) -> Tensor:
     """Dense attention ``[B, Sq, H, Dv]`` through torch; the mask is written out if need be."""
     seqlen_q, seqlen_kv = call.query.shape[2], call.key.shape[2]
-    plain = not call.softcap and call.sinks is None
+    plain = not call.softcap and call.sink_logits is None
     flag_says_it = seqlen_q == 1 or (seqlen_q == seqlen_kv and plain)
     if masks.is_key_mask(mask) or (mask is None and is_causal and (window or not flag_says_it)):
         mask = masks.to_dense(mask, seqlen_q, seqlen_kv, window, call.query.device)
@@ -25,7 +25,7 @@ def explicit(call: Call, mask: Tensor | None, window: int, is_causal: bool) -> T
 
 
 def _through_torch(call: Call, mask: Tensor | None, is_causal: bool) -> Tensor:
-    if call.softcap or call.sinks is not None:
+    if call.softcap or call.sink_logits is not None:
         return _eager(call, mask)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -42,7 +42,7 @@ def _through_torch(call: Call, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def _eager(call: Call, mask: Tensor | None) -> Tensor:
-    """The same with softcap and sinks, which torch's SDPA lacks; it forms the scores."""
+    """The same with softcap and sink_logits, which torch's SDPA lacks; it forms the scores."""
     query, key, value = call.query, call.key, call.value
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -56,9 +56,9 @@ def _eager(call: Call, mask: Tensor | None) -> Tensor:
         scores = scores.masked_fill(~mask, lowest)
     elif mask is not None:
         scores = (scores + mask).clamp(min=lowest)
-    if call.sinks is not None:
-        sinks = call.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sinks), dim=-1)
+    if call.sink_logits is not None:
+        sink_logits = call.sink_logits.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink_logits), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     if hides:
         weights = weights * mask.any(-1, keepdim=True)  # rows that see nothing are zero
@@ -68,7 +68,7 @@ def _eager(call: Call, mask: Tensor | None) -> Tensor:
 
 def fill_blind(call: Call, out: Tensor, seen: Tensor) -> Tensor:
     """`out` with what eager attention gives for rows that see no key, where `seen` is False."""
-    if not call.eager or call.sinks is not None:
+    if not call.eager or call.sink_logits is not None:
         return out
     groups = call.query.shape[1] // call.key.shape[1]
     mean = call.value.mean(2).repeat_interleave(groups, dim=1)

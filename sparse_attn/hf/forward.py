@@ -120,7 +120,7 @@ class Call:
     scale: float | None
     dropout: float
     softcap: float
-    sinks: Tensor | None
+    sink_logits: Tensor | None
     eager: bool  # whether the model ran eager attention before
 
     def part(self, rows: slice, segment: masks.Segment) -> Call:
@@ -318,7 +318,7 @@ def _attend(call: Call, selector: SelectorLike, backend: str) -> Tensor:
         selector,
         scale=call.scale,
         softcap=call.softcap,
-        sinks=call.sinks,
+        sink_logits=call.sink_logits,
         backend=backend,
     ).transpose(1, 2)
 
@@ -337,7 +337,7 @@ def _attend_behind(call: Call, selector: SelectorLike, backend: str) -> Tensor:
     folded = replace(
         call,
         query=query.reshape(batch, num_heads * rows, 1, head_dim),
-        sinks=None if call.sinks is None else call.sinks.repeat_interleave(rows),
+        sink_logits=None if call.sink_logits is None else call.sink_logits.repeat_interleave(rows),
     )
     out = _attend(folded, choose, backend)
     return out.reshape(batch, num_heads, rows, -1).transpose(1, 2)
@@ -347,7 +347,7 @@ def _torch_is_faster(call: Call, selector: SelectorLike, backend: str) -> bool:
     """Whether dense attention has no compiled kernel, with the choice left to us."""
     if backend != "auto" or not is_dense(selector):
         return False
-    if call.softcap or call.sinks is not None:
+    if call.softcap or call.sink_logits is not None:
         return False
     request = Request("attention", call.query, call.key, call.value)
     return choose(backend, request).backend == "reference"

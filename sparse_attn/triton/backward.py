@@ -40,7 +40,7 @@ def _preprocess(call: Call, dout, dlse, out, lse, states: dict) -> Launch:
         "dout_ptr": dout,
         "lse_ptr": lse,
         "dlse_ptr": dlse,
-        "sinks_ptr": call.sinks,
+        "sinks_ptr": call.sink_logits,
         **{name.replace("lse", "base2_lse"): x for name, x in states.items()},
         **strides("o", out, "bhm"),
         **strides("g", dout, "bhm"),
@@ -62,7 +62,7 @@ def _kind(kernel: str, call: Call, q: Tensor, v: Tensor, target: configs.Target)
 def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choice:
     """The launch for dq."""
     q, v = tensors["q_ptr"], tensors["v_ptr"]
-    outputs = {"dq_ptr": dq, "sinks_ptr": call.sinks}
+    outputs = {"dq_ptr": dq, "sinks_ptr": call.sink_logits}
     shared = tensors | outputs | call.lists() | _sizes(call, q, v)
 
     def build(config: configs.Config) -> list[Launch]:

@@ -304,7 +304,7 @@ def _of_call(
         "stride_lb": call.num_heads * lse.shape[-1],
         "stride_lh": lse.shape[-1],
         **call.lists(),
-        "sinks_ptr": call.sinks,
+        "sinks_ptr": call.sink_logits,
         **(_UNPACKED if packing is None else _packed(packing, k)),
         "num_heads": call.num_heads,
         "seqlen_q": call.layout.seqlen_q,

@@ -59,7 +59,7 @@ class Call:
     num_heads: int
     num_kv_heads: int
     batch: int
-    sinks: Tensor | None
+    sink_logits: Tensor | None
     scale: float
     softcap: float
     is_causal: bool

@@ -58,17 +58,17 @@ def _call(
     packing: Packing | None = None,
 ) -> tuple[list[Launch], Call]:  # fmt: skip
     """What to run first, and the call."""
-    sinks = arguments.sink_logits
-    validation.check_per_head("sinks", sinks, q)
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
+    sink_logits = arguments.sink_logits
+    validation.check_per_head("sink_logits", sink_logits, q)
+    if sink_logits is not None:
+        sink_logits = sink_logits.float().contiguous()
     launches = []
     if batch > 0:
         totals = (q.shape[0], k.shape[0])
         launches, layout = prepare.launches(layout, packing, totals, arguments.is_causal)
     heads = (q.shape[1], k.shape[-2 if packing else 1])
     numbers = (arguments.scale, arguments.softcap, arguments.is_causal)
-    return launches, Call(layout, *heads, batch, sinks, *numbers)
+    return launches, Call(layout, *heads, batch, sink_logits, *numbers)
 
 
 def _run(steps: list[Choice | Launch], q: Tensor) -> None:
@@ -157,16 +157,16 @@ def attention_backward(
     dout, out, *tensors = (_rows(x) for x in (dout, out, q, k, v))
     steps, (dq, dk, dv, delta) = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
     _run(first + steps, q)
-    dsinks = _sink_gradients(call.sinks, lse, delta, arguments.sink_logits)
+    dsinks = _sink_gradients(call.sink_logits, lse, delta, arguments.sink_logits)
     nothing = (lse.new_empty(0) for _ in DIFFERENTIABLE[1:])
     return *(x.to(q.dtype) for x in (dq, dk, dv)), dsinks, *nothing
 
 
 def _sink_gradients(
-    sinks: Tensor | None, lse: Tensor, delta: Tensor, given: Tensor | None
+    sink_logits: Tensor | None, lse: Tensor, delta: Tensor, given: Tensor | None
 ) -> Tensor:
-    if sinks is None:
+    if sink_logits is None:
         return lse.new_empty(0)
-    logits = sinks[:, None]
+    logits = sink_logits[:, None]
     weights = torch.where(logits == -torch.inf, 0, torch.exp(logits - lse))
     return -(weights * delta).sum((0, 2)).to(given.dtype)
