@@ -1,11 +1,11 @@
-// A kernel for each dtype.
+// Kernels by dtype.
 #pragma once
 
 #include "params.h"
 
 namespace sparse_attn::cpu {
 
-// Null where the instruction set has none of its own.
+// One instruction set's kernels of a kind; null where it has none of its own.
 template <class Kernel>
 struct ByDType {
   const Kernel* float32 = nullptr;
