@@ -23,6 +23,7 @@ from .test_varlen import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# Triton, slow in the interpreter, has smaller cases: test_triton_nonfinite.py.
 TESTED = backends(lambda backend: backend != "triton")
 every_backend = pytest.mark.parametrize("backend", TESTED)
 

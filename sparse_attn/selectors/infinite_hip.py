@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from ..ops.infinite_hip_stage import Lists, infinite_hip_stage
+from ..ops.infinite_hip_stage import infinite_hip_stage
+from ..reference.infinite_hip_stage import Lists
 from .base import Selector, seqlens
 from .checks import bool_fields, count_fields, int_fields, ints_fields
 
