@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import triton_table
-from bench.lib.assembly import AMDGCN, SASS, hot_loop
+from bench.lib.assembly import AMDGCN, SASS, hot_loop, spills_in_loops
 from bench.lib.gpus import GPUS
 from bench.triton_table import (
     Compiled,
@@ -52,7 +52,7 @@ def test_a_good_kernel_breaks_no_rule():
     "change, said",
     [
         ({"loop_spills": 30}, "30 accesses to spilled registers in the loop"),
-        ({"products": 0, "loop_spills": 0, "spills": 3}, "3 accesses to spilled registers"),
+        ({"products": 0, "loop_spills": 3}, "3 accesses to spilled registers in loops"),
         ({"shared": 228 * 1024}, "233472 bytes of shared memory, where 232448 are allowed"),
         ({"products": 0}, "no tensor-core instruction"),
         ({"wide_loads": 0}, "no global load of 16 bytes"),
@@ -115,6 +115,21 @@ def test_the_hot_loop_is_the_innermost_with_products():
     expected = ["global_load_dwordx4", "v_mfma_f32_32x32x8_bf16", "scratch_store_dword"]
     assert loop == [*expected, "s_cbranch_scc1"]
     assert len(hot_loop(SASS_TEXT.replace("HGMMA", "FFMA"), SASS)) == 12
+
+
+def test_what_runs_only_for_numbers_that_are_not_finite_is_not_hot():
+    cold = SASS_TEXT.replace(
+        "        /*0050*/", '        //## File "/a/exact.py", line 3\n        /*0050*/'
+    )
+    assert (
+        "exact.py" in cold and len(hot_loop(cold, SASS, "exact.py")) == 12
+    )  # no loop with products
+    assert hot_loop(cold, SASS) == hot_loop(SASS_TEXT, SASS)
+    spilled = SASS_TEXT.replace("LDG.E.128.CONSTANT R4", "LDL R4")  # within the outer loop
+    assert spills_in_loops(spilled, SASS) == 2  # STL is in the outer loop too
+    assert (
+        spills_in_loops(spilled.replace("/*0050*/", "exact.py\n /*0050*/"), SASS, "exact.py") == 0
+    )
 
 
 def test_products_are_wanted_unless_they_are_of_exact_float32():

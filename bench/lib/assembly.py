@@ -36,35 +36,57 @@ AMDGCN = Assembly(
 )
 
 
-def hot_loop(text: str, language: Assembly, cold: str | None = None) -> list[str]:
-    """The mnemonics of the innermost loop with the most matrix products (of several the shortest);
-    of the whole kernel if no loop has any.
+@dataclass(frozen=True)
+class Loops:
+    """The mnemonics of a kernel, and where its loops begin and end, those of cold code apart."""
 
-    Loops with code from the source file `cold` do not count. The text must name source files then.
+    mnemonics: list[str]
+    hot: list[tuple[int, int]]
+
+
+def loops(text: str, language: Assembly, cold: str | None = None) -> Loops:
+    """Reads a kernel. Loops with code from the source file `cold` are not hot; the text must name
+    source files then.
     """
-    mnemonics, labels, loops, is_cold = [], {}, [], []
+    mnemonics, labels, found, is_cold = [], {}, [], []
     for line in text.splitlines():
         if cold is not None and cold in line:
             is_cold.append(len(mnemonics))
-        elif found := re.match(language.label, line):
-            labels[found[1]] = len(mnemonics)
-        elif found := re.match(language.instruction, line):
-            mnemonics.append(found[1])
+        elif label := re.match(language.label, line):
+            labels[label[1]] = len(mnemonics)
+        elif instruction := re.match(language.instruction, line):
+            mnemonics.append(instruction[1])
             branch = re.search(language.target, line)
             if branch and branch[1] in labels:
-                loops.append((labels[branch[1]], len(mnemonics)))
+                found.append((labels[branch[1]], len(mnemonics)))
+    hot = [(a, b) for a, b in found if not any(a <= at < b for at in is_cold)]
+    return Loops(mnemonics, hot)
+
+
+def hot_loop(text: str, language: Assembly, cold: str | None = None) -> list[str]:
+    """The mnemonics of the innermost hot loop with the most matrix products (of several the
+    shortest); of the whole kernel if no loop has any.
+    """
+    found = loops(text, language, cold)
     products = [
         (begin, end)
-        for begin, end in loops
-        if any(re.match(language.products, x) for x in mnemonics[begin:end])
-        and not any(begin <= at < end for at in is_cold)
+        for begin, end in found.hot
+        if any(re.match(language.products, x) for x in found.mnemonics[begin:end])
     ]
     innermost = [
-        mnemonics[begin:end]
+        found.mnemonics[begin:end]
         for begin, end in products
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in products)
     ]
-    return max(innermost, key=lambda x: (count(x, language.products), -len(x)), default=mnemonics)
+    by_products = lambda x: (count(x, language.products), -len(x))  # noqa: E731
+    return max(innermost, key=by_products, default=found.mnemonics)
+
+
+def spills_in_loops(text: str, language: Assembly, cold: str | None = None) -> int:
+    """Accesses to spilled registers in any hot loop."""
+    found = loops(text, language, cold)
+    within = {at for begin, end in found.hot for at in range(begin, end)}
+    return count([found.mnemonics[at] for at in sorted(within)], language.spills)
 
 
 def count(mnemonics: list[str], pattern: str) -> int:
