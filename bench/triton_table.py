@@ -137,7 +137,7 @@ def read(case, compiled, arch: str) -> Compiled:
         num_warps = compiled.metadata.num_warps
     loop = hot_loop(text, language, COLD)
     families = Counter(x.split(".")[0] for x in loop if re.match(language.products, x))
-    has_products = bool(families)
+    usual, any_loop = count(loop, language.spills), spills_in_loops(text, language, COLD)
     everything = re.findall(language.instruction, text, re.M)
     return Compiled(
         name=case.name,
@@ -145,9 +145,7 @@ def read(case, compiled, arch: str) -> Compiled:
         num_warps=num_warps,
         registers=registers,
         spills=count(everything, language.spills),
-        loop_spills=count(loop, language.spills)
-        if has_products
-        else spills_in_loops(text, language, COLD),
+        loop_spills=usual if families else any_loop,
         shared=compiled.metadata.shared,
         family=families.most_common(1)[0][0] if families else "-",
         products=sum(families.values()),

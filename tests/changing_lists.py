@@ -13,7 +13,8 @@ import time
 
 import torch
 
-import sparse_attn  # noqa: F401 - defines the ops
+from sparse_attn import BlockLayout
+from sparse_attn.contract.arguments import Arguments
 
 HEADS, KV_HEADS, DIM, BLOCK, PAGE = 2, 1, 32, 32, 16
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 0.5
@@ -35,7 +36,9 @@ def layout(seqlen_q, seqlen_kv):
     rows = -(-seqlen_q // BLOCK)
     lists = [ints(3), ints(40), *every_other(rows, -(-seqlen_kv // BLOCK))]
     lists += every_other(rows, seqlen_kv)
-    return lists, (*lists, None, BLOCK, BLOCK, 1, DIM**-0.5, 0.0, True)
+    sink, window, *others = lists
+    made = BlockLayout((seqlen_q, seqlen_kv), sink, window, (BLOCK, BLOCK), *others)
+    return lists, Arguments.of(made, DIM**-0.5)
 
 
 def dense(seqlen_q, seqlen_kv):

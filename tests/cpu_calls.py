@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from sparse_attn.contract.arguments import Arguments
+
 _C = pytest.importorskip("sparse_attn._C")
 
 ISAS = _C.supported_cpu_isas()
@@ -34,22 +36,26 @@ class Case:
     is_causal: bool = True
 
     def run(self):
-        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return torch.ops.sparse_attn.attention(
-            self.q,
-            self.k,
-            self.v,
-            torch.tensor(self.sink, dtype=torch.int32),
-            torch.tensor(self.window, dtype=torch.int32),
-            *(self.blocks or (None, None)),
-            *(self.columns or (None, None)),
-            self.sink_logits,
-            *self.block,
-            self.column_group,
-            scale,
-            self.softcap,
-            self.is_causal,
+        kv_num_blocks, kv_indices = self.blocks or (None, None)
+        num_columns, column_indices = self.columns or (None, None)
+        arguments = Arguments(
+            sink=torch.tensor(self.sink, dtype=torch.int32),
+            window=torch.tensor(self.window, dtype=torch.int32),
+            kv_num_blocks=kv_num_blocks,
+            kv_indices=kv_indices,
+            num_columns=num_columns,
+            column_indices=column_indices,
+            sink_logits=self.sink_logits,
+            key_bias=None,
+            alibi_slopes=None,
+            block_q=self.block[0],
+            block_kv=self.block[1],
+            column_group=self.column_group,
+            scale=self.q.shape[-1] ** -0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            is_causal=self.is_causal,
         )
+        return torch.ops.sparse_attn.attention(self.q, self.k, self.v, *arguments)
 
     def mask(self) -> torch.Tensor:
         """Dense bool [batch, num_heads, seqlen_q, seqlen_kv], straight from the definition."""

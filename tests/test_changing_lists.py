@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparse_attn import BlockLayout
+from sparse_attn.contract.arguments import Arguments
 
 from .oracle import BACKENDS
 
@@ -29,7 +30,8 @@ LISTS = ("sink", "window", "kv_num_blocks", "kv_indices", "num_columns", "column
 def call(op, lists):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 40, 8).unbind(0)
-    args = (*lists, None, 8, 8, 1, 0.3, 0.0, True)
+    named = dict(zip(LISTS, lists, strict=True))
+    args = Arguments.of(BlockLayout((40, 40), block_size=(8, 8), **named), 0.3)
     ops = torch.ops.sparse_attn
     if op == "attention":
         return ops.attention_reference(q, k, v, *args)

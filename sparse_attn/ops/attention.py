@@ -71,11 +71,11 @@ def _fake_attention_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest
 ) -> tuple[Tensor, ...]:
     arguments = Arguments(*rest)
-    nothing = q.new_empty(0, dtype=compute_dtype(q.dtype))
+    dtype = compute_dtype(q.dtype)
     given = (getattr(arguments, name) for name in DIFFERENTIABLE)
     return (
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
-        *(nothing if x is None else torch.empty_like(x) for x in given),
+        *(q.new_empty(0, dtype=dtype) if x is None else torch.empty_like(x) for x in given),
     )
 
 
