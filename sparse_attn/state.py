@@ -10,8 +10,8 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys, exactly: ``out = sum_n exp(lse_n - lse) * out_n``.
 
     With ``lse = log(sum_n exp(lse_n))`` this equals attention over the union of the sets, whatever
-    split them: a long cache, a chunked prefill, several devices. Learnable sinks belong in exactly
-    one of the parts.
+    split them: a long cache, a chunked prefill, several devices. Sink logits belong in exactly one
+    of the parts.
 
     Args:
         *states: one or more pairs ``(out [B, H, S, Dv], lse [B, H, S])`` as returned by
@@ -58,4 +58,5 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     mixed = sum(w[..., None] * x.to(w.dtype) for w, (x, _) in zip(weights, states, strict=True))
     merged = mixed / total[..., None]
     merged_lse = torch.where(empty, -torch.inf, peak + torch.log(total))
+    merged_lse = torch.where(peak == torch.inf, torch.inf, merged_lse)  # a score is inf
     return merged.to(out.dtype), merged_lse

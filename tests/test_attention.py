@@ -1,5 +1,6 @@
 """The op pair of every backend against float64 dense attention with an explicit mask."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -263,6 +264,18 @@ def test_merged_parts_equal_the_whole(backend, dtype):
     eager = dense_attention(q, k, v, mask, sink_logits=sink_logits)
     assert_accurate(out, exact[0], eager[0])
     assert_accurate(lse, exact[1], eager[1].to(lse.dtype))
+
+
+@pytest.mark.parametrize("lses", [(math.inf, 1.0), (math.inf, -math.inf), (math.inf, math.inf)])
+def test_merge_states_of_infinite_scores_is_what_attention_over_all_keys_gives(lses):
+    outs = torch.tensor([[math.nan], [math.nan if lses[1] == math.inf else 0.0]])
+    parts = [
+        (out.view(1, 1, 1, 1), torch.tensor([[[x]]])) for out, x in zip(outs, lses, strict=True)
+    ]
+    out, lse = merge_states(*parts)
+    assert out.isnan().all() and (lse == math.inf).all()
+    out, lse = merge_states(*reversed(parts))
+    assert out.isnan().all() and (lse == math.inf).all()
 
 
 def test_merge_states_is_differentiable_and_takes_empty_parts():
