@@ -56,11 +56,9 @@ void require_rows(const Tensor& tensor, const char* name, ScalarType dtype, int6
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients attention_backward(const Tensor& dout,
-                                                              const Tensor& dlse, const Tensor& q,
-                                                              const Tensor& k, const Tensor& v,
-                                                              const Tensor& out, const Tensor& lse,
-                                                              SPARSE_ATTN_LAYOUT_PARAMETERS) {
+Gradients attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             SPARSE_ATTN_LAYOUT_PARAMETERS) {
   BackwardParams params;
   describe_qkv(q, k, v, params);
   describe_layout(SPARSE_ATTN_LAYOUT, params);

@@ -25,10 +25,10 @@ void describe_layout(const LayoutArguments& layout, AttentionParams& params);
       const std::optional<Tensor>&key_bias, const std::optional<Tensor>&alibi_slopes,        \
       int64_t block_q, int64_t block_kv, int64_t column_group, double scale, double softcap, \
       bool is_causal
-#define SPARSE_ATTN_LAYOUT                                                                      \
-  LayoutArguments {                                                                             \
+#define SPARSE_ATTN_LAYOUT                                                                       \
+  LayoutArguments {                                                                              \
     sink, window, kv_num_blocks, kv_indices, num_columns, column_indices, sink_logits, key_bias, \
-        alibi_slopes, block_q, block_kv, column_group, scale, softcap, is_causal                                       \
+        alibi_slopes, block_q, block_kv, column_group, scale, softcap, is_causal                 \
   }
 
 }  // namespace sparse_attn
