@@ -34,8 +34,10 @@ class Fields:
         self._check_sizes()
         self._check_field("sink", self.sink, (None,))
         self._check_field("window", self.window, (None,))
-        self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
-        self._check_lists("num_columns", "column_indices", self.num_column_groups)
+        if self.kv_num_blocks is not None or self.kv_indices is not None:
+            self._check_lists("kv_num_blocks", "kv_indices", self.num_q_blocks)
+        if self.num_columns is not None or self.column_indices is not None:
+            self._check_lists("num_columns", "column_indices", self.num_column_groups)
 
     def _check_sizes(self) -> None:
         """The sizes are Python's ints; numpy's, and lists of two, become so."""
@@ -68,8 +70,6 @@ class Fields:
 
     def _check_lists(self, counts_name: str, indices_name: str, rows: int) -> None:
         counts, indices = getattr(self, counts_name), getattr(self, indices_name)
-        if counts is None and indices is None:
-            return
         if counts is None or indices is None:
             raise ValueError(f"{counts_name} and {indices_name} must be given together")
         self._check_field(counts_name, counts, (None, None, rows))
