@@ -32,7 +32,7 @@ from pathlib import Path
 from time import perf_counter
 
 from .lib import report
-from .lib.assembly import AMDGCN, SASS, count, hot_loop, spills_in_loops
+from .lib.assembly import AMDGCN, SASS, count, hot_loop, hot_spills
 from .lib.gpus import GPUS, Gpu, gpu
 
 ROOT = Path(__file__).parents[1]
@@ -59,11 +59,11 @@ SHARED_BLOCKS = 32  # blocks that a multiprocessor holds at most
 class Compiled:
     """What a compiled kernel takes, and what its innermost loop with the most matrix products does.
 
-    `num_warps` counts those that the compiler adds too, `spills` counts accesses to spilled
-    registers, `loop_spills` those in the loop (without products in any loop, but for the loops of
-    `COLD`), `shared` is in bytes; `products` counts tensor-core
-    instructions in the loop, `instructions` all, `wide_loads` global loads of 16 bytes a thread (or
-    by the tensor copy engine). `needs_products`: the source has products that tensor cores can do.
+    `num_warps` counts those that the compiler adds too; `spills` counts accesses to spilled
+    registers, `loop_spills` those in the loop (`hot_spills` without products); `shared` is in
+    bytes. `products` counts tensor-core instructions in the loop, `instructions` all, `wide_loads`
+    global loads of 16 bytes a thread (or by the tensor copy engine). `needs_products`: the source
+    has products that tensor cores can do.
     """
 
     name: str
@@ -90,9 +90,10 @@ class Compiled:
 def problems(found: Compiled) -> list[str]:
     """The rules that a kernel breaks; none if it is as it should be."""
     limit, broken = gpu(found.arch).shared_per_block, []
-    share, where = (SPILLED_SHARE, "the loop of products") if found.products else (1e-3, "loops")
-    if found.loop_spills > share * found.instructions:
-        broken.append(f"{found.loop_spills} accesses to spilled registers in {where}")
+    if not found.products and found.loop_spills:
+        broken.append(f"{found.loop_spills} accesses to spilled registers that are not cold")
+    elif found.loop_spills > SPILLED_SHARE * found.instructions:
+        broken.append(f"{found.loop_spills} accesses to spilled registers in the loop of products")
     if found.shared > limit:
         broken.append(f"{found.shared} bytes of shared memory, where {limit} are allowed")
     if found.needs_products and not found.products:
@@ -137,7 +138,7 @@ def read(case, compiled, arch: str) -> Compiled:
         num_warps = compiled.metadata.num_warps
     loop = hot_loop(text, language, COLD)
     families = Counter(x.split(".")[0] for x in loop if re.match(language.products, x))
-    usual, any_loop = count(loop, language.spills), spills_in_loops(text, language, COLD)
+    usual, any_loop = count(loop, language.spills), hot_spills(text, language, COLD)
     everything = re.findall(language.instruction, text, re.M)
     return Compiled(
         name=case.name,

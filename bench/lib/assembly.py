@@ -82,9 +82,13 @@ def hot_loop(text: str, language: Assembly, cold: str | None = None) -> list[str
     return max(innermost, key=by_products, default=found.mnemonics)
 
 
-def spills_in_loops(text: str, language: Assembly, cold: str | None = None) -> int:
-    """Accesses to spilled registers in any hot loop."""
+def hot_spills(text: str, language: Assembly, cold: str) -> int:
+    """Accesses to spilled registers in any hot loop; all that there are in a kernel without code
+    from the source file `cold`.
+    """
     found = loops(text, language, cold)
+    if cold not in text:
+        return count(found.mnemonics, language.spills)
     within = {at for begin, end in found.hot for at in range(begin, end)}
     return count([found.mnemonics[at] for at in sorted(within)], language.spills)
 

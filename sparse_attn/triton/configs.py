@@ -176,10 +176,10 @@ def backward_keys(
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
     if dtype == torch.float32:
         if head_dim <= 64:
-            few = short_of_registers and target.capability[0] == 8
+            few = short_of_registers and target.capability[0] < 10
             return [Config(16, 32, 4 if few else 8, 2)]
-        wide = head_dim > 128
-        spills = wide if target.capability[0] == 8 else short_of_registers and not wide
+        wide, major = head_dim > 128, target.capability[0]
+        spills = (wide and major == 8) or (short_of_registers and not wide and major >= 10)
         return [Config(16, 16, 4, 1 if spills else 2)]
     if head_dim <= 64:
         found = [Config(64, 64, 4, 2), Config(32, 64, 4, 2)]
