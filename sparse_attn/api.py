@@ -391,6 +391,8 @@ def explain(
     """
     q, k, v = autocast(q, k, v)
     validation.check_qkv(q, k, v)
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise TypeError(f"features must be a collection of names, got {features!r}")
     asked = frozenset(features)
     if unknown := sorted(asked - FEATURES):
         raise ValueError(f"features must be out of {sorted(FEATURES)}, got {unknown}")

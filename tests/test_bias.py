@@ -144,6 +144,38 @@ def test_packed_sequences_equal_each_alone(backend, bias_batch):
             torch.testing.assert_close(out[at_q].transpose(0, 1)[None], alone)
 
 
+@pytest.mark.parametrize("backend", SERVING)
+def test_a_paged_cache_equals_packed_keys(backend):
+    q, k, v, sink_logits, bias, slopes = inputs(torch.float64, (5, 24), (1, 2))
+    layout = random_layout((5, 24), heads=2, block_size=(4, 4), window=3)
+    rows, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
+    order = torch.tensor([2, 0, 1])
+    pages = [torch.empty(3, 8, *x.shape[1:], dtype=x.dtype) for x in (keys, values)]
+    for page, x in zip(pages, (keys, values), strict=True):
+        page[order] = x.unflatten(0, (3, 8))
+    more = {"sink_logits": sink_logits, "key_bias": bias, "alibi_slopes": slopes}
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    paged = sparse_attention_varlen(
+        rows, *pages, layout, cu_seqlens_q=ends, seqlens_kv=torch.tensor([24], dtype=torch.int32),
+        block_table=order[None].int(), backend=backend, **more,
+    )  # fmt: skip
+    packed = sparse_attention_varlen(
+        rows, keys, values, layout, cu_seqlens_q=ends,
+        cu_seqlens_kv=torch.tensor([0, 24], dtype=torch.int32), backend=backend, **more,
+    )  # fmt: skip
+    torch.testing.assert_close(paged, packed)
+    without = {"sink_logits": sink_logits}
+    plain = sparse_attention(q[:1], k[:1], v[:1], layout, backend=backend, **without)
+    assert (paged.transpose(0, 1)[None] - plain).abs().max() > 1e-3  # the biases have an effect
+
+
+@pytest.mark.parametrize("features", ["key_bias", 3, ["nothing"], None], ids=repr)
+def test_explain_names_features_that_it_does_not_know(features):
+    q, k, v, *_ = inputs(torch.float32)
+    with pytest.raises((TypeError, ValueError), match="features must be"):
+        explain(q, k, v, features=features)
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("name", ["key_bias", "alibi_slopes"])
 def test_other_backends_refuse_by_name(backend, name):
