@@ -312,7 +312,7 @@ static void write_gradient_rows(const float* source, int64_t rows, int64_t dim, 
                                 void* dest) {
   T* row = static_cast<T*>(dest);
   for (int64_t r = 0; r < rows; ++r, row += dim, source += padded_columns(dim)) {
-    for (int64_t d = 0; d < dim; ++d) from_float(source[d] * factor, row[d]);
+    round_row(source, factor, dim, row);
   }
 }
 

@@ -13,49 +13,6 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 inline constexpr int kDecodeRows = kLanes == 16 ? 4 : 2;
 inline constexpr int kDecodeVecs = 4;
 
-// kLanes elements as floats.
-SPARSE_ATTN_INLINE Vec load_floats(const float* p) { return load(p); }
-#if SPARSE_ATTN_VECTOR_BYTES == 64
-SPARSE_ATTN_INLINE Vec load_floats(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-}
-SPARSE_ATTN_INLINE Vec load_floats(const Float16* p) {
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-#elif SPARSE_ATTN_VECTOR_BYTES == 32
-SPARSE_ATTN_INLINE Vec load_floats(const BFloat16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-}
-SPARSE_ATTN_INLINE Vec load_floats(const Float16* p) {
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-#else
-template <class T>
-SPARSE_ATTN_INLINE Vec load_floats(const T* p) {
-  Vec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
-  return x;
-}
-#endif
-
-// The first n elements as floats, and zeros.
-template <class T>
-SPARSE_ATTN_INLINE Vec load_floats(const T* p, int64_t n) {
-#if SPARSE_ATTN_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 2) {
-    const auto lanes = static_cast<__mmask16>((1u << n) - 1);
-    alignas(32) T padded[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(lanes, p));
-    return load_floats(padded);
-  }
-#endif
-  T padded[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return load_floats(padded);
-}
-
 constexpr int half_index(int width, int upper, int i) {
   const int half = width / 2, segments = kLanes / width, segment = i / half;
   return segment / segments * kLanes + segment % segments * width + upper * half + i % half;
@@ -328,7 +285,7 @@ static uint64_t finish_decode(const DecodeTile& tile, const float* states, int64
     const float* sink_logit = tile.sink_logits != nullptr ? tile.sink_logits + head : nullptr;
     const RowEnd end = finish_row(top, sum, sink_logit);
     T* out = static_cast<T*>(tile.out) + head * tile.out_head_stride + row * tile.out_row_stride;
-    for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(total[d] * end.factor, out[d]);
+    round_row(total, end.factor, tile.head_dim_v, out);
     tile.lse[head * tile.lse_head_stride + row] = end.lse;
     if (!all_finite(total, dims)) repeated |= uint64_t{1} << r;
   }

@@ -74,7 +74,7 @@ static void row_to_floats(const void* row, int64_t dim, float* dest) {
 
 template <class T>
 static void row_from_floats(const float* row, int64_t dim, void* dest) {
-  for (int64_t d = 0; d < dim; ++d) from_float(row[d], static_cast<T*>(dest)[d]);
+  round_row(row, 1.0f, dim, static_cast<T*>(dest));
 }
 
 template <class T>

@@ -57,23 +57,25 @@ static int64_t v_granule_bytes(int64_t dim) {
   return kGranule / Words::kNumbers * dim * 4;
 }
 
-// A granule's rows of words.
+// Rows of words of the keys [begin, end) of a granule.
 template <class Words>
 struct GranuleWords {
   using Word = typename Words::Word;
 
   const Word *k, *v;
   int64_t k_stride, v_stride;
+  int begin;
   int keys, value_rows;  // keys that fill value_rows: one may not exist, and is masked
 
   GranuleWords() = default;
-  GranuleWords(const Granule& granule, int64_t head_dim)
-      : k(static_cast<const Word*>(granule.k)),
-        v(static_cast<const Word*>(granule.v)),
-        k_stride(Words::kNumbers == 1 ? granule.k_stride : num_words<Words>(head_dim)),
+  GranuleWords(const Granule& granule, int64_t head_dim, int first, int end)
+      : k_stride(Words::kNumbers == 1 ? granule.k_stride : num_words<Words>(head_dim)),
         v_stride(granule.v_stride),
-        value_rows(static_cast<int>(num_words<Words>(granule.count))) {
+        begin(first / Words::kNumbers * Words::kNumbers),
+        value_rows(static_cast<int>(num_words<Words>(end - begin))) {
     keys = value_rows * Words::kNumbers;
+    k = static_cast<const Word*>(granule.k) + begin * k_stride;
+    v = static_cast<const Word*>(granule.v) + begin / Words::kNumbers * v_stride;
   }
 };
 
@@ -82,7 +84,7 @@ template <class Words, int kVectors, int64_t kPitch, int kKeys>
 static void score_part(const typename Words::Word* k, int64_t k_stride, const float* q,
                        int64_t words, float* scores) {
   Vec sum[kKeys][kVectors] = {};
-#pragma GCC unroll 2
+#pragma GCC unroll 8
   for (int64_t d = 0; d < words; ++d, q += kPitch) {
     Vec b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(q + v * kLanes);
@@ -106,7 +108,7 @@ static void value_part(const GranuleWords<Words>* granules, int num_granules, in
   Vec sum[kDims][kVectors] = {};
   for (int g = 0; g < num_granules; ++g) {
     const auto* row = granules[g].v + first_dim;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < granules[g].value_rows;
          ++j, row += granules[g].v_stride, weights += kPanel) {
       Vec b[kVectors];
@@ -169,21 +171,27 @@ struct Panel {
   int64_t head_dim_v;
 };
 
-// Scores of all keys of a granule. Their values are fetched to the second-level cache meanwhile.
+// Scores of all keys of a granule.
 template <class Words, int kVectors>
 static void score_keys(const Panel& panel, int64_t first_row, const GranuleWords<Words>& granule,
                        int64_t first_key, int64_t head_dim) {
   constexpr int kMost = std::min(16, kSums / kVectors);
   for_parts(granule.keys, kMost, [&](int64_t begin, int64_t count) {
-    const int64_t end = num_words<Words>(begin + count);
-    for (int64_t j = num_words<Words>(begin); j < end; ++j) {
-      const auto* row = granule.v + j * granule.v_stride;
-      for (int64_t d = 0; d < panel.head_dim_v; d += 16) __builtin_prefetch(row + d, 0, 2);
-    }
     score_function<Words, kVectors, kPanel>(count, std::make_integer_sequence<int, kMost>())(
         granule.k + begin * granule.k_stride, granule.k_stride, panel.q + first_row,
         num_words<Words>(head_dim), panel.scores + (first_key + begin) * kPanel + first_row);
   });
+}
+
+// Fetches the `part`-th of so many parts of a granule's values to the second-level cache.
+template <class Words>
+static void fetch_values(const GranuleWords<Words>& granule, int64_t head_dim_v, int64_t part,
+                         int64_t parts) {
+  const int64_t end = granule.value_rows * (part + 1) / parts;
+  for (int64_t j = granule.value_rows * part / parts; j < end; ++j) {
+    const auto* row = granule.v + j * granule.v_stride;
+    for (int64_t d = 0; d < head_dim_v; d += 16) __builtin_prefetch(row + d, 0, 2);
+  }
 }
 
 template <class Words, int kVectors>
@@ -206,15 +214,16 @@ static void cap_scores(float* scores, int64_t num_keys, float factor, float soft
   }
 }
 
-// Bit j of a row's word says whether the row sees key j: scores of keys it does not see become
-// -inf.
-static void mask_scores(float* scores, const uint32_t* visible, int num_keys, int64_t rows) {
+// Bit j of a row's word says whether the row sees key j: scores of the keys from `first` on that it
+// does not see become -inf.
+static void mask_scores(float* scores, const uint32_t* visible, int first, int num_keys,
+                        int64_t rows) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     IntVec words;
     std::memcpy(&words, visible + r, sizeof(words));
     for (int j = 0; j < num_keys; ++j) {
       float* s = scores + j * kPanel + r;
-      const IntVec selected = words & static_cast<int32_t>(uint32_t{1} << j);
+      const IntVec selected = words & static_cast<int32_t>(uint32_t{1} << (first + j));
       store(s, selected != 0 ? load(s) : broadcast(kMinusInfinity));
     }
   }
@@ -271,23 +280,42 @@ static void softmax(const Panel& panel, int64_t num_keys, float base2) {
   }
 }
 
-// q of one panel, transposed; lanes without a row are zero.
+// A row of q as words and zeros up to whole vectors: where it lies, if it is so, or in `memory`.
+// Words of two numbers have the factor in them.
+template <class T, class Words>
+SPARSE_ATTN_INLINE const float* words_of_q(const T* q, int64_t dim, float factor, float* memory) {
+  const int64_t words = num_words<Words>(dim);
+  if constexpr (std::is_same_v<T, float>) {
+    if (dim % kLanes == 0) return q;
+  }
+  if constexpr (Words::kNumbers == 1) {
+    convert_row(q, dim, memory);
+  } else {
+    auto* numbers = reinterpret_cast<typename Words::Number*>(memory);
+    if (dim % 2 != 0) numbers[dim] = {};
+    for (int64_t d = 0; d < dim; ++d) from_float(to_float(q[d]) * factor, numbers[d]);
+  }
+  std::fill(memory + words, memory + padded_dim(words), 0.0f);
+  return memory;
+}
+
+// q of one panel times a factor, transposed; lanes without a row are zero.
 template <class T, class Words>
 static void load_q(const QueryTile& tile, const Panel& panel, float factor) {
   const int64_t words = num_words<Words>(tile.head_dim), stride = padded_dim(words);
-  alignas(64) std::byte memory[kLanes * kMaxHeadDim * sizeof(typename Words::Number)] = {};
-  const auto row = [&](int64_t r) { return memory + r * stride * 4; };
+  alignas(64) float memory[kLanes * kMaxHeadDim];
   for (int64_t r0 = 0; r0 < panel.rows; r0 += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, panel.rows - r0);
+    const float* rows[kLanes];
     for (int64_t r = 0; r < count; ++r) {
       const T* q = static_cast<const T*>(tile.q) + (panel.first_row + r0 + r) * tile.q_row_stride;
-      auto* numbers = reinterpret_cast<typename Words::Number*>(row(r));
-      for (int64_t d = 0; d < tile.head_dim; ++d) from_float(to_float(q[d]) * factor, numbers[d]);
+      rows[r] = words_of_q<T, Words>(q, tile.head_dim, factor, memory + r * stride);
     }
     for (int64_t d = 0; d < words; d += kLanes) {
       Vec x[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        x[i] = i < count ? load(reinterpret_cast<const float*>(row(i)) + d) : Vec{};
+        x[i] = i < count ? load(rows[i] + d) : Vec{};
+        if constexpr (Words::kNumbers == 1) x[i] *= factor;
       }
       transpose(x);
       for (int i = 0; i < kLanes; ++i) store(panel.q + (d + i) * kPanel + r0, x[i]);
@@ -330,7 +358,7 @@ static uint64_t write_rows(const QueryTile& tile, const Panel& panel, double log
           continue;
         }
       }
-      for (int64_t d = 0; d < tile.head_dim_v; ++d) from_float(acc[d] * end.factor, out[d]);
+      round_row(acc, end.factor, tile.head_dim_v, out);
       tile.lse[row] = end.lse;
     }
   }
@@ -419,44 +447,59 @@ static void add_step(const Panel& panel, const Granule* granules, const GranuleW
   }
 }
 
+// The keys of a granule from the first to the last that some row of a panel sees.
+template <class Words>
+static GranuleWords<Words> seen_words(const Panel& panel, const Granule& granule,
+                                      int64_t head_dim) {
+  if (granule.visible == nullptr) return {granule, head_dim, 0, granule.count};
+  uint32_t seen = 0;
+  for (int64_t r = 0; r < panel.rows; ++r) seen |= granule.visible[panel.first_row + r];
+  return {granule, head_dim, std::countr_zero(seen) % kGranule, kGranule - std::countl_zero(seen)};
+}
+
 // Attention of one query tile over all keys that the cursor hands out.
 template <class T, class Words>
 static uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   const ScoreScale scaling = split_scale(tile.scale);
   const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
   const float base2 = static_cast<float>(logit_scale * kLog2e);
-  Panel panels[kFmaBlockM / kPanel];
+  constexpr int64_t kPanels = kFmaBlockM / kPanel;
+  Panel panels[kPanels];
   const int64_t num_panels = (tile.rows + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < num_panels; ++i) {
     panels[i] = make_panel(tile, i, memory);
     load_q<T, Words>(tile, panels[i], scaling.q_factor);
   }
   Granule granules[kFmaGranules];
-  GranuleWords<Words> words[kFmaGranules];
+  GranuleWords<Words> words[kPanels][kFmaGranules];
   while (const int n = keys.next(granules)) {
-    int64_t num_keys = 0;
-    for (int g = 0; g < n; num_keys += words[g].keys, ++g) {
-      words[g] = GranuleWords<Words>(granules[g], tile.head_dim);
+    int64_t num_keys[kPanels] = {};
+    for (int g = 0; g < n; ++g) {
+      const GranuleWords<Words> all(granules[g], tile.head_dim, 0, granules[g].count);
       for (int64_t i = 0; i < num_panels; ++i) {
+        fetch_values(all, tile.head_dim_v, i, num_panels);
+        words[i][g] = seen_words<Words>(panels[i], granules[g], tile.head_dim);
         const VectorRange seen(panels[i], granules[g].rows);
-        if (seen.count == 0) continue;
-        kSteps<Words>[seen.count - 1].score_keys(panels[i], seen.begin * kLanes, words[g], num_keys,
-                                                 tile.head_dim);
+        if (words[i][g].keys == 0) continue;
+        kSteps<Words>[seen.count - 1].score_keys(panels[i], seen.begin * kLanes, words[i][g],
+                                                 num_keys[i], tile.head_dim);
+        num_keys[i] += words[i][g].keys;
       }
     }
     for (int64_t i = 0; i < num_panels; ++i) {
       const Panel& panel = panels[i];
+      if (num_keys[i] == 0) continue;
       if (tile.softcap > 0) {
-        cap_scores(panel.scores, num_keys, scaling.scale / tile.softcap, tile.softcap);
+        cap_scores(panel.scores, num_keys[i], scaling.scale / tile.softcap, tile.softcap);
       }
       int64_t first_key = 0;
-      for (int g = 0; g < n; first_key += words[g].keys, ++g) {
+      for (int g = 0; g < n; first_key += words[i][g].keys, ++g) {
         if (granules[g].visible == nullptr) continue;
         mask_scores(panel.scores + first_key * kPanel, granules[g].visible + panel.first_row,
-                    words[g].keys, panel.rows);
+                    words[i][g].begin, words[i][g].keys, panel.rows);
       }
-      kSteps<Words>[panel.vectors - 1].softmax(panel, num_keys, base2);
-      add_step(panel, granules, words, n, tile.head_dim_v);
+      kSteps<Words>[panel.vectors - 1].softmax(panel, num_keys[i], base2);
+      add_step(panel, granules, words[i], n, tile.head_dim_v);
     }
   }
   uint64_t repeated = 0;

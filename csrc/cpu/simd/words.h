@@ -91,9 +91,85 @@ struct BFloat16Pairs {
 };
 #endif
 
+// kLanes elements as floats.
+SPARSE_ATTN_INLINE Vec load_floats(const float* p) { return load(p); }
+#if SPARSE_ATTN_VECTOR_BYTES == 64
+SPARSE_ATTN_INLINE Vec load_floats(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+SPARSE_ATTN_INLINE Vec load_floats(const Float16* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif SPARSE_ATTN_VECTOR_BYTES == 32
+SPARSE_ATTN_INLINE Vec load_floats(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+SPARSE_ATTN_INLINE Vec load_floats(const Float16* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#else
+template <class T>
+SPARSE_ATTN_INLINE Vec load_floats(const T* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+}
+#endif
+
+// The first n elements as floats, and zeros.
+template <class T>
+SPARSE_ATTN_INLINE Vec load_floats(const T* p, int64_t n) {
+#if SPARSE_ATTN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 2) {
+    const auto lanes = static_cast<__mmask16>((1u << n) - 1);
+    alignas(32) T padded[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(lanes, p));
+    return load_floats(padded);
+  }
+#endif
+  T padded[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load_floats(padded);
+}
+
+// kLanes floats, each rounded.
+SPARSE_ATTN_INLINE void store_rounded(float* p, Vec x) { store(p, x); }
+#if SPARSE_ATTN_VECTOR_BYTES == 64
+SPARSE_ATTN_INLINE void store_rounded(Float16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
+}
+#elif SPARSE_ATTN_VECTOR_BYTES == 32
+SPARSE_ATTN_INLINE void store_rounded(Float16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+}
+#else
+SPARSE_ATTN_INLINE void store_rounded(Float16* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) from_float(x[i], p[i]);
+}
+#endif
+SPARSE_ATTN_INLINE void store_rounded(BFloat16* p, Vec x) {
+  typedef uint32_t Bits __attribute__((vector_size(SPARSE_ATTN_VECTOR_BYTES)));
+  typedef uint16_t Halves __attribute__((vector_size(SPARSE_ATTN_VECTOR_BYTES / 2)));
+  const Bits bits = (Bits)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(x != x ? Bits{} + 0x7fc0 : rounded, Halves);
+  std::memcpy(p, &halves, sizeof(halves));
+}
+
 template <class T>
 static void convert_row(const T* source, int64_t n, float* dest) {
-  for (int64_t i = 0; i < n; ++i) dest[i] = to_float(source[i]);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dest + i, load_floats(source + i));
+  for (; i < n; ++i) dest[i] = to_float(source[i]);
+}
+
+// dest = source * factor
+template <class T>
+static void round_row(const float* source, float factor, int64_t n, T* dest) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_rounded(dest + i, load(source + i) * factor);
+  for (; i < n; ++i) from_float(source[i] * factor, dest[i]);
 }
 
 template <class Words>
