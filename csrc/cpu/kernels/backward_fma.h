@@ -35,6 +35,7 @@ static void product_rows(const typename Words::Word* a, int64_t a_row, int64_t a
                          const typename Words::Word* b, int64_t b_step, int64_t depth, float* c,
                          int64_t c_row, bool accumulate) {
   Vec sum[kRows][2] = {};
+#pragma GCC unroll 4
   for (int64_t i = 0; i < depth; ++i, a += a_step, b += b_step) {
     const Vec b0 = Words::load_words(b), b1 = Words::load_words(b + kLanes);
 #pragma GCC unroll 16
