@@ -23,9 +23,10 @@ inline constexpr int64_t kStepKeys = kFmaGranules * kGranule;
 #if SPARSE_ATTN_VECTOR_BYTES == 64
 inline constexpr int kPanelVectors = 4, kSums = 24;
 #else
-inline constexpr int kPanelVectors = 2, kSums = 12;
+inline constexpr int kPanelVectors = 3, kSums = 12;
 #endif
 inline constexpr int64_t kPanel = kPanelVectors * kLanes;
+inline constexpr int64_t kMostPanels = (kFmaBlockM + kPanel - 1) / kPanel;
 
 static inline int64_t padded_dim(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -371,7 +372,7 @@ static int64_t panel_floats(int64_t head_dim, int64_t head_dim_v) {
 }
 
 static int64_t fma_scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
-  return kFmaBlockM / kPanel * panel_floats(head_dim, head_dim_v) * 4;
+  return kMostPanels * panel_floats(head_dim, head_dim_v) * 4;
 }
 
 static Panel make_panel(const QueryTile& tile, int64_t index, std::byte* memory) {
@@ -463,7 +464,7 @@ static uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memo
   const ScoreScale scaling = split_scale(tile.scale);
   const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
   const float base2 = static_cast<float>(logit_scale * kLog2e);
-  constexpr int64_t kPanels = kFmaBlockM / kPanel;
+  constexpr int64_t kPanels = kMostPanels;
   Panel panels[kPanels];
   const int64_t num_panels = (tile.rows + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < num_panels; ++i) {
