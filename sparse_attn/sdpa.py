@@ -16,6 +16,7 @@ from .contract.dtypes import autocast
 from .contract.request import Request
 from .layout import BlockLayout
 from .ops.backends import BACKENDS
+from .ops.dense import torch_is_faster
 from .typing import Backend, SelectorLike
 
 
@@ -36,10 +37,10 @@ def scaled_dot_product_attention(
 
     Without a selector the result is torch's in every case: dense calls that the C++ kernels serve
     run there, all others (masks, dropout, other ranks and dtypes, subclasses of tensors, GPUs,
-    `torch.func`, `torch.nn.attention.sdpa_kernel`, and those of less than 16384 scores) go to torch
-    itself. Two things are better than torch's on CPUs: causal calls with ``scale <= 0``, for which
-    its kernel gives NaN, are right, and what the C++ kernels serve has second derivatives and
-    forward mode.
+    `torch.func`, `torch.nn.attention.sdpa_kernel`, and those of less than 2**20 products of
+    numbers of query and key) go to torch itself. Two things are better than torch's on CPUs: causal
+    calls with ``scale <= 0``, for which its kernel gives NaN, are right, and what the C++ kernels
+    serve has second derivatives and forward mode.
     With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
     it is refused by name.
 
@@ -75,7 +76,7 @@ def scaled_dot_product_attention(
         >>> window = selectors.SlidingWindow(window=64)
         >>> banded = scaled_dot_product_attention(q, k, v, is_causal=True, selector=window)
     """
-    if selector is None and backend == "auto" and _few_scores(query, key):
+    if selector is None and backend == "auto" and _is_torchs(query, key):
         return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     query, key, value = autocast(query, key, value)
     call = (query, key, value, attn_mask, dropout_p, is_causal)
@@ -97,15 +98,9 @@ def scaled_dot_product_attention(
     )
 
 
-_FEWEST_SCORES = 2**14  # where the call itself no longer outweighs what the kernels gain
-
-
-def _few_scores(q: Tensor, k: Tensor) -> bool:
-    """Whether a call is so small that torch's function is the quicker one."""
-    if not (_plain(q) and _plain(k)):
-        return False
-    batch, heads, rows, _ = q.shape
-    return batch * heads * rows * k.shape[2] < _FEWEST_SCORES
+def _is_torchs(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's function is the quicker one for a call of the ordinary kind."""
+    return _plain(q) and _plain(k) and torch_is_faster(q, k)
 
 
 def _gains(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:

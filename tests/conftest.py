@@ -30,6 +30,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def kernels_for_small_calls(monkeypatch):
+    """Dense calls are never so small that they are left to torch: tests are meant for kernels."""
+    monkeypatch.setattr("sparse_attn.ops.dense.FEWEST_PRODUCTS", 0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
     """Triton's interpreter looks through all of `triton.language` whenever one kernel function

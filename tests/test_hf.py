@@ -44,6 +44,20 @@ def test_dense_generates_the_same(name, how):
     assert set(patched.stats) == CAUSAL[name][2]
 
 
+@pytest.mark.parametrize("rows", [1, 19])
+def test_small_dense_calls_are_torchs(monkeypatch, rows):
+    model, ids = causal_model("llama"), tokens()[:, :rows]
+    model.set_attn_implementation("sdpa")
+    with patch(model, selectors.Dense()):
+        by_kernels = logits(model, ids)
+    monkeypatch.undo()
+    expected = logits(model, ids)
+    with patch(model, selectors.Dense()):
+        assert torch.equal(logits(model, ids), expected)
+    with patch(model, selectors.Dense(), backend="cpu"):
+        assert torch.equal(logits(model, ids), by_kernels)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("sliding_cache", [True, False])
 def test_chunked_prefill(name, sliding_cache):

@@ -25,7 +25,8 @@ LAYERS = (
     ("ops",),
     ("selectors", "quality", "state"),
     ("api",),
-    ("sdpa", "landmark", "hf"),
+    ("sdpa", "landmark"),
+    ("hf",),
     ("retrieval",),
     ("__init__",),
 )
