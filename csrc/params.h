@@ -53,8 +53,25 @@ struct QkParams {
   int64_t seqlen_q = 0, seqlen_kv = 0, head_dim = 0;
 };
 
+// How a product of q and k becomes a score. Calls hand it on to their tiles and rows as a whole.
+struct ScoreParams {
+  float scale = 1.0f;
+  float softcap = 0.0f;
+
+  void score_as(const ScoreParams& other) { *this = other; }
+
+  // Whether scale and softcap are so far from the ends of float32 that scores need no care.
+  bool has_ordinary_scale() const {
+    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+    const auto is_ordinary = [](float x) { return x >= kLeast && x <= kMost; };
+    const float size = scale < 0 ? -scale : scale;
+    if (size == 0) return softcap == 0 || is_ordinary(softcap);
+    return is_ordinary(size) && (softcap == 0 || is_ordinary(size / softcap));
+  }
+};
+
 // What the forward and the backward pass are given.
-struct AttentionParams : QkParams {
+struct AttentionParams : QkParams, ScoreParams {
   const void* v = nullptr;
   Strides v_stride;
   int64_t head_dim_v = 0;
@@ -70,18 +87,7 @@ struct AttentionParams : QkParams {
   int64_t block_q = 1, block_kv = 1, column_group = 1;
 
   const float* sink_logits = nullptr;  // [num_heads] learnable logits, or null
-  float scale = 1.0f;
-  float softcap = 0.0f;
   bool is_causal = false;
-
-  // Whether scale and softcap are so far from the ends of float32 that scores need no care.
-  bool has_ordinary_scale() const {
-    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
-    const auto is_ordinary = [](float x) { return x >= kLeast && x <= kMost; };
-    const float size = scale < 0 ? -scale : scale;
-    if (size == 0) return softcap == 0 || is_ordinary(softcap);
-    return is_ordinary(size) && (softcap == 0 || is_ordinary(size / softcap));
-  }
 
   // Where key j lies in k or v, in elements from the first row of its KV head.
   int64_t key_offset(const Strides& stride, int64_t j) const {

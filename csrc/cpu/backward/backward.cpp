@@ -198,8 +198,7 @@ class Backward {
     while (shape.rows < kernel.max_rows && shape.rows * 2 <= rows) shape.rows *= 2;
     shape.head_dim = params.head_dim;
     shape.head_dim_v = params.head_dim_v;
-    shape.scale = params.scale;
-    shape.softcap = params.softcap;
+    shape.score_as(params);
     return shape;
   }
 

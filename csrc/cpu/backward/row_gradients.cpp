@@ -75,8 +75,7 @@ void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
   row.dout = dout.row(0);
   row.k = k.row(0);
   row.v = v.row(0);
-  row.scale = params.scale;
-  row.softcap = params.softcap;
+  row.score_as(params);
   row.scratch = scratch.data();
   row.dq = dq.row(0);
   row.dk = dk.row(0);

@@ -103,8 +103,7 @@ DecodeTile describe_tile(const Group& group) {
   tile.queries = rows;
   tile.head_dim = params.head_dim;
   tile.head_dim_v = params.head_dim_v;
-  tile.scale = params.scale;
-  tile.softcap = params.softcap;
+  tile.score_as(params);
   tile.sink_logits = params.sink_logits != nullptr ? params.sink_logits + head : nullptr;
   return tile;
 }

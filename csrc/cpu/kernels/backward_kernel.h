@@ -22,11 +22,9 @@ struct QueryTileHead {
       : lse(reinterpret_cast<float*>(tile)), delta(lse + rows) {}
 };
 
-struct TileShape {
+struct TileShape : ScoreParams {
   int64_t rows = 0;  // in every query tile: 32, 64 or 128; what is missing in the last one is zero
   int64_t head_dim = 0, head_dim_v = 0;
-  float scale = 1.0f;
-  float softcap = 0.0f;
 };
 
 struct BackwardKernel {

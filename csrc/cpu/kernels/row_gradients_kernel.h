@@ -3,16 +3,18 @@
 
 #include <cstdint>
 
+#include "params.h"
+
 namespace sparse_attn::cpu {
 
 // One row; vectors of dims are padded with zeros to `dim` and `dim_v`, multiples of 16.
-struct RowGradients {
+struct RowGradients : ScoreParams {
   int64_t dim = 0, dim_v = 0;
   const float *q = nullptr, *dout = nullptr;
   const float *k = nullptr, *v = nullptr;  // rows of all keys
   const int32_t* keys = nullptr;           // those that the row sees
   int64_t num_keys = 0;
-  float dlse = 0.0f, scale = 1.0f, softcap = 0.0f;
+  float dlse = 0.0f;
   const float* sink_logit = nullptr;
   float* scratch = nullptr;  // [row_gradient_floats(num_keys)]
 

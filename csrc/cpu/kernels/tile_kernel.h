@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/layout/granule.h"
+#include "params.h"
 
 namespace sparse_attn::cpu {
 
@@ -24,7 +25,7 @@ struct Granule {
 };
 
 // Consecutive rows of one head that share one list of candidate keys.
-struct QueryTile {
+struct QueryTile : ScoreParams {
   const void* q = nullptr;
   const void* next_q = nullptr;  // first row of the tile that likely follows, to be fetched
   void* out = nullptr;
@@ -33,8 +34,6 @@ struct QueryTile {
   bool streams_out = false;  // rows of out, whole cache lines, may be written past the caches
   int64_t rows = 0;
   int64_t head_dim = 0, head_dim_v = 0;
-  float scale = 1.0f;
-  float softcap = 0.0f;
   const float* sink_logit = nullptr;
 };
 
