@@ -29,6 +29,15 @@ struct PerHead {
   int64_t heads = 1;
 };
 
+// float32 [batch, heads, keys], added to the scores of keys; query head h reads head
+// h / (num_heads / heads). Absent when data is null.
+struct KeyBias {
+  const float* data = nullptr;
+  Strides stride;  // a key is a row
+  int64_t heads = 1;
+  bool is_shared = false;  // by the whole batch: then the stride of a batch is 0
+};
+
 // Contiguous counts [batch, heads, rows] and indices [batch, heads, rows, width].
 // Absent when counts is null.
 struct IndexLists {
@@ -87,7 +96,13 @@ struct AttentionParams : QkParams, ScoreParams {
   int64_t block_q = 1, block_kv = 1, column_group = 1;
 
   const float* sink_logits = nullptr;  // [num_heads] learnable logits, or null
+  KeyBias key_bias;
+  const float* alibi_slopes = nullptr;  // one for each of num_heads, or null
+  int64_t alibi_stride = 1;
   bool is_causal = false;
+
+  // Whether anything is added to scores after the softcap.
+  bool is_biased() const { return key_bias.data != nullptr || alibi_slopes != nullptr; }
 
   // Where key j lies in k or v, in elements from the first row of its KV head.
   int64_t key_offset(const Strides& stride, int64_t j) const {
@@ -118,7 +133,9 @@ struct BackwardParams : AttentionParams {
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
-  float* dsink_logits = nullptr;  // [num_heads], or null without sink logits
+  float* dsink_logits = nullptr;   // [num_heads], or null without sink logits
+  float* dkey_bias = nullptr;      // [1 or batch, heads of key_bias, seqlen_kv], or null without
+  float* dalibi_slopes = nullptr;  // [num_heads], or null without slopes
 };
 
 }  // namespace sparse_attn

@@ -129,7 +129,7 @@ void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, fl
     walk.restrict_to({split_point(walk, group.candidates, split, group.num_splits),
                       split_point(walk, group.candidates, split + 1, group.num_splits)});
   }
-  DecodeKeys keys(*group.params, walk, group.index.batch, group.kv_head, group.index.rows);
+  DecodeKeys keys(*group.params, walk, group.index, group.kv_head);
   kernel.run(describe_tile(group), keys, state, scratch);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/layout/biases.h"
 #include "params.h"
 
 namespace sparse_attn::cpu {
@@ -16,11 +17,14 @@ struct RowGradients : ScoreParams {
   int64_t num_keys = 0;
   float dlse = 0.0f;
   const float* sink_logit = nullptr;
-  float* scratch = nullptr;  // [row_gradient_floats(num_keys)]
+  const HeadBias* bias = nullptr;  // of the row, if anything is added to scores
+  float* scratch = nullptr;        // [row_gradient_floats(num_keys)]
 
   float* dq = nullptr;                 // is set
   float *dk = nullptr, *dv = nullptr;  // rows of all keys, are added to
   double dsink = 0;                    // is set
+  double* dbias = nullptr;             // of all keys, is added to
+  double dslope = 0;                   // is added to
 };
 
 inline int64_t padded_row(int64_t dim) { return (dim + 15) / 16 * 16; }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/layout/biases.h"
 #include "cpu/layout/granule.h"
 #include "params.h"
 
@@ -21,7 +22,8 @@ struct Granule {
   int count = kGranule;                // of keys that exist; packed ones are followed by zeros
   // One word for each row of the tile: bit j says whether the row sees key j. Null: all do.
   const uint32_t* visible = nullptr;
-  RowRange rows = {};  // no row outside sees any of the keys
+  RowRange rows = {};                         // no row outside sees any of the keys
+  const KeyTerms<kGranule>* terms = nullptr;  // of the keys, if the cursor is biased
 };
 
 // Consecutive rows of one head that share one list of candidate keys.
