@@ -13,7 +13,7 @@ from sparse_attn import BlockLayout, sparse_attention
 from sparse_attn.contract.arguments import Arguments
 
 from .oracle import DTYPES, random_layout
-from .test_attention import check, make_qkv
+from .test_attention import check, make_qkv, random_biases
 
 pytest.importorskip("sparse_attn._C")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,9 +97,9 @@ def test_any_shape_layout_and_stride(isa, data):
         columns=draw(st.integers(0, 20)),
         column_group=draw(st.integers(1, 3)),
     )
-    sink_logits = torch.randn(kv_heads * group) if draw(st.booleans()) else None
+    biases = random_biases(draw, 1, kv_heads * group, seqlens[1])
     softcap, is_causal = draw(st.sampled_from([0.0, 2.0])), draw(st.booleans())
-    check("cpu", q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, softcap=softcap)
+    check("cpu", q, k, v, layout, is_causal=is_causal, softcap=softcap, **biases)
 
 
 @every_dtype

@@ -359,12 +359,23 @@ class Backward {
   BiasGradients bias_gradients_;
 };
 
+// The gradients of what the batch shares, for a batch without entries.
+void write_sums_of_nothing(const BackwardParams& params) {
+  const auto fill = [](float* sums, int64_t n) {
+    if (sums != nullptr) std::fill_n(sums, n, 0.0f);
+  };
+  fill(params.dsink_logits, params.num_heads);
+  fill(params.dalibi_slopes, params.num_heads);
+  if (params.key_bias.is_shared) fill(params.dkey_bias, params.key_bias.heads * params.seqlen_kv);
+}
+
 }  // namespace
 
 void backward(const BackwardParams& given, Isa isa, const Parallel& parallel) {
   BackwardParams params = given;
   const CheckedLayout layout(params, parallel);
-  if (params.batch == 0 || params.num_heads == 0) return;
+  if (params.num_heads == 0) return;
+  if (params.batch == 0) return write_sums_of_nothing(params);
   Backward(params, find_kernel(isa, &Kernels::backward, params.dtype), isa).run(parallel);
 }
 
