@@ -217,18 +217,19 @@ SPARSE_ATTN_INLINE void for_row_parts(int64_t rows, F&& f) {
 
 // Turns products q.k of one row into weights exp(s - m) and brings (m, l, acc) up to date. If a
 // score is no number, nor is l; if one is infinite besides, nor is m. While all scores are -inf, l
-// tells that there are some. `terms` may be null; the row is the tile's `query`-th.
+// tells that there are some. `terms`, for the row as the tile's `query`-th, count if kBiased.
+template <bool kBiased>
 static void update_row(const DecodeTile& tile, int count, uint64_t visible,
-                       const KeyTerms<kBatchKeys>* terms, int64_t query, float* scores, float& m,
+                       const KeyTerms<kBatchKeys>& terms, int64_t query, float* scores, float& m,
                        float& l, float* acc) {
   constexpr float kBase2 = kLog2e;
   Vec top = broadcast(kMinusInfinity);
   for (int j = 0; j < count; j += kLanes) {
     Vec s = load(scores + j) * tile.scale;
     if (tile.softcap > 0) s = cap_softly(s, tile.softcap);
-    if (terms != nullptr) {
-      const Vec distance = absolute(static_cast<float>(query) - load(terms->offset + j));
-      s += load(terms->bias + j) - terms->slope * distance;
+    if constexpr (kBiased) {
+      const Vec distance = absolute(static_cast<float>(query) - load(terms.offset + j));
+      s += load(terms.bias + j) - terms.slope * distance;
     }
     constexpr uint32_t kAllLanes = (uint32_t{1} << kLanes) - 1;
     const uint32_t seen = static_cast<uint32_t>(visible >> j) & kAllLanes;
@@ -292,16 +293,18 @@ static void run_decode(const DecodeTile& tile, DecodeKeys& keys, float* state, s
   KeyBatch* now = batches;
   KeyBatch* next = batches + 1;
   KeyTerms<kBatchKeys> terms;
+  const bool is_biased = keys.is_biased();
   for (keys.next(*now); now->count > 0; std::swap(now, next)) {
     keys.next(*next);
     for_row_parts(rows, [&](auto count, int64_t r) {
       score_rows<T, count()>(tile, scratch, r, *now, r == 0 ? *next : kNoKeys);
     });
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t head = r / tile.queries, query = r % tile.queries;
-      if (keys.is_biased() && query == 0) keys.describe(*now, head, terms);
-      update_row(tile, now->count, now->visible[query], keys.is_biased() ? &terms : nullptr, query,
-                 scratch.scores + r * kBatchKeys, m[r], l[r], acc + r * dims);
+      const int64_t query = r % tile.queries;
+      if (is_biased && query == 0) keys.describe(*now, r / tile.queries, terms);
+      const auto update = is_biased ? update_row<true> : update_row<false>;
+      update(tile, now->count, now->visible[query], terms, query, scratch.scores + r * kBatchKeys,
+             m[r], l[r], acc + r * dims);
     }
     for_row_parts(rows, [&](auto count, int64_t r) {
       add_all_values<T, count()>(tile, scratch, r, *now, r == 0 ? *next : kNoKeys, acc);
