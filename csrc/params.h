@@ -29,6 +29,15 @@ struct PerHead {
   int64_t heads = 1;
 };
 
+// float32 [batch, heads, keys], added to the scores of keys; query head h reads head
+// h / (num_heads / heads). Absent when data is null.
+struct KeyBias {
+  const float* data = nullptr;
+  Strides stride;  // a key is a row
+  int64_t heads = 1;
+  bool is_shared = false;  // by the whole batch: then the stride of a batch is 0
+};
+
 // Contiguous counts [batch, heads, rows] and indices [batch, heads, rows, width].
 // Absent when counts is null.
 struct IndexLists {
@@ -53,8 +62,25 @@ struct QkParams {
   int64_t seqlen_q = 0, seqlen_kv = 0, head_dim = 0;
 };
 
+// How a product of q and k becomes a score. Calls hand it on to their tiles and rows as a whole.
+struct ScoreParams {
+  float scale = 1.0f;
+  float softcap = 0.0f;
+
+  void score_as(const ScoreParams& other) { *this = other; }
+
+  // Whether scale and softcap are so far from the ends of float32 that scores need no care.
+  bool has_ordinary_scale() const {
+    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+    const auto is_ordinary = [](float x) { return x >= kLeast && x <= kMost; };
+    const float size = scale < 0 ? -scale : scale;
+    if (size == 0) return softcap == 0 || is_ordinary(softcap);
+    return is_ordinary(size) && (softcap == 0 || is_ordinary(size / softcap));
+  }
+};
+
 // What the forward and the backward pass are given.
-struct AttentionParams : QkParams {
+struct AttentionParams : QkParams, ScoreParams {
   const void* v = nullptr;
   Strides v_stride;
   int64_t head_dim_v = 0;
@@ -70,18 +96,13 @@ struct AttentionParams : QkParams {
   int64_t block_q = 1, block_kv = 1, column_group = 1;
 
   const float* sink_logits = nullptr;  // [num_heads] learnable logits, or null
-  float scale = 1.0f;
-  float softcap = 0.0f;
+  KeyBias key_bias;
+  const float* alibi_slopes = nullptr;  // one for each of num_heads, or null
+  int64_t alibi_stride = 1;
   bool is_causal = false;
 
-  // Whether scale and softcap are so far from the ends of float32 that scores need no care.
-  bool has_ordinary_scale() const {
-    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
-    const auto is_ordinary = [](float x) { return x >= kLeast && x <= kMost; };
-    const float size = scale < 0 ? -scale : scale;
-    if (size == 0) return softcap == 0 || is_ordinary(softcap);
-    return is_ordinary(size) && (softcap == 0 || is_ordinary(size / softcap));
-  }
+  // Whether anything is added to scores after the softcap.
+  bool is_biased() const { return key_bias.data != nullptr || alibi_slopes != nullptr; }
 
   // Where key j lies in k or v, in elements from the first row of its KV head.
   int64_t key_offset(const Strides& stride, int64_t j) const {
@@ -112,7 +133,9 @@ struct BackwardParams : AttentionParams {
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
-  float* dsink_logits = nullptr;  // [num_heads], or null without sink logits
+  float* dsink_logits = nullptr;   // [num_heads], or null without sink logits
+  float* dkey_bias = nullptr;      // [1 or batch, heads of key_bias, seqlen_kv], or null without
+  float* dalibi_slopes = nullptr;  // [num_heads], or null without slopes
 };
 
 }  // namespace sparse_attn

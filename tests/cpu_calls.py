@@ -29,6 +29,8 @@ class Case:
     blocks: tuple[torch.Tensor, torch.Tensor] | None = None
     columns: tuple[torch.Tensor, torch.Tensor] | None = None
     sink_logits: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
     block: tuple[int, int] = (1, 1)
     column_group: int = 1
     scale: float | None = None
@@ -46,8 +48,8 @@ class Case:
             num_columns=num_columns,
             column_indices=column_indices,
             sink_logits=self.sink_logits,
-            key_bias=None,
-            alibi_slopes=None,
+            key_bias=self.key_bias,
+            alibi_slopes=self.alibi_slopes,
             block_q=self.block[0],
             block_kv=self.block[1],
             column_group=self.column_group,
@@ -90,6 +92,13 @@ class Case:
         s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
         if self.softcap > 0:
             s = self.softcap * torch.tanh(s / self.softcap)
+        if self.key_bias is not None:
+            times = s.shape[1] // self.key_bias.shape[1]
+            s = s + self.key_bias.to(dtype).repeat_interleave(times, 1)[:, :, None]
+        if self.alibi_slopes is not None:
+            position = torch.arange(s.shape[2])[:, None] + s.shape[3] - s.shape[2]
+            distance = (position - torch.arange(s.shape[3])).abs()
+            s = s - self.alibi_slopes.to(dtype)[:, None, None] * distance
         s = s.masked_fill(~self.mask(), -math.inf)
         logits = s
         if self.sink_logits is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sparse_attn import BlockLayout, merge_states
 
 from .oracle import (
+    BIASED,
     DTYPES,
     assert_accurate,
     backends,
@@ -43,40 +44,63 @@ def make_qkv(dtype, *, batch=1, heads=4, kv_heads=2, seqlens=(70, 70), dims=(32,
     return q, cached(d), cached(dv)
 
 
-def run_both(backend, q, k, v, layout, *, is_causal=True, sink_logits=None, **kwargs):
+def run_both(
+    backend, q, k, v, layout, *, is_causal=True, sink_logits=None, key_bias=None, alibi_slopes=None,
+    **kwargs,
+):  # fmt: skip
     """Ours, eager in the same dtype, and float64: outputs, lse and the gradients of a random
     loss; and the `rounding_noise` of the gradients.
     """
+    biases = {"sink_logits": sink_logits, "key_bias": key_bias, "alibi_slopes": alibi_slopes}
+    biases = {name: x.detach() for name, x in biases.items() if x is not None}
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
     dout = torch.randn(*q.shape[:3], v.shape[-1]).to(q.dtype)
     dlse = torch.randn(q.shape[:3])
 
-    def ours(q, k, v, sink_logits):
+    def ours(q, k, v, **biases):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, return_lse=True,
-            backend=backend, **kwargs,
+            q, k, v, layout, is_causal=is_causal, return_lse=True, backend=backend, **biases,
+            **kwargs,
         )  # fmt: skip
 
-    def dense(q, k, v, sink_logits):
-        return dense_attention(q, k, v, mask, sink_logits=sink_logits, **kwargs)
+    def dense(q, k, v, **biases):
+        return dense_attention(q, k, v, mask, **biases, **kwargs)
 
     def gradients(attend, dtype):
+        wide = torch.promote_types(dtype, torch.float32)
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        logits = None if sink_logits is None else sink_logits.detach().to(dtype).requires_grad_()
-        out, lse = attend(*leaves, logits)
+        added = {name: x.to(wide).requires_grad_() for name, x in biases.items()}
+        out, lse = attend(*leaves, **added)
         finite = torch.where(torch.isinf(lse), 0, lse)
         loss = (out * dout.to(dtype)).sum() + (finite * dlse.to(finite.dtype)).sum()
-        inputs = leaves + ([] if logits is None else [logits])
-        grads = torch.autograd.grad(loss, inputs)
-        names = ["out", "lse", "dq", "dk", "dv", "dsinks"]
-        return dict(zip(names, [out.detach(), lse.detach(), *grads], strict=False))
+        grads = torch.autograd.grad(loss, [*leaves, *added.values()])
+        names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in added)]
+        return dict(zip(names, [out.detach(), lse.detach(), *grads], strict=True))
 
     return (
         gradients(ours, q.dtype),
         gradients(dense, q.dtype),
         gradients(dense, torch.float64),
-        rounding_noise(q, k, v, mask, dout, dlse, sink_logits=sink_logits, **kwargs),
+        rounding_noise(q, k, v, mask, dout, dlse, **biases, **kwargs),
     )
+
+
+def random_biases(draw, batch, heads, seqlen_kv):
+    """Some of sink logits, a bias of any shape and stride for each key, and slopes."""
+    biases = {}
+    if draw(st.booleans()):
+        biases["sink_logits"] = torch.randn(heads)
+    if draw(st.booleans()):
+        own_heads = draw(st.sampled_from([h for h in range(1, heads + 1) if heads % h == 0]))
+        shape = (draw(st.sampled_from([1, batch])), own_heads, seqlen_kv)
+        bias = torch.randn(shape[::-1]).permute(2, 1, 0)
+        shared = draw(st.sampled_from([None, 0, 1, 2]))  # a dimension of stride 0
+        if shared is not None:
+            bias = bias.narrow(shared, 0, 1).expand(shape)
+        biases["key_bias"] = bias
+    if draw(st.booleans()):
+        biases["alibi_slopes"] = torch.rand(1 if draw(st.booleans()) else heads).expand(heads)
+    return biases
 
 
 def check(backend, q, k, v, layout, **kwargs):
@@ -333,18 +357,11 @@ def check_any(backend, draw, most=150):
     )
     if draw(st.booleans()):
         layout = replace(layout, window=torch.full_like(layout.window, -1))
-    sink_logits = torch.randn(heads) if draw(st.booleans()) else None
-    softcap = draw(st.sampled_from([0.0, 2.0]))
-    check(
-        backend,
-        q,
-        k,
-        v,
-        layout,
-        is_causal=draw(st.booleans()),
-        sink_logits=sink_logits,
-        softcap=softcap,
-    )
+    biases = random_biases(draw, batch, heads, seqlens[1])
+    if backend not in BIASED:
+        biases = {name: x for name, x in biases.items() if name == "sink_logits"}
+    softcap, is_causal = draw(st.sampled_from([0.0, 2.0])), draw(st.booleans())
+    check(backend, q, k, v, layout, is_causal=is_causal, softcap=softcap, **biases)
 
 
 @pytest.mark.parametrize("backend", backends(lambda b: b != "reference"))

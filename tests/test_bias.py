@@ -11,10 +11,13 @@ from sparse_attn import BlockLayout, explain, sparse_attention, sparse_attention
 from sparse_attn.ops.backends import BACKENDS as KNOWN
 from sparse_attn.reference.varlen import sequence_layout
 
-from .oracle import random_layout
+from .oracle import BIASED, DTYPES, random_layout
 
-SERVING = ["reference"]
-OTHERS = sorted(set(KNOWN) - set(SERVING))
+OTHERS = sorted(set(KNOWN) - set(BIASED))
+CASES = [("reference", torch.float32), ("reference", torch.float64)]
+CASES += [(name, dtype) for name in BIASED if name != "reference" for dtype in DTYPES]
+# What a backend computes in where equal calls must give equal results.
+EXACT = {name: torch.float64 if name == "reference" else torch.float32 for name in BIASED}
 
 
 def eager(q, k, v, mask, *, scale, softcap=0.0, sink_logits=None, key_bias=None, alibi_slopes=None):
@@ -56,8 +59,7 @@ def with_gradients(attend, tensors, dtype):
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks", "dkey_bias", "dalibi_slopes")
 
 
-@pytest.mark.parametrize("backend", SERVING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("bias_shape", [(2, 4), (1, 2), (1, 1)])
@@ -87,13 +89,13 @@ def test_against_dense_attention(backend, dtype, is_causal, softcap, bias_shape,
         assert error <= limit, f"{name}: {error} > {limit}"
 
 
-@pytest.mark.parametrize("backend", SERVING)
+@pytest.mark.parametrize("backend", BIASED)
 def test_equal_keys_merged_with_the_log_of_their_number_equal_the_keys_apart(backend):
-    q, k, v, *_ = inputs(torch.float64)
+    q, k, v, *_ = inputs(EXACT[backend])
     times = torch.tensor([1, 3, 2, 5] * 6)[:23]
     apart = [x.repeat_interleave(times, 2) for x in (k, v)]
     dense = [BlockLayout.dense((9, n)) for n in (23, int(times.sum()))]
-    bias = times.double().log().expand(1, 1, -1)
+    bias = times.to(q.dtype).log().expand(1, 1, -1)
     merged = sparse_attention(
         q, k, v, dense[0], is_causal=False, key_bias=bias, return_lse=True, backend=backend
     )
@@ -101,9 +103,8 @@ def test_equal_keys_merged_with_the_log_of_their_number_equal_the_keys_apart(bac
     torch.testing.assert_close(merged, every)
 
 
-@pytest.mark.parametrize("backend", SERVING)
 @pytest.mark.parametrize("given", ["key_bias", "alibi_slopes", "both"])
-def test_gradcheck_twice(backend, given):
+def test_gradcheck_twice(given):
     q, k, v, _, bias, slopes = (x[..., :5] for x in inputs(torch.float64, (3, 5)))
     layout = random_layout((3, 5), heads=2, block_size=(2, 2), window=2)
     more = {"key_bias": bias, "alibi_slopes": slopes[:4]}
@@ -112,16 +113,16 @@ def test_gradcheck_twice(backend, given):
 
     def attend(q, k, v, *others):
         named = dict(zip(more, others, strict=True))
-        return sparse_attention(q, k, v, layout, scale=0.4, backend=backend, **named)
+        return sparse_attention(q, k, v, layout, scale=0.4, backend="reference", **named)
 
     assert torch.autograd.gradcheck(attend, leaves)
     assert torch.autograd.gradgradcheck(attend, leaves)
 
 
-@pytest.mark.parametrize("backend", SERVING)
+@pytest.mark.parametrize("backend", BIASED)
 @pytest.mark.parametrize("bias_batch", [1, 2])
 def test_packed_sequences_equal_each_alone(backend, bias_batch):
-    q, k, v, sink_logits, bias, slopes = inputs(torch.float64, (16, 23), (bias_batch, 2))
+    q, k, v, sink_logits, bias, slopes = inputs(EXACT[backend], (16, 23), (bias_batch, 2))
     lengths = [(7, 12), (9, 11)]
     ends_q, ends_kv = (torch.tensor([0, a, a + b]).int() for a, b in zip(*lengths, strict=True))
     layout = random_layout((9, 12), heads=2, block_size=(4, 4), window=3)
@@ -144,9 +145,9 @@ def test_packed_sequences_equal_each_alone(backend, bias_batch):
             torch.testing.assert_close(out[at_q].transpose(0, 1)[None], alone)
 
 
-@pytest.mark.parametrize("backend", SERVING)
+@pytest.mark.parametrize("backend", BIASED)
 def test_a_paged_cache_equals_packed_keys(backend):
-    q, k, v, sink_logits, bias, slopes = inputs(torch.float64, (5, 24), (1, 2))
+    q, k, v, sink_logits, bias, slopes = inputs(EXACT[backend], (5, 24), (1, 2))
     layout = random_layout((5, 24), heads=2, block_size=(4, 4), window=3)
     rows, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
     order = torch.tensor([2, 0, 1])
@@ -184,17 +185,35 @@ def test_other_backends_refuse_by_name(backend, name):
     with pytest.raises(ValueError, match=f"it does not serve {name}"):
         sparse_attention(q, k, v, BlockLayout.dense((9, 23)), backend=backend, **{name: given})
     found = explain(q, k, v, features=[name])
-    assert found.backend == "reference"
+    assert found.backend == "cpu"
     assert f"it does not serve {name}" in found.reasons[backend]
 
 
-@pytest.mark.filterwarnings("ignore:backend='auto'")
-def test_auto_falls_to_a_backend_that_serves_them():
-    q, k, v, _, bias, _ = inputs(torch.float32)
-    layout = BlockLayout.dense((9, 23))
-    found = sparse_attention(q, k, v, layout, key_bias=bias)
-    expected = sparse_attention(q, k, v, layout, key_bias=bias, backend="reference")
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize("backend", BIASED)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_only_distances_matter_however_far_the_rows_are(backend, is_causal, rows):
+    """The last keys of a long call, of which rows see no others, are a call of their own."""
+    keys, few, dtype = 2**17, 2**10, EXACT[backend]
+    q, k, v = (torch.randn(1, 1, n, 4, dtype=dtype) for n in (rows, keys, keys))
+    bias, slopes = torch.randn(1, 1, keys, dtype=dtype), torch.ones(1, dtype=dtype)
+    results = [
+        sparse_attention(
+            q, k[:, :, -n:], v[:, :, -n:], BlockLayout.sink_window((rows, n), window=100),
+            is_causal=is_causal, key_bias=bias[..., -n:], alibi_slopes=slopes, backend=backend,
+            return_lse=True,
+        )
+        for n in (keys, few)
+    ]  # fmt: skip
+    for far, near in zip(*results, strict=True):
+        torch.testing.assert_close(far, near, rtol=0, atol=1e-6)
+
+
+def test_auto_takes_a_backend_that_serves_them():
+    q, k, v, _, bias, slopes = inputs(torch.float32)
+    layout, biases = BlockLayout.dense((9, 23)), {"key_bias": bias, "alibi_slopes": slopes}
+    found = sparse_attention(q, k, v, layout, **biases)
+    assert torch.equal(found, sparse_attention(q, k, v, layout, **biases, backend="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sparse_attn import BlockLayout, sparse_attention
 from sparse_attn.contract.arguments import Arguments
 
 from .oracle import DTYPES, random_layout
-from .test_attention import check, make_qkv
+from .test_attention import check, make_qkv, random_biases
 
 pytest.importorskip("sparse_attn._C")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +70,35 @@ def test_score_options(isa, dtype, softcap, scale, sink_logits):
     check("cpu", q, k, v, layout, softcap=softcap, scale=scale, sink_logits=sink_logits)
 
 
+@every_dtype
+@pytest.mark.parametrize("bias_shape", [(1, 1), (1, 3), (2, 2), (2, 6)], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize(("seqlens", "is_causal"), [((310, 330), True), ((65, 300), False)])
+def test_biases(isa, dtype, bias_shape, softcap, seqlens, is_causal):
+    """Three heads of a bias span the two KV heads."""
+    q, k, v = make_qkv(dtype, batch=2, heads=6, kv_heads=2, seqlens=seqlens, dims=(24, 40))
+    layout = random_layout(seqlens, heads=2, block_size=(47, 32), sink=3, window=90, columns=5)
+    check(
+        "cpu", q, k, v, layout, is_causal=is_causal, softcap=softcap, sink_logits=torch.randn(6),
+        key_bias=torch.randn(*bias_shape, seqlens[1]), alibi_slopes=torch.rand(6) / 16,
+    )  # fmt: skip
+
+
+@every_dtype
+@pytest.mark.parametrize("shared", [True, False])
+def test_biases_of_a_batch_without_entries_or_heads_without_keys(isa, dtype, shared):
+    for batch, keys in ((0, 70), (2, 0)):
+        q, k, v = make_qkv(dtype, batch=batch, seqlens=(70, keys))
+        bias = torch.randn(1 if shared else batch, 2, keys)
+        layout = BlockLayout.dense((70, keys))
+        arguments = Arguments.of(layout, 0.2, 0.0, True, torch.zeros(4), bias, torch.zeros(4))
+        out, lse = torch.ops.sparse_attn.attention(q, k, v, *arguments)
+        results = torch.ops.sparse_attn.attention_backward(out, lse, q, k, v, out, lse, *arguments)
+        for x, y in zip(results[4:], (bias, torch.zeros(4)), strict=True):
+            assert torch.equal(x, torch.zeros_like(y))
+        assert results[3].shape == (4,) and (batch > 0 or (results[3] == 0).all())
+
+
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
 @given(data=st.data())
 @settings(
@@ -97,9 +126,9 @@ def test_any_shape_layout_and_stride(isa, data):
         columns=draw(st.integers(0, 20)),
         column_group=draw(st.integers(1, 3)),
     )
-    sink_logits = torch.randn(kv_heads * group) if draw(st.booleans()) else None
+    biases = random_biases(draw, 1, kv_heads * group, seqlens[1])
     softcap, is_causal = draw(st.sampled_from([0.0, 2.0])), draw(st.booleans())
-    check("cpu", q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, softcap=softcap)
+    check("cpu", q, k, v, layout, is_causal=is_causal, softcap=softcap, **biases)
 
 
 @every_dtype
@@ -111,12 +140,11 @@ def test_bitwise_equal_on_any_number_of_threads(isa, dtype):
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        sink_logits = torch.zeros(4, requires_grad=True)
-        out, lse = sparse_attention(
-            *leaves, layout, sink_logits=sink_logits, return_lse=True, backend="cpu"
-        )
+        shapes = {"sink_logits": (4,), "key_bias": (1, 1, 900), "alibi_slopes": (4,)}
+        biases = {name: torch.rand(x, requires_grad=True) for name, x in shapes.items()}
+        out, lse = sparse_attention(*leaves, layout, **biases, return_lse=True, backend="cpu")
         loss = (out * torch.randn(out.shape, dtype=dtype)).sum() + lse.sum()
-        grads.append(torch.autograd.grad(loss, (*leaves, sink_logits)))
+        grads.append(torch.autograd.grad(loss, (*leaves, *biases.values())))
     for again in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_attn import BlockLayout
 
-from .oracle import DTYPES, backends, random_layout, sparse_attention
+from .oracle import BIASED, DTYPES, backends, random_layout, sparse_attention
 from .test_varlen import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +28,9 @@ TESTED = backends(lambda backend: backend != "triton")
 every_backend = pytest.mark.parametrize("backend", TESTED)
 
 
-def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sink_logits=None):
+def eager_over_visible(
+    q, k, v, mask, *, scale=None, softcap=0.0, sink_logits=None, key_bias=None, alibi_slopes=None
+):
     """``(out, lse)``, row by row over the keys that it sees: what is hidden is not there."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
@@ -39,6 +41,11 @@ def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sink_logits=No
         scores = (k[b, h // group, seen] @ q[b, h, i]) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
+        if key_bias is not None:
+            own_head = h // (q.shape[1] // key_bias.shape[1])
+            scores = scores + key_bias[b % len(key_bias), own_head, seen]
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes[h] * (i + k.shape[2] - q.shape[2] - seen).abs()
         logits = (
             scores
             if sink_logits is None
@@ -50,19 +57,16 @@ def eager_over_visible(q, k, v, mask, *, scale=None, softcap=0.0, sink_logits=No
     return torch.stack(outs).view(*q.shape[:3], -1), torch.stack(lses).view(q.shape[:3])
 
 
-def gradients(attend, tensors, dout, dlse, dtype):
-    """Results and gradients of ``attend(q, k, v, sink_logits)``, by name."""
-    leaves = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in tensors[:3]]
-    sink_logits = tensors[3]
-    if sink_logits is not None:
-        sink_logits = sink_logits.to(
-            torch.promote_types(dtype, torch.float32), copy=True
-        ).requires_grad_()
-    out, lse = attend(*leaves, sink_logits)
-    wanted = leaves + ([] if sink_logits is None else [sink_logits])
+def gradients(attend, tensors, biases, dout, dlse, dtype):
+    """Results and gradients of ``attend(q, k, v, **biases)``, by name."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+    added = {name: x.to(wide, copy=True).requires_grad_() for name, x in biases.items()}
+    out, lse = attend(*leaves, **added)
+    wanted = [*leaves, *added.values()]
     grads = torch.autograd.grad((out, lse), wanted, (dout.to(out.dtype), dlse.to(lse.dtype)))
-    names = ["out", "lse", "dq", "dk", "dv", "dsinks"]
-    return dict(zip(names, [out.detach(), lse.detach(), *grads], strict=False))
+    names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in added)]
+    return dict(zip(names, [out.detach(), lse.detach(), *grads], strict=True))
 
 
 def kind(x: Tensor) -> Tensor:
@@ -112,6 +116,8 @@ def check(
     dout=None,
     dlse=None,
     sink_logits=None,
+    key_bias=None,
+    alibi_slopes=None,
     values=True,
     **options,
 ):
@@ -122,24 +128,24 @@ def check(
     dlse = torch.randn(q.shape[:3]) if dlse is None else dlse
     mask = layout.to_dense(is_causal=is_causal, num_heads=q.shape[1])
 
-    def exact(q, k, v, sink_logits):
-        return eager_over_visible(q, k, v, mask, sink_logits=sink_logits, **options)
+    def exact(q, k, v, **biases):
+        return eager_over_visible(q, k, v, mask, **biases, **options)
 
-    def ours(q, k, v, sink_logits):
+    def ours(q, k, v, **biases):
         return sparse_attention(
-            q, k, v, layout, is_causal=is_causal, sink_logits=sink_logits, return_lse=True,
-            backend=backend, **options,
+            q, k, v, layout, is_causal=is_causal, return_lse=True, backend=backend, **biases,
+            **options,
         )  # fmt: skip
 
-    tensors = (q, k, v, sink_logits)
-    expected, eager = (
-        gradients(exact, tensors, dout, dlse, dtype) for dtype in (torch.float64, torch.float32)
-    )
+    biases = {"sink_logits": sink_logits, "key_bias": key_bias, "alibi_slopes": alibi_slopes}
+    biases = {name: x for name, x in biases.items() if x is not None}
+    rest = (q, k, v), biases, dout, dlse
+    expected, eager = (gradients(exact, *rest, dtype) for dtype in (torch.float64, torch.float32))
     for isa in each_isa(backend):
-        alone = ours(*tensors)  # without a gradient other kernels may run
+        alone = ours(q, k, v, **biases)  # without a gradient other kernels may run
         for name, x in zip(("out", "lse"), alone, strict=True):
             assert_same(x, expected[name], eager[name], f"{name} alone, {isa}", q.dtype)
-        for name, x in gradients(ours, tensors, dout, dlse, q.dtype).items():
+        for name, x in gradients(ours, *rest, q.dtype).items():
             if values or name in ("out", "lse"):
                 assert_same(x, expected[name], eager[name], f"{name}, {isa}", q.dtype)
             else:
@@ -167,6 +173,8 @@ def poison(x: Tensor, kinds: list[str], draw, large: float) -> None:
 
 
 KINDS = st.lists(st.sampled_from(["nan", "inf", "-inf", "huge", "tiny"]), max_size=2)
+
+NOT_FINITE = st.lists(st.sampled_from(["nan", "inf", "-inf"]), max_size=2)
 
 
 def draw_layout(draw, seqlens, heads):
@@ -202,10 +210,17 @@ def test_whatever_is_not_finite_comes_out_where_eager_has_it(backend, data):
     sink_logits = torch.randn(heads) if draw(st.booleans()) else None
     if sink_logits is not None:
         sink_logits[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
+    key_bias = alibi_slopes = None
+    if backend in BIASED and draw(st.booleans()):
+        key_bias = torch.randn(1, draw(st.sampled_from([1, heads])), keys)
+        poison(key_bias, draw(NOT_FINITE), draw, 1e16)
+    if backend in BIASED and draw(st.booleans()):
+        alibi_slopes = torch.rand(heads)
+        alibi_slopes[0] = draw(st.sampled_from([0.0, -0.5, -math.inf, math.inf, math.nan]))
     check(
         backend, q, k, v, draw_layout(draw, (rows, keys), kv_heads), dout=dout, dlse=dlse,
-        sink_logits=sink_logits, is_causal=draw(st.booleans()),
-        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        sink_logits=sink_logits, key_bias=key_bias, alibi_slopes=alibi_slopes,
+        is_causal=draw(st.booleans()), softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
         scale=draw(st.sampled_from([None, -0.3, 0.0])),
     )  # fmt: skip
 
@@ -302,6 +317,25 @@ def test_scale_and_softcap_at_the_ends_of_float32(backend, dtype, rows, scale, s
         softcap=softcap,
         sink_logits=sink_logits,
     )
+
+
+@pytest.mark.parametrize("backend", backends(lambda backend: backend in BIASED))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("value", [-3.4e38, -1e30, -1e5, 1e5, 1e30, 3.4e38])
+def test_biases_up_to_the_largest_number(backend, dtype, rows, value):
+    """Of some keys, of all keys, and by their distances; torch's own gradient of lse is wrong
+    there.
+    """
+    q, k, v = (torch.randn(1, 2, n, 16).to(dtype) for n in (rows, 40, 40))
+    layout = random_layout((rows, 40), block_size=(18, 8), sink=3, window=20)
+    some = torch.where(torch.rand(1, 2, 40) < 0.3, value, torch.randn(1, 2, 40))
+    every = torch.full((1, 1, 1), value).expand(1, 1, 40)
+    dlse = torch.zeros(1, 2, rows)
+    for bias in (some, every):
+        check(backend, q, k, v, layout, is_causal=True, dlse=dlse, key_bias=bias)
+    slopes = torch.tensor([value / 64, -value / 64])
+    check(backend, q, k, v, layout, is_causal=False, dlse=dlse, alibi_slopes=slopes)
 
 
 @every_backend

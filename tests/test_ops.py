@@ -50,7 +50,7 @@ def test_gradcheck(softcap, with_sinks):
     assert torch.autograd.gradcheck(attend, (q, k, v, sink_logits))
 
 
-VARIANTS = ["lists", "no lists", "sink_logits", "transposed"]
+VARIANTS = ["lists", "no lists", "sink_logits", "biases", "transposed"]
 OPCHECKS = [(x, variant) for x in ("attention", "attention_reference") for variant in VARIANTS]
 OPCHECKS += [("attention_triton", "sink_logits")] if "_triton" in CPU_SUFFIXES else []
 
@@ -63,16 +63,29 @@ def test_opcheck_forward(name, variant):
     if variant == "transposed":
         q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     op = getattr(torch.ops.sparse_attn, name).default
-    torch.library.opcheck(op, (q, k, v, *Arguments.of(layout, 0.3, 0.0, True, sink_logits)))
+    biases = _biases() if variant == "biases" else {}
+    arguments = Arguments.of(layout, 0.3, 0.0, True, sink_logits, **biases)
+    torch.library.opcheck(op, (q, k, v, *arguments))
 
 
-@pytest.mark.parametrize("suffix", CPU_SUFFIXES)
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_opcheck_backward(suffix, with_sinks):
+def _biases():
+    """The keys' bias in an order of its own, that of gradients being the usual one."""
+    key_bias = torch.randn(13, 2, 2).permute(1, 2, 0)
+    return {"key_bias": key_bias, "alibi_slopes": torch.rand(4, requires_grad=True)}
+
+
+BACKWARD_OPCHECKS = [(x, variant) for x in CPU_SUFFIXES for variant in ("", "sink_logits")]
+BACKWARD_OPCHECKS += [("", "biases"), ("_reference", "biases")]
+
+
+@pytest.mark.parametrize(("suffix", "variant"), BACKWARD_OPCHECKS)
+def test_opcheck_backward(suffix, variant):
     name = f"attention{suffix}"
     q, k, v = _inputs(torch.float32)
-    sink_logits = torch.randn(4) if with_sinks else None
-    layout = Arguments.of(_layout(), 0.3, 0.0, True, sink_logits)
+    sink_logits = torch.randn(4) if variant == "sink_logits" else None
+    biases = _biases() if variant == "biases" else {}
+    biases = {name: x.detach() for name, x in biases.items()}
+    layout = Arguments.of(_layout(), 0.3, 0.0, True, sink_logits, **biases)
     out, lse = getattr(torch.ops.sparse_attn, name)(q, k, v, *layout)
     op = getattr(torch.ops.sparse_attn, f"attention_backward{suffix}").default
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)

@@ -14,6 +14,7 @@ from sparse_attn.contract.arguments import Arguments
 
 from .oracle import (
     BACKENDS,
+    BIASED,
     CPU_SUFFIXES,
     GPU,
     assert_accurate,
@@ -98,7 +99,11 @@ class Batch:
                 if sink_logits is not None:
                     lse[:] = sink_logits[:, None]
             else:
-                out, lse = dense_attention(q, k, v, mask, **options)
+                own = dict(options)
+                if "key_bias" in options:
+                    bias = options["key_bias"]
+                    own["key_bias"] = bias[b % len(bias), None, :, : k.shape[2]]
+                out, lse = dense_attention(q, k, v, mask, **own)
             outs.append(out[0].transpose(0, 1))
             lses.append(lse[0])
         lses = lses or [torch.empty(self.q.shape[1], 0, dtype=dtype)]
@@ -137,6 +142,12 @@ def layouts(batch):
     yield "larger", random_layout((seqlens[0] + 9, seqlens[1] + 99), heads=4, block_size=(32, 16))
 
 
+def random_biases(batch, layout):
+    """Of the layout's keys, of which each sequence takes the first ones."""
+    shape = (len(batch.lengths) if layout.seqlen_kv % 2 else 1, 2, layout.seqlen_kv)
+    return {"key_bias": torch.randn(shape), "alibi_slopes": torch.rand(4) / 16}
+
+
 def paged_cases():
     """(backend, dtype, page_size): two page sizes are enough where kernels are interpreted."""
     found = []
@@ -159,6 +170,8 @@ def test_against_each_sequence_alone(backend, dtype, page_size, name):
         options = {"softcap": 2.0} if kind == "blocks" else {}
         if kind != "static":
             options["sink_logits"] = torch.randn(4)
+        if kind in ("dense", "tokens") and backend in BIASED and lengths:
+            options |= random_biases(batch, layout)
         for is_causal in (True, False) if not is_interpreted(backend) else (page_size is None,):
             options["is_causal"] = is_causal
             out, lse = batch.run(layout, backend=backend, **options)
@@ -173,10 +186,11 @@ def test_against_each_sequence_alone(backend, dtype, page_size, name):
 def test_every_instruction_set(isa, dtype, page_size):
     batch = Batch(LENGTHS["mixed"], dtype, page_size=page_size)
     for kind, layout in layouts(batch):
-        exact, _ = batch.dense(layout, torch.float64)
-        eager, _ = batch.dense(layout, dtype)
-        out, _ = batch.run(layout, backend="cpu")
-        assert_accurate(out, exact, eager, f"{kind} on {isa}")
+        for biases in ({}, random_biases(batch, layout)):
+            exact, _ = batch.dense(layout, torch.float64, **biases)
+            eager, _ = batch.dense(layout, dtype, **biases)
+            out, _ = batch.run(layout, backend="cpu", **biases)
+            assert_accurate(out, exact, eager, f"{kind} on {isa}")
 
 
 def test_unseen_pages_are_never_read():

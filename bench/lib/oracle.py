@@ -17,9 +17,11 @@ def dense_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eager attention in the dtype of its inputs: ``(out, lse)``; rows that see nothing give 0 and
-    -inf.
+    -inf. Biases are made in float32 at least.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -27,11 +29,17 @@ def dense_attention(
     scores = (q @ k.mT) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if key_bias is not None:
+        bias = key_bias.to(wide).repeat_interleave(q.shape[1] // key_bias.shape[1], 1)
+        scores = (scores + bias[:, :, None]).to(q.dtype)
+    if alibi_slopes is not None:
+        scores = (scores - alibi_slopes.to(wide)[:, None, None] * distances(mask)).to(q.dtype)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sink_logits is not None:
         column = sink_logits.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
-    peak = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+    peak = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = torch.exp(scores - peak)
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
@@ -39,6 +47,13 @@ def dense_attention(
     probs = (weights / safe)[..., : k.shape[2]]
     lse = torch.where(empty, -torch.inf, peak + torch.log(safe)).squeeze(-1)
     return probs @ v, lse
+
+
+def distances(mask: Tensor) -> Tensor:
+    """``|p - j|`` for the rows and keys of a mask, the last row standing at the last key."""
+    rows, keys = mask.shape[-2:]
+    p = torch.arange(rows, device=mask.device)[:, None] + keys - rows
+    return (p - torch.arange(keys, device=mask.device)).abs()
 
 
 def rounding_noise(
@@ -52,6 +67,8 @@ def rounding_noise(
     scale: float | None = None,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What one rounding of lse to float32, and one of every dp and delta, can change in each
     gradient: the gradients' formulas with absolute values in place of differences.
@@ -63,21 +80,27 @@ def rounding_noise(
     group = q.shape[1] // k.shape[1]
     every_key = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
     probs, lse = dense_attention(
-        q, k, every_key, mask, scale=scale, softcap=softcap, sink_logits=sink_logits
-    )
+        q, k, every_key, mask, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        key_bias=key_bias, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     delta = (dout * (probs @ v)).abs().sum(-1) + dlse.abs()
     lse = torch.where(torch.isinf(lse), 0, lse)
     roundings = 2.0**-24 * (1 + lse.abs())
     probs = probs * roundings[..., None]
-    ds = probs * (dout.abs() @ v.abs().mT + delta[..., None])
-    ds = ds * (q.shape[-1] ** -0.5 if scale is None else abs(scale))
+    dscores = probs * (dout.abs() @ v.abs().mT + delta[..., None])
+    ds = dscores * (q.shape[-1] ** -0.5 if scale is None else abs(scale))
     dk, dv = ds.mT @ q.abs(), probs.mT @ dout.abs()
     dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
     noise = {"dq": ds @ k.abs(), "dk": dk, "dv": dv}
     if sink_logits is not None:
         weight = torch.exp(sink_logits.double()[:, None] - lse) * roundings
-        noise["dsinks"] = (weight * delta).sum((0, 2))
+        noise["dsink_logits"] = (weight * delta).sum((0, 2))
+    if key_bias is not None:
+        by_head = dscores.sum(2).unflatten(1, (key_bias.shape[1], -1)).sum(2)
+        noise["dkey_bias"] = by_head.sum(0, keepdim=True) if len(key_bias) == 1 else by_head
+    if alibi_slopes is not None:
+        noise["dalibi_slopes"] = (dscores * distances(mask)).sum((0, 2, 3))
     return noise
 
 

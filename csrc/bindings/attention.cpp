@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "bindings/execution.h"
 #include "bindings/layout_arguments.h"
@@ -82,16 +83,24 @@ Gradients attention_backward(const Tensor& dout, const Tensor& dlse, const Tenso
   Tensor dq = torch::stable::new_empty(q, {batch, heads, params.seqlen_q, params.head_dim});
   Tensor dk = torch::stable::new_empty(q, {batch, kv_heads, params.seqlen_kv, params.head_dim});
   Tensor dv = torch::stable::new_empty(q, {batch, kv_heads, params.seqlen_kv, params.head_dim_v});
-  Tensor dsink_logits =
-      torch::stable::new_empty(q, {sink_logits.has_value() ? heads : 0}, ScalarType::Float);
+  const auto gradient_of = [&](const std::optional<Tensor>& given, float*& data) {
+    std::vector<int64_t> shape(1);
+    if (given.has_value()) {
+      shape.resize(given->dim());
+      for (int64_t i = 0; i < given->dim(); ++i) shape[i] = given->size(i);
+    }
+    Tensor gradient = torch::stable::new_empty(q, shape, ScalarType::Float);
+    if (given.has_value()) data = static_cast<float*>(gradient.mutable_data_ptr());
+    return gradient;
+  };
+  Tensor dsink_logits = gradient_of(sink_logits, params.dsink_logits);
+  Tensor dkey_bias = gradient_of(key_bias, params.dkey_bias);
+  Tensor dalibi_slopes = gradient_of(alibi_slopes, params.dalibi_slopes);
   params.dq = writable(dq, params.dtype);
   params.dk = writable(dk, params.dtype);
   params.dv = writable(dv, params.dtype);
-  if (sink_logits.has_value())
-    params.dsink_logits = static_cast<float*>(dsink_logits.mutable_data_ptr());
   cpu::backward(params, active_isa(), torch_threads());
-  const Tensor none = torch::stable::new_empty(q, {0}, ScalarType::Float);
-  return {dq, dk, dv, dsink_logits, none, torch::stable::clone(none)};
+  return {dq, dk, dv, dsink_logits, dkey_bias, dalibi_slopes};
 }
 
 }  // namespace

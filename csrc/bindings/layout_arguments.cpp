@@ -6,9 +6,34 @@
 
 namespace sparse_attn {
 
+namespace {
+
+void describe_key_bias(const Tensor& bias, AttentionParams& params) {
+  require_shape(bias, "key_bias", 3);
+  require(bias.scalar_type() == ScalarType::Float, "key_bias must be float32");
+  const int64_t batch = bias.size(0);
+  require(batch == 1 || batch == params.batch, "key_bias has batch size ", batch, ", but q has ",
+          params.batch);
+  require_heads(bias.size(1), "key_bias", params);
+  require(bias.size(2) == params.seqlen_kv, "key_bias has ", bias.size(2),
+          " keys, but the layout has ", params.seqlen_kv);
+  params.key_bias.data = float_data(bias);
+  params.key_bias.is_shared = batch == 1;
+  params.key_bias.stride = {batch == 1 ? 0 : bias.stride(0), bias.stride(1), bias.stride(2)};
+  params.key_bias.heads = bias.size(1);
+}
+
+// One float32 number for each head of q.
+void require_per_head(const Tensor& tensor, const char* name, const AttentionParams& params) {
+  require_shape(tensor, name, 1);
+  require(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+  require(tensor.size(0) == params.num_heads, name, " has ", tensor.size(0), " entries, but q has ",
+          params.num_heads, " heads");
+}
+
+}  // namespace
+
 void describe_layout(const LayoutArguments& layout, AttentionParams& params) {
-  require(!layout.key_bias.has_value(), "the C++ kernels do not serve key_bias");
-  require(!layout.alibi_slopes.has_value(), "the C++ kernels do not serve alibi_slopes");
   constexpr int64_t kMaxBlock = std::numeric_limits<int32_t>::max();
   const auto [block_q, block_kv, group] =
       std::tuple(layout.block_q, layout.block_kv, layout.column_group);
@@ -33,12 +58,15 @@ void describe_layout(const LayoutArguments& layout, AttentionParams& params) {
                                   "column_indices", ceil_div(query_blocks, group), params);
   if (layout.sink_logits.has_value()) {
     const Tensor& logits = *layout.sink_logits;
-    require_shape(logits, "sink_logits", 1);
-    require(logits.scalar_type() == ScalarType::Float, "sink_logits must be float32");
+    require_per_head(logits, "sink_logits", params);
     require(logits.is_contiguous(), "sink_logits must be contiguous");
-    require(logits.size(0) == params.num_heads, "sink_logits has ", logits.size(0),
-            " entries, but q has ", params.num_heads, " heads");
     params.sink_logits = float_data(logits);
+  }
+  if (layout.key_bias.has_value()) describe_key_bias(*layout.key_bias, params);
+  if (layout.alibi_slopes.has_value()) {
+    require_per_head(*layout.alibi_slopes, "alibi_slopes", params);
+    params.alibi_slopes = float_data(*layout.alibi_slopes);
+    params.alibi_stride = layout.alibi_slopes->stride(0);
   }
 }
 

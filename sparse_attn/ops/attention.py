@@ -72,10 +72,10 @@ def _fake_attention_backward(
 ) -> tuple[Tensor, ...]:
     arguments = Arguments(*rest)
     dtype = compute_dtype(q.dtype)
-    given = (getattr(arguments, name) for name in DIFFERENTIABLE)
-    return (
-        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
-        *(q.new_empty(0, dtype=dtype) if x is None else torch.empty_like(x) for x in given),
+    given = [getattr(arguments, name) for name in DIFFERENTIABLE]
+    others = (q.new_empty(0, dtype=dtype) if x is None else x for x in given)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *others)
     )
 
 

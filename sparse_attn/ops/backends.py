@@ -15,7 +15,9 @@ from ..triton import support as triton
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_HEAD_DIM = 256
-_CPU_FEATURES = frozenset({"blocks", "columns", "softcap", "sink_logits", "packed", "paged"})
+_CPU_FEATURES = frozenset(
+    {"blocks", "columns", "softcap", "sink_logits", "key_bias", "alibi_slopes", "packed", "paged"}
+)
 
 
 class Backend(NamedTuple):

@@ -57,7 +57,7 @@ struct Gradients {
   const ForwardParams& params;
   Tensor dout;
   std::vector<float> dlse;
-  Result dq, dk, dv, dsinks;
+  Result dq, dk, dv, dsinks, dbias, dslopes;
 
   explicit Gradients(Problem& p)
       : problem(p),
@@ -69,7 +69,9 @@ struct Gradients {
            params.batch * params.num_kv_heads * params.seqlen_kv * params.head_dim),
         dv("dv", params.dtype,
            params.batch * params.num_kv_heads * params.seqlen_kv * params.head_dim_v),
-        dsinks("dsinks", DType::kFloat32, p.sinks.size()) {
+        dsinks("dsinks", DType::kFloat32, p.sinks.size()),
+        dbias("dbias", DType::kFloat32, p.bias.size() / 3),
+        dslopes("dslopes", DType::kFloat32, p.slopes.size()) {
     dout.fill_normal();
     std::normal_distribution<float> normal;
     for (float& x : dlse) x = normal(generator);
@@ -91,12 +93,18 @@ struct Gradients {
     if (!problem.sinks.empty()) {
       backward.dsink_logits = reinterpret_cast<float*>(dsinks.bytes.data());
     }
+    if (!problem.bias.empty()) backward.dkey_bias = reinterpret_cast<float*>(dbias.bytes.data());
+    if (!problem.slopes.empty()) {
+      backward.dalibi_slopes = reinterpret_cast<float*>(dslopes.bytes.data());
+    }
     sparse_attn::cpu::backward(backward, isa, threads);
   }
 
   // The result depends neither on the number of threads nor on who runs first.
   void check_threads(Isa isa, const std::string& name) {
-    const auto results = [&] { return std::vector{dq.bytes, dk.bytes, dv.bytes, dsinks.bytes}; };
+    const auto results = [&] {
+      return std::vector{dq.bytes, dk.bytes, dv.bytes, dsinks.bytes, dbias.bytes, dslopes.bytes};
+    };
     const auto expected = results();
     for (int64_t num_threads : {1, 3}) {
       run(isa, Problem::one_after_the_other(num_threads));
@@ -129,9 +137,16 @@ struct Gradients {
         dp += x * problem.v.at(b, kv_head, j, d);
         dv.add(key * params.head_dim_v + d, p * x, p * std::abs(x));
       }
-      const double slope = params.softcap > 0 ? 1 - s / params.softcap * (s / params.softcap) : 1.0;
-      const double ds = params.scale * p * (dp - delta) * slope;
-      const double size = std::abs(params.scale) * p * (1 + std::abs(dp) + std::abs(delta));
+      const double ratio = problem.unbiased_score(b, h, i, j) / params.softcap;
+      const double slope = params.softcap > 0 ? 1 - ratio * ratio : 1.0;
+      const double dscore = p * (dp - delta), ds = params.scale * dscore * slope;
+      const double dsize = p * (1 + std::abs(dp) + std::abs(delta));
+      const double size = std::abs(params.scale) * dsize;
+      if (!problem.bias.empty()) dbias.add(problem.bias_index(b, h, j), dscore, dsize);
+      if (!problem.slopes.empty()) {
+        const double distance = static_cast<double>(problem.distance(i, j));
+        dslopes.add(h, -dscore * distance, dsize * distance);
+      }
       for (int64_t d = 0; d < params.head_dim; ++d) {
         const double x = problem.q.at(b, h, i, d), y = problem.k.at(b, kv_head, j, d);
         dq.add(row * params.head_dim + d, ds * y, size * std::abs(y));
@@ -145,7 +160,9 @@ struct Gradients {
       for (int64_t h = 0; h < params.num_heads; ++h)
         for (int64_t i = 0; i < params.seqlen_q; ++i) expect_row(b, h, i);
     const double tolerance = params.dtype == DType::kFloat32 ? 3e-6 : 1e-2;
-    for (const Result* result : {&dq, &dk, &dv, &dsinks}) result->check(name, tolerance);
+    for (const Result* result : {&dq, &dk, &dv, &dsinks, &dbias, &dslopes}) {
+      result->check(name, tolerance);
+    }
   }
 };
 

@@ -55,7 +55,9 @@ struct Lists {
 struct Problem {
   ForwardParams params;
   Tensor q, k, v, out;
-  std::vector<float> lse, sinks;
+  std::vector<float> lse, sinks, slopes;
+  std::vector<float> bias;  // [batch or 1, heads, keys, 3], of which the second of three is used
+  int64_t bias_batch = 1, bias_heads = 1;
   std::vector<int32_t> sink, window;
   Lists blocks, columns;
 
@@ -118,6 +120,22 @@ struct Problem {
     params.blocks = blocks.view;
     params.columns = columns.view;
     params.sink_logits = sinks.empty() ? nullptr : sinks.data();
+    params.alibi_slopes = slopes.empty() ? nullptr : slopes.data();
+    if (bias.empty()) return;
+    const int64_t head = 3 * params.seqlen_kv;
+    params.key_bias.data = bias.data() + 1;
+    params.key_bias.heads = bias_heads;
+    params.key_bias.is_shared = bias_batch == 1;
+    params.key_bias.stride = {bias_batch == 1 ? 0 : bias_heads * head, head, 3};
+  }
+
+  // Which number of [bias_batch, bias_heads, keys] is added to the score.
+  int64_t bias_index(int64_t b, int64_t h, int64_t j) const {
+    const int64_t head = h / (params.num_heads / bias_heads);
+    return ((bias_batch == 1 ? 0 : b) * bias_heads + head) * params.seqlen_kv + j;
+  }
+  int64_t distance(int64_t i, int64_t j) const {
+    return std::abs(i + params.seqlen_kv - params.seqlen_q - j);
   }
 
   static Parallel two_threads() {
@@ -159,6 +177,13 @@ struct Problem {
   }
 
   double score(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    double s = unbiased_score(b, h, i, j);
+    if (!bias.empty()) s += bias[3 * bias_index(b, h, j) + 1];
+    if (!slopes.empty()) s -= double{slopes[h]} * static_cast<double>(distance(i, j));
+    return s;
+  }
+
+  double unbiased_score(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
     double s = 0;
     for (int64_t d = 0; d < params.head_dim; ++d) s += q.at(b, h, i, d) * k.at(b, kv_head, j, d);
@@ -229,6 +254,15 @@ inline Problem random_problem(bool decode) {
   problem.sink.assign(choose({int64_t{1}, heads}), choose({0, 0, 5, kMost}));
   problem.window.assign(choose({int64_t{1}, kv_heads}), choose({0, 0, 1, 20, -1, kMost}));
   if (random_int(0, 3) == 0) problem.sinks.assign(heads, 0.5f);
+  if (random_int(0, 2) == 0) {
+    problem.bias_batch = choose({int64_t{1}, batch});
+    problem.bias_heads = choose({int64_t{1}, kv_heads, heads});
+    problem.bias.resize(problem.bias_batch * problem.bias_heads * params.seqlen_kv * 3, NAN);
+    for (size_t i = 1; i < problem.bias.size(); i += 3) problem.bias[i] = choose({-1.f, 0.5f, 2.f});
+  }
+  for (int64_t h = 0, any = random_int(0, 2) == 0; any && h < heads; ++h) {
+    problem.slopes.push_back(choose({0.01f, 0.25f, -0.02f}));
+  }
   const int64_t rows = (params.seqlen_q + params.block_q - 1) / params.block_q;
   const int64_t groups = (rows + params.column_group - 1) / params.column_group;
   const int64_t num_blocks = (params.seqlen_kv + params.block_kv - 1) / params.block_kv;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -14,7 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/backward/bias_gradients.h"
 #include "cpu/backward/row_gradients.h"
+#include "cpu/backward/tile_map.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/layout/layout_check.h"
 #include "cpu/runtime/head_queue.h"
@@ -58,42 +59,6 @@ class Rows {
   int64_t stride_;
 };
 
-// Which key tiles each query tile sees, as bits.
-class TileMap {
- public:
-  TileMap(int64_t query_tiles, int64_t key_tiles)
-      : key_tiles_(key_tiles), words_(ceil_div(key_tiles, 64)), bits_(query_tiles * words_) {}
-
-  uint64_t* row(int64_t query_tile) { return bits_.data() + query_tile * words_; }
-
-  bool sees(int64_t query_tile, int64_t key_tile) const {
-    return bits_[query_tile * words_ + key_tile / 64] >> key_tile % 64 & 1;
-  }
-
-  // The first key tile from `key_tile` on that the query tile sees; their number if none.
-  int64_t next(int64_t query_tile, int64_t key_tile) const {
-    const uint64_t* bits = bits_.data() + query_tile * words_;
-    int64_t word = key_tile / 64;
-    if (word >= words_) return key_tiles_;
-    uint64_t rest = bits[word] & ~uint64_t{0} << key_tile % 64;
-    while (rest == 0) {
-      if (++word == words_) return key_tiles_;
-      rest = bits[word];
-    }
-    return word * 64 + std::countr_zero(rest);
-  }
-
-  int64_t count(int64_t query_tile) const {
-    const uint64_t* bits = bits_.data() + query_tile * words_;
-    return std::accumulate(bits, bits + words_, int64_t{0},
-                           [](int64_t n, uint64_t word) { return n + std::popcount(word); });
-  }
-
- private:
-  int64_t key_tiles_, words_;
-  std::vector<uint64_t> bits_;
-};
-
 class Backward {
  public:
   Backward(const BackwardParams& params, const BackwardKernel& kernel, Isa isa)
@@ -109,7 +74,8 @@ class Backward {
         map_(num_query_tiles_, key_tiles_),
         turn_(num_query_tiles_),
         needs_rows_(params.batch * params.num_kv_heads),
-        dsink_logits_(params.dsink_logits != nullptr ? num_query_tiles_ : 0) {}
+        dsink_logits_(params.dsink_logits != nullptr ? num_query_tiles_ : 0),
+        bias_gradients_(params, key_tiles_) {}
 
   void run(const Parallel& parallel) {
     const bool by_tiles = params_.has_ordinary_scale();
@@ -117,6 +83,7 @@ class Backward {
     if (by_tiles) run_tiles(parallel);
     run_rows(parallel);
     sum_dsink_logits();
+    bias_gradients_.write(parallel);
   }
 
  private:
@@ -141,7 +108,7 @@ class Backward {
     if (heads.empty()) return;
     parallel.run(static_cast<int64_t>(heads.size()), [&](int64_t i) {
       std::vector<double> dsink_logits(group_size_);
-      gradients_by_rows(params_, isa_, heads[i], dsink_logits.data());
+      gradients_by_rows(params_, isa_, heads[i], dsink_logits.data(), bias_gradients_);
       if (params_.dsink_logits == nullptr) return;
       const auto begin = dsink_logits_.begin() + heads[i] * group_size_ * query_tiles_;
       std::fill(begin, begin + group_size_ * query_tiles_, 0.0);
@@ -198,8 +165,7 @@ class Backward {
     while (shape.rows < kernel.max_rows && shape.rows * 2 <= rows) shape.rows *= 2;
     shape.head_dim = params.head_dim;
     shape.head_dim_v = params.head_dim_v;
-    shape.scale = params.scale;
-    shape.softcap = params.softcap;
+    shape.score_as(params);
     return shape;
   }
 
@@ -287,6 +253,8 @@ class Backward {
     const int64_t last = first + group_size_ * query_tiles_;
     const auto tile_memory = [&](int64_t i) { return tiles + (i - first) * tile_bytes_; };
     Visibility visibility;
+    KeyTileBias bias;
+    KeyTileBias* const biased = params_.is_biased() ? &bias : nullptr;
     pack_keys(kv_head, first_key, first, last, scratch, visibility);
     int64_t following = next_seeing(first, last, key_tile);
     for (int64_t i = following; i < last; i = following) {
@@ -294,16 +262,22 @@ class Backward {
       const std::byte* next_tile = following < last ? tile_memory(following) : nullptr;
       const TileIndex tile = tile_index(i);
       find_visibility(params_, tile, first_key, visibility);
+      if (biased != nullptr) describe_bias(tile, first_key, keys, bias);
       waiting_.wait_until([&] { return turn_[i] == key_tile; });
       const bool is_first = map_.next(i, 0) == key_tile;
       const int64_t next = map_.next(i, key_tile + 1);
-      kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), next_tile, scratch);
+      kernel_.add_pair(shape_, visibility, is_first, tile_memory(i), next_tile, biased, scratch);
       if (next == key_tiles_) {
         kernel_.write_queries(shape_, tile_memory(i), tile.rows, dq_rows(tile));
         check_result(kv_head, dq_rows(tile), tile.rows * params_.head_dim);
       }
       turn_[i] = static_cast<int32_t>(next);
       waiting_.announce();
+      if (biased != nullptr &&
+          (following == last || following / query_tiles_ != i / query_tiles_)) {
+        bias_gradients_.set(i / query_tiles_, first_key, keys, bias.dbias, bias.dslope);
+        bias.clear();
+      }
     }
     const int64_t row = kv_head * params_.seqlen_kv + first_key, size = element_size(params_.dtype);
     std::byte* dk = static_cast<std::byte*>(params_.dk) + row * params_.head_dim * size;
@@ -311,6 +285,13 @@ class Backward {
     kernel_.write_keys(shape_, scratch, keys, dk, dv);
     check_result(kv_head, dk, keys * params_.head_dim);
     check_result(kv_head, dv, keys * params_.head_dim_v);
+  }
+
+  void describe_bias(const TileIndex& tile, int64_t first_key, int64_t keys,
+                     KeyTileBias& bias) const {
+    const int64_t origin = tile.row + params_.seqlen_kv - params_.seqlen_q;
+    const HeadBias head(params_, tile.batch, tile.head, origin);
+    head.describe(static_cast<int>(keys), [&](int j) { return first_key + j; }, bias.terms);
   }
 
   void check_result(int64_t kv_head, const void* numbers, int64_t n) {
@@ -375,14 +356,26 @@ class Backward {
   std::vector<std::atomic<bool>>
       needs_rows_;  // by KV head: whether its results are to be made anew
   std::vector<double> dsink_logits_;
+  BiasGradients bias_gradients_;
 };
+
+// The gradients of what the batch shares, for a batch without entries.
+void write_sums_of_nothing(const BackwardParams& params) {
+  const auto fill = [](float* sums, int64_t n) {
+    if (sums != nullptr) std::fill_n(sums, n, 0.0f);
+  };
+  fill(params.dsink_logits, params.num_heads);
+  fill(params.dalibi_slopes, params.num_heads);
+  if (params.key_bias.is_shared) fill(params.dkey_bias, params.key_bias.heads * params.seqlen_kv);
+}
 
 }  // namespace
 
 void backward(const BackwardParams& given, Isa isa, const Parallel& parallel) {
   BackwardParams params = given;
   const CheckedLayout layout(params, parallel);
-  if (params.batch == 0 || params.num_heads == 0) return;
+  if (params.num_heads == 0) return;
+  if (params.batch == 0) return write_sums_of_nothing(params);
   Backward(params, find_kernel(isa, &Kernels::backward, params.dtype), isa).run(parallel);
 }
 

@@ -1,5 +1,6 @@
 #include "cpu/backward/row_gradients.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <vector>
@@ -52,8 +53,8 @@ void find_keys(const AttentionParams& params, const TileIndex& row, std::vector<
 
 }  // namespace
 
-void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
-                       double* dsink_logits) {
+void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, double* dsink_logits,
+                       BiasGradients& bias_gradients) {
   const DType dtype = params.dtype;
   const RowGradientKernel& kernel = find_kernel(isa, &Kernels::row_gradients, dtype);
   const int64_t group = params.num_heads / params.num_kv_heads, seqlen_kv = params.seqlen_kv;
@@ -68,6 +69,7 @@ void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
   v.read(params.v, offset(params.v_stride, key_head, 0), params.v_stride.row, dtype, kernel);
   std::vector<int32_t> keys;
   std::vector<float> scratch(row_gradient_floats(seqlen_kv));
+  std::vector<double> dbias(params.is_biased() ? seqlen_kv : 0);
   RowGradients row;
   row.dim = padded_row(params.head_dim);
   row.dim_v = padded_row(params.head_dim_v);
@@ -75,16 +77,18 @@ void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
   row.dout = dout.row(0);
   row.k = k.row(0);
   row.v = v.row(0);
-  row.scale = params.scale;
-  row.softcap = params.softcap;
+  row.score_as(params);
   row.scratch = scratch.data();
   row.dq = dq.row(0);
   row.dk = dk.row(0);
   row.dv = dv.row(0);
+  row.dbias = dbias.data();
   for (int64_t i = 0; i < group; ++i) {
     const int64_t head = key_head * group + i;
     if (params.sink_logits != nullptr) row.sink_logit = params.sink_logits + head;
     dsink_logits[i] = 0;
+    std::fill(dbias.begin(), dbias.end(), 0.0);
+    row.dslope = 0;
     for (int64_t r = 0; r < params.seqlen_q; ++r) {
       const int64_t place = (batch * params.num_heads + head) * params.seqlen_q + r;
       find_keys(params, {batch, head, r, 1}, keys);
@@ -93,10 +97,16 @@ void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
       row.dlse = params.dlse[place];
       q.read(params.q, offset(params.q_stride, head, r), 0, dtype, kernel);
       dout.read(params.dout, offset(params.dout_stride, head, r), 0, dtype, kernel);
+      const HeadBias bias(params, batch, head, r + seqlen_kv - params.seqlen_q);
+      if (params.is_biased()) row.bias = &bias;
       kernel.run(row);
       dq.write(params.dq, place, dtype, kernel);
       dsink_logits[i] += row.dsink;
     }
+    if (!params.is_biased()) continue;
+    const int64_t place = batch * params.num_heads + head;
+    bias_gradients.clear(place);
+    bias_gradients.set(place, 0, seqlen_kv, dbias.data(), row.dslope);
   }
   dk.write(params.dk, kv_head * seqlen_kv, dtype, kernel);
   dv.write(params.dv, kv_head * seqlen_kv, dtype, kernel);

@@ -5,14 +5,15 @@
 // large that its last place is more than a logit should be off by.
 #pragma once
 
+#include "cpu/backward/bias_gradients.h"
 #include "cpu/isa/isa.h"
 #include "params.h"
 
 namespace sparse_attn::cpu {
 
 // Computes dq, dk and dv of the query heads that share a KV head, which is counted over the whole
-// batch, and their parts of dsink_logits.
-void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head,
-                       double* dsink_logits);
+// batch, and their parts of dsink_logits and of the gradients of biases.
+void gradients_by_rows(const BackwardParams& params, Isa isa, int64_t kv_head, double* dsink_logits,
+                       BiasGradients& bias_gradients);
 
 }  // namespace sparse_attn::cpu

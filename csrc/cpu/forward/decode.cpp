@@ -103,8 +103,7 @@ DecodeTile describe_tile(const Group& group) {
   tile.queries = rows;
   tile.head_dim = params.head_dim;
   tile.head_dim_v = params.head_dim_v;
-  tile.scale = params.scale;
-  tile.softcap = params.softcap;
+  tile.score_as(params);
   tile.sink_logits = params.sink_logits != nullptr ? params.sink_logits + head : nullptr;
   return tile;
 }
@@ -130,7 +129,7 @@ void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, fl
     walk.restrict_to({split_point(walk, group.candidates, split, group.num_splits),
                       split_point(walk, group.candidates, split + 1, group.num_splits)});
   }
-  DecodeKeys keys(*group.params, walk, group.index.batch, group.kv_head, group.index.rows);
+  DecodeKeys keys(*group.params, walk, group.index, group.kv_head);
   kernel.run(describe_tile(group), keys, state, scratch);
 }
 

@@ -134,8 +134,7 @@ class HeadWork {
     tile.rows = rows;
     tile.head_dim = params_.head_dim;
     tile.head_dim_v = params_.head_dim_v;
-    tile.scale = params_.scale;
-    tile.softcap = params_.softcap;
+    tile.score_as(params_);
     tile.sink_logit = params_.sink_logits != nullptr ? params_.sink_logits + h : nullptr;
     KeyCursor cursor(params_, kernel_, task.tile, keys_.source(num_chunks_ > 0 ? memory_ : nullptr),
                      scratch);

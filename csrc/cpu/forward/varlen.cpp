@@ -64,6 +64,7 @@ class Sequences {
     params.q = rows(params.q, begin_q_[b] * params.q_stride.row);
     params.out = rows(params.out, begin_q_[b] * params.out_stride.row);
     params.lse += begin_q_[b];
+    if (params.key_bias.data != nullptr) params.key_bias.data += b * params.key_bias.stride.batch;
     if (begin_kv_.empty()) {
       params.pages = pages_.data() + begin_pages_[b];
     } else {

@@ -210,31 +210,56 @@ struct Gradients {
   __m512 p, ds;
 };
 
-template <bool kSoftcap>
+// What is added to the scores of 16 keys, and sums over rows for its gradient.
+struct BiasLanes {
+  Vec bias, offset, dbias = {}, dslope = {};
+};
+
+template <bool kSoftcap, bool kBiased>
 inline Gradients gradients(const TileShape& shape, __m512 s, __m512 dp, float lse, float delta,
-                           __mmask16 visible) {
+                           __mmask16 visible, float row, float alibi_slope, BiasLanes& lanes) {
   const __m512 offset = _mm512_set1_ps(lse * static_cast<float>(kLog2e)),
                base = _mm512_set1_ps(delta);
+  constexpr float kBase2 = kLog2e;
   __m512 x, slope;
+  Vec distance, term;
+  if constexpr (kBiased) {
+    distance = absolute(row - lanes.offset);
+    term = lanes.bias - alibi_slope * distance;
+  }
   if constexpr (kSoftcap) {
     const Vec capped = tanh((Vec)s * (shape.scale / shape.softcap));
     x = (__m512)(capped * static_cast<float>(shape.softcap * kLog2e)) - offset;
+    if constexpr (kBiased) x = (__m512)((capped * shape.softcap + term - lse) * kBase2);
     slope = (__m512)(1.0f - capped * capped);
   } else {
     x = _mm512_fmsub_ps(s, _mm512_set1_ps(static_cast<float>(shape.scale * kLog2e)), offset);
+    if constexpr (kBiased) x = (__m512)(((Vec)s * shape.scale + term - lse) * kBase2);
   }
   Gradients result;
   result.p = exp2_bf16(x, visible);
   result.ds = _mm512_maskz_mul_ps(visible, result.p, _mm512_sub_ps(dp, base));
+  if constexpr (kBiased) {
+    lanes.dbias += (Vec)result.ds;
+    lanes.dslope -= (Vec)result.ds * distance;
+  }
   if constexpr (kSoftcap) result.ds = _mm512_maskz_mul_ps(visible, result.ds, slope);
   return result;
 }
 
 // Turns the scores and dp of one granule into p and ds; `n` is its place among the pair's granules.
-template <bool kSoftcap>
+// The bias of the key tile is null unless kBiased.
+template <bool kSoftcap, bool kBiased>
 void gradient_step(const TileShape& shape, const QueryTileHead& head, const Scratch& scratch,
-                   const Visibility& visibility, int n, const RowRange& range) {
+                   const Visibility& visibility, int n, const RowRange& range, KeyTileBias* bias) {
   const uint32_t* words = visibility.parts[n].visible;
+  const int key = visibility.parts[n].granule * kGranule;
+  BiasLanes lanes[2];
+  const float alibi_slope = kBiased ? bias->terms.slope : 0.0f;
+  for (int half = 0; kBiased && half < 2; ++half) {
+    lanes[half].bias = load(bias->terms.bias + key + half * 16);
+    lanes[half].offset = load(bias->terms.offset + key + half * 16);
+  }
   for (int64_t r = range.begin; r < range.end; r += 2) {
     const int64_t at = r / 16 * 2 * kFloatTile + r % 16 * 16;
     const int64_t pair = r / 32 * 2 * kTile + r % 32 * 16;
@@ -245,11 +270,13 @@ void gradient_step(const TileShape& shape, const QueryTileHead& head, const Scra
     for (int half = 0; half < 2; ++half) {
       const float* s = scratch.s + at + half * kFloatTile;
       const float* dp = scratch.dp + at + half * kFloatTile;
-      x[half][0] = gradients<kSoftcap>(shape, _mm512_load_ps(s), _mm512_load_ps(dp), head.lse[r],
-                                       head.delta[r], static_cast<__mmask16>(even >> half * 16));
-      x[half][1] = gradients<kSoftcap>(shape, _mm512_load_ps(s + 16), _mm512_load_ps(dp + 16),
-                                       head.lse[r + 1], head.delta[r + 1],
-                                       static_cast<__mmask16>(odd >> half * 16));
+      const uint32_t bits[2] = {even, odd};
+      for (int i = 0; i < 2; ++i) {
+        x[half][i] = gradients<kSoftcap, kBiased>(
+            shape, _mm512_load_ps(s + i * 16), _mm512_load_ps(dp + i * 16), head.lse[r + i],
+            head.delta[r + i], static_cast<__mmask16>(bits[i] >> half * 16),
+            static_cast<float>(r + i), alibi_slope, lanes[half]);
+      }
       _mm512_store_si512(scratch.p + pair + half * kTile, interleave(x[half][0].p, x[half][1].p));
       _mm512_store_si512(scratch.ds + pair + half * kTile,
                          interleave(x[half][0].ds, x[half][1].ds));
@@ -258,10 +285,18 @@ void gradient_step(const TileShape& shape, const QueryTileHead& head, const Scra
       _mm512_store_si512(left + i * kGranule, (__m512i)_mm512_cvtne2ps_pbh(x[1][i].ds, x[0][i].ds));
     }
   }
+  for (int j = 0; kBiased && j < kGranule; ++j) {
+    bias->dbias[key + j] += lanes[j / 16].dbias[j % 16];
+    bias->dslope += lanes[j / 16].dslope[j % 16];
+  }
 }
 
+template <bool kSoftcap>
+constexpr auto kGradientStep =
+    std::array{gradient_step<kSoftcap, false>, gradient_step<kSoftcap, true>};
+
 void add_pair(const TileShape& shape, const Visibility& visibility, bool first, std::byte* tile,
-              const std::byte* tile_ahead, std::byte* memory) {
+              const std::byte* tile_ahead, KeyTileBias* bias, std::byte* memory) {
   const PackedQueries queries(shape, tile);
   const Scratch scratch(shape, memory);
   const int64_t rows = shape.rows;
@@ -278,11 +313,8 @@ void add_pair(const TileShape& shape, const Visibility& visibility, bool first, 
     multiply_rows_by_keys(queries.dout, scratch.v_t + v, range, dim_v, scratch.dp, sums, next_tile);
     sums.store();
     fence_compiler();
-    if (shape.softcap > 0) {
-      gradient_step<true>(shape, queries.head, scratch, visibility, n, range);
-    } else {
-      gradient_step<false>(shape, queries.head, scratch, visibility, n, range);
-    }
+    const auto& steps = shape.softcap > 0 ? kGradientStep<true> : kGradientStep<false>;
+    steps[bias != nullptr](shape, queries.head, scratch, visibility, n, range, bias);
     fence_compiler();
     multiply_into_keys(queries.dout_t, scratch.p, range, rows, dim_v, scratch.dv_t + v, sums,
                        next_tile);

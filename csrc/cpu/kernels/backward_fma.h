@@ -223,27 +223,53 @@ static void pack_keys(const TileShape& shape, const void* const* k, const void* 
   std::fill(scratch.dv, scratch.dv + kKeyTile * dim_v, 0.0f);
 }
 
+// What is added to the scores of a vector of keys, and sums over rows for its gradient.
+struct BiasLanes {
+  Vec bias, offset, dbias = {}, dslope = {};
+};
+
 // Turns raw scores of one row and a vector of keys into p, and dp into ds.
+template <bool kBiased>
 SPARSE_ATTN_INLINE void differentiate(const TileShape& shape, float lse, float delta,
-                                      uint32_t visible, Vec& p, Vec& ds) {
+                                      uint32_t visible, float row, float alibi_slope,
+                                      BiasLanes& lanes, Vec& p, Vec& ds) {
   constexpr float kBase2 = kLog2e;
-  Vec slope = broadcast(1.0f), logit = p * shape.scale - lse;
+  Vec slope = broadcast(1.0f), factor = p, distance;
+  float scale = shape.scale;
   if (shape.softcap > 0) {
-    const Vec capped = tanh(p * (shape.scale / shape.softcap));
-    slope -= capped * capped;
-    logit = capped * shape.softcap - lse;
+    factor = tanh(p * (shape.scale / shape.softcap));
+    slope -= factor * factor;
+    scale = shape.softcap;
+  }
+  Vec logit = factor * scale - lse;
+  if constexpr (kBiased) {
+    distance = absolute(row - lanes.offset);
+    logit = factor * scale + (lanes.bias - alibi_slope * distance) - lse;
   }
   p = exp2_nonpositive(keep_visible(logit, visible) * kBase2);
+  if constexpr (kBiased) {
+    const Vec dbias = p == 0.0f ? Vec{} : p * (ds - delta);
+    lanes.dbias += dbias;
+    lanes.dslope -= dbias * distance;
+  }
   ds = p == 0.0f ? Vec{} : p * (ds - delta) * slope;
 }
 
 // The same for the rows [first, first + count) of a query tile and all keys of a granule, whose
-// scores begin with that row. `visit` is called for each row.
-template <class Words>
+// scores begin with that row. `visit` is called for each row. The bias of the key tile is null
+// unless kBiased; the granule's first key is its `key`-th.
+template <bool kBiased, class Words>
 static void differentiate_rows(const TileShape& shape, const QueryTileHead& head, int64_t first,
                                int64_t count, const uint32_t* visible,
-                               const BackwardScratch<Words>& scratch, auto visit) {
+                               const BackwardScratch<Words>& scratch, KeyTileBias* bias,
+                               int64_t key, auto visit) {
   constexpr int kNumbers = Words::kNumbers;
+  BiasLanes lanes[kGranule / kLanes];
+  const float alibi_slope = kBiased ? bias->terms.slope : 0.0f;
+  for (int j = 0; kBiased && j < kGranule; j += kLanes) {
+    lanes[j / kLanes].bias = load(bias->terms.bias + key + j);
+    lanes[j / kLanes].offset = load(bias->terms.offset + key + j);
+  }
   float *p_words = scratch.p, *ds_words = scratch.ds;
   for (int64_t r = 0; r < count; r += kNumbers, p_words += kGranule, ds_words += kGranule) {
     Vec ds[kNumbers][kGranule / kLanes];
@@ -254,9 +280,10 @@ static void differentiate_rows(const TileShape& shape, const QueryTileHead& head
         const int64_t row = first + r + n;
         p_lanes[n] = load(scratch.p + (r + n) * kGranule + j);
         ds_lanes[n] = load(scratch.ds + (r + n) * kGranule + j);
-        differentiate(shape, head.lse[row], head.delta[row],
-                      visible != nullptr ? visible[row] >> j : ~uint32_t{0}, p_lanes[n],
-                      ds_lanes[n]);
+        differentiate<kBiased>(shape, head.lse[row], head.delta[row],
+                               visible != nullptr ? visible[row] >> j : ~uint32_t{0},
+                               static_cast<float>(row), alibi_slope, lanes[j / kLanes], p_lanes[n],
+                               ds_lanes[n]);
         ds[n][j / kLanes] = ds_lanes[n];
       }
       store(p_words + j, Words::join(p_lanes));
@@ -269,11 +296,16 @@ static void differentiate_rows(const TileShape& shape, const QueryTileHead& head
       }
     }
   }
+  for (int j = 0; kBiased && j < kGranule; ++j) {
+    bias->dbias[key + j] += lanes[j / kLanes].dbias[j % kLanes];
+    bias->dslope += lanes[j / kLanes].dslope[j % kLanes];
+  }
 }
 
 template <class Words>
 static void add_pair(const TileShape& shape, const Visibility& visibility, bool first,
-                     std::byte* tile, const std::byte* tile_ahead, std::byte* memory) {
+                     std::byte* tile, const std::byte* tile_ahead, KeyTileBias* bias,
+                     std::byte* memory) {
   using Word = typename Words::Word;
   constexpr int64_t kNumbers = Words::kNumbers;
   const PackedQueries<Words> queries(shape, tile);
@@ -297,8 +329,12 @@ static void add_pair(const TileShape& shape, const Visibility& visibility, bool 
     product<Words>({queries.dout + row * dim_v / kNumbers, dim_v / kNumbers, 1},
                    scratch.v_transposed + key * dim_v / kNumbers, kGranule,
                    num_words<Words>(shape.head_dim_v), scratch.ds, kGranule, rows, kGranule, false);
-    differentiate_rows<Words>(shape, queries.head, row, rows, visible, scratch,
-                              [&] { next_tile.next(); });
+    const auto visit = [&] { next_tile.next(); };
+    if (bias != nullptr) {
+      differentiate_rows<true>(shape, queries.head, row, rows, visible, scratch, bias, key, visit);
+    } else {
+      differentiate_rows<false>(shape, queries.head, row, rows, visible, scratch, bias, key, visit);
+    }
     product<Words>(p_transposed, dout_rows, dim_v, row_words, scratch.dv + key * dim_v, dim_v,
                    kGranule, dim_v, true);
     product<Words>(ds_transposed, q_rows, dim, row_words, scratch.dk + key * dim, dim, kGranule,

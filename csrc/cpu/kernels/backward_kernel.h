@@ -7,6 +7,7 @@
 
 #include <cstddef>
 
+#include "cpu/layout/biases.h"
 #include "cpu/layout/visibility.h"
 #include "params.h"
 
@@ -22,11 +23,22 @@ struct QueryTileHead {
       : lse(reinterpret_cast<float*>(tile)), delta(lse + rows) {}
 };
 
-struct TileShape {
+struct TileShape : ScoreParams {
   int64_t rows = 0;  // in every query tile: 32, 64 or 128; what is missing in the last one is zero
   int64_t head_dim = 0, head_dim_v = 0;
-  float scale = 1.0f;
-  float softcap = 0.0f;
+};
+
+// What a query tile adds to the scores of a key tile, and the gradients of that.
+struct KeyTileBias {
+  KeyTerms<kKeyTile> terms;
+  double dbias[kKeyTile];  // sum of ds before the softcap's factor; pairs add to it
+  double dslope;           // minus the sum of that times the distances; likewise
+
+  KeyTileBias() { clear(); }
+  void clear() {
+    for (double& x : dbias) x = 0;
+    dslope = 0;
+  }
 };
 
 struct BackwardKernel {
@@ -42,9 +54,10 @@ struct BackwardKernel {
   void (*pack_keys)(const TileShape& shape, const void* const* k, const void* const* v,
                     std::byte* scratch) = nullptr;
   // Adds what one query tile and the key tile give to dq, dk and dv; `first` sets dq. Fetches the
-  // tile that comes next, unless it is null.
+  // tile that comes next, unless it is null. `bias` is null if nothing is added to scores.
   void (*add_pair)(const TileShape& shape, const Visibility& visibility, bool first,
-                   std::byte* tile, const std::byte* next_tile, std::byte* scratch) = nullptr;
+                   std::byte* tile, const std::byte* next_tile, KeyTileBias* bias,
+                   std::byte* scratch) = nullptr;
   // Write rows of the results, without gaps between them.
   void (*write_queries)(const TileShape& shape, std::byte* tile, int64_t rows, void* dq) = nullptr;
   void (*write_keys)(const TileShape& shape, std::byte* scratch, int64_t keys, void* dk,

@@ -174,14 +174,20 @@ SPARSE_ATTN_INLINE void for_row_parts(int64_t rows, F&& f) {
 
 // Turns products q.k of one row into weights exp(s - m) and brings (m, l, acc) up to date. If a
 // score is no number, nor is l; if one is infinite besides, nor is m. While all scores are -inf, l
-// tells that there are some.
-static void update_row(const DecodeTile& tile, int count, uint64_t visible, float* scores, float& m,
+// tells that there are some. `terms`, for the row as the tile's `query`-th, count if kBiased.
+template <bool kBiased>
+static void update_row(const DecodeTile& tile, int count, uint64_t visible,
+                       const KeyTerms<kBatchKeys>& terms, int64_t query, float* scores, float& m,
                        float& l, float* acc) {
   constexpr float kBase2 = kLog2e;
   Vec top = broadcast(kMinusInfinity);
   for (int j = 0; j < count; j += kLanes) {
     Vec s = load(scores + j) * tile.scale;
     if (tile.softcap > 0) s = cap_softly(s, tile.softcap);
+    if constexpr (kBiased) {
+      const Vec distance = absolute(static_cast<float>(query) - load(terms.offset + j));
+      s += load(terms.bias + j) - terms.slope * distance;
+    }
     constexpr uint32_t kAllLanes = (uint32_t{1} << kLanes) - 1;
     const uint32_t seen = static_cast<uint32_t>(visible >> j) & kAllLanes;
     if (seen != kAllLanes) s = keep_visible(s, seen);
@@ -243,14 +249,19 @@ static void run_decode(const DecodeTile& tile, DecodeKeys& keys, float* state, s
   KeyBatch batches[2];
   KeyBatch* now = batches;
   KeyBatch* next = batches + 1;
+  KeyTerms<kBatchKeys> terms;
+  const bool is_biased = keys.is_biased();
   for (keys.next(*now); now->count > 0; std::swap(now, next)) {
     keys.next(*next);
     for_row_parts(rows, [&](auto count, int64_t r) {
       score_rows<T, count()>(tile, scratch, r, *now, r == 0 ? *next : kNoKeys);
     });
     for (int64_t r = 0; r < rows; ++r) {
-      update_row(tile, now->count, now->visible[r % tile.queries], scratch.scores + r * kBatchKeys,
-                 m[r], l[r], acc + r * dims);
+      const int64_t query = r % tile.queries;
+      if (is_biased && query == 0) keys.describe(*now, r / tile.queries, terms);
+      const auto update = is_biased ? update_row<true> : update_row<false>;
+      update(tile, now->count, now->visible[query], terms, query, scratch.scores + r * kBatchKeys,
+             m[r], l[r], acc + r * dims);
     }
     for_row_parts(rows, [&](auto count, int64_t r) {
       add_all_values<T, count()>(tile, scratch, r, *now, r == 0 ? *next : kNoKeys, acc);

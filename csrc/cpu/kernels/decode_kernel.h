@@ -9,7 +9,7 @@ inline constexpr int64_t kMostDecodeRows = 64;
 
 // Rows of some heads of one KV head that share one list of candidate keys. Row r of the tile is
 // row r % queries of head r / queries.
-struct DecodeTile {
+struct DecodeTile : ScoreParams {
   const void* q = nullptr;
   void* out = nullptr;
   float* lse = nullptr;
@@ -18,8 +18,6 @@ struct DecodeTile {
   int64_t lse_head_stride = 0;
   int64_t heads = 0, queries = 0;
   int64_t head_dim = 0, head_dim_v = 0;
-  float scale = 1.0f;
-  float softcap = 0.0f;
   const float* sink_logits = nullptr;  // [heads]
 
   int64_t rows() const { return heads * queries; }

@@ -11,14 +11,14 @@ uint64_t low_bits_64(int n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n)
 
 }  // namespace
 
-DecodeKeys::DecodeKeys(const AttentionParams& params, const CandidateWalk& walk, int64_t batch,
-                       int64_t kv_head, int64_t queries)
+DecodeKeys::DecodeKeys(const AttentionParams& params, const CandidateWalk& walk,
+                       const TileIndex& tile, int64_t kv_head)
     : params_(params),
       walk_(walk),
-      queries_(queries),
-      k_(byte_offset(params.k, batch * params.k_stride.batch + kv_head * params.k_stride.head,
+      tile_(tile),
+      k_(byte_offset(params.k, tile.batch * params.k_stride.batch + kv_head * params.k_stride.head,
                      params.dtype)),
-      v_(byte_offset(params.v, batch * params.v_stride.batch + kv_head * params.v_stride.head,
+      v_(byte_offset(params.v, tile.batch * params.v_stride.batch + kv_head * params.v_stride.head,
                      params.dtype)),
       k_row_bytes_(params.k_stride.row * element_size(params.dtype)),
       v_row_bytes_(params.v_stride.row * element_size(params.dtype)) {}
@@ -58,9 +58,21 @@ void DecodeKeys::append_from_pages(const Candidates& found, KeyBatch& batch) {
   }
 }
 
+void DecodeKeys::append_positions(const Candidates& found, KeyBatch& batch) const {
+  int32_t* positions = batch.positions + batch.count;
+  for (uint32_t bits = found.all(); bits != 0; bits &= bits - 1) {
+    *positions++ = static_cast<int32_t>(found.begin + std::countr_zero(bits));
+  }
+}
+
+void DecodeKeys::describe(const KeyBatch& batch, int64_t i, KeyTerms<kBatchKeys>& terms) const {
+  const HeadBias bias(params_, tile_.batch, tile_.head + i, walk_.rules().first_position());
+  bias.describe(batch.count, [&](int j) { return batch.positions[j]; }, terms);
+}
+
 void DecodeKeys::next(KeyBatch& batch) {
   batch.count = 0;
-  std::fill(batch.visible, batch.visible + queries_, uint64_t{0});
+  std::fill(batch.visible, batch.visible + tile_.rows, uint64_t{0});
   Candidates found;
   while (batch.count <= kBatchKeys - kGranule && walk_.next(found)) {
     const uint32_t bits = found.all();
@@ -71,11 +83,12 @@ void DecodeKeys::next(KeyBatch& batch) {
     } else {
       append_from_pages(found, batch);
     }
+    if (is_biased()) append_positions(found, batch);
     const KeyRange run{found.begin + std::countr_zero(bits),
                        found.begin + kGranule - std::countl_zero(bits)};
-    if (queries_ == 1 || walk_.rules().all_rows_see(run, found.window != 0)) {
+    if (tile_.rows == 1 || walk_.rules().all_rows_see(run, found.window != 0)) {
       const uint64_t seen = low_bits_64(count) << batch.count;
-      for (int64_t i = 0; i < queries_; ++i) batch.visible[i] |= seen;
+      for (int64_t i = 0; i < tile_.rows; ++i) batch.visible[i] |= seen;
     } else {
       int32_t positions[kGranule];
       uint32_t always = 0, masks[kMostDecodeQueries];
@@ -86,7 +99,7 @@ void DecodeKeys::next(KeyBatch& batch) {
         always |= (found.always >> i & 1) << n;
       }
       walk_.rules().row_masks(positions, count, always, ~always & low_bits(count), masks);
-      for (int64_t i = 0; i < queries_; ++i) {
+      for (int64_t i = 0; i < tile_.rows; ++i) {
         batch.visible[i] |= static_cast<uint64_t>(masks[i]) << batch.count;
       }
     }

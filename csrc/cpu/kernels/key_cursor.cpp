@@ -38,17 +38,26 @@ KeyCursor::KeyCursor(const AttentionParams& params, const TileKernel& kernel, co
       kernel_(kernel),
       source_(source),
       walk_(params, tile),
+      bias_(params, tile.batch, tile.head, walk_.rules().first_position()),
       k_bytes_(kernel.k_granule_bytes(params.head_dim)),
       v_bytes_(kernel.v_granule_bytes(params.head_dim_v)) {
   packed_scratch_ = scratch;
-  mask_scratch_ =
-      reinterpret_cast<uint32_t*>(scratch + 2 * kernel.granules_per_step * (k_bytes_ + v_bytes_));
+  const int64_t slots = 2 * kernel.granules_per_step;
+  mask_scratch_ = reinterpret_cast<uint32_t*>(scratch + slots * (k_bytes_ + v_bytes_));
+  term_scratch_ = reinterpret_cast<KeyTerms<kGranule>*>(mask_scratch_ + slots * kMaxRows);
 }
 
 int64_t KeyCursor::scratch_bytes(const AttentionParams& params, const TileKernel& kernel) {
   return 2 * kernel.granules_per_step *
          (kernel.k_granule_bytes(params.head_dim) + kernel.v_granule_bytes(params.head_dim_v) +
-          kMaxRows * static_cast<int64_t>(sizeof(uint32_t)));
+          kMaxRows * static_cast<int64_t>(sizeof(uint32_t)) +
+          (params.is_biased() ? static_cast<int64_t>(sizeof(KeyTerms<kGranule>)) : 0));
+}
+
+void KeyCursor::add_terms(Granule& granule, const int32_t* positions, int slot) {
+  KeyTerms<kGranule>& terms = term_scratch_[slot];
+  bias_.describe(granule.count, [&](int i) { return positions[i]; }, terms);
+  granule.terms = &terms;
 }
 
 // Limits a granule of the given keys to what each row sees.
@@ -170,6 +179,7 @@ Granule KeyCursor::use_run(const Candidates& found, int slot) {
   if (zeros_follow || !walk_.rules().all_rows_see(run, found.window != 0)) {
     mask_rows(granule, positions().data(), found.always >> first, found.window >> first, slot);
   }
+  if (is_biased()) add_terms(granule, positions().data(), slot);
   return granule;
 }
 
@@ -180,6 +190,7 @@ Granule KeyCursor::use_gathered(int count, int slot) {
   if (!all_rows_see) {
     mask_rows(granule, pending_, always, ~always & low_bits(count), slot);
   }
+  if (is_biased()) add_terms(granule, pending_, slot);
   std::copy(pending_ + count, pending_ + num_pending_, pending_);
   num_pending_ -= count;
   pending_always_ >>= count;

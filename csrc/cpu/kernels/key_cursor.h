@@ -33,6 +33,9 @@ class KeyCursor {
   // Fills up to kernel.granules_per_step granules, valid until the next call but one; 0 at the end.
   int next(Granule* granules);
 
+  // Whether granules have terms.
+  bool is_biased() const { return params_.is_biased(); }
+
  private:
   bool is_run(const Candidates& found) const;
   Granule packed_granule(const std::byte* k, const std::byte* v, int count) const;
@@ -43,11 +46,13 @@ class KeyCursor {
   Granule pack(const int32_t* positions, int count, int slot);
   void mask_rows(Granule& granule, const int32_t* positions, uint32_t always, uint32_t window,
                  int slot);
+  void add_terms(Granule& granule, const int32_t* positions, int slot);
 
   const AttentionParams& params_;
   const TileKernel& kernel_;
   KeySource source_;
   CandidateWalk walk_;
+  HeadBias bias_;
 
   // Candidates of partly listed granules that wait for company.
   int32_t pending_[2 * kGranule];
@@ -58,6 +63,7 @@ class KeyCursor {
   int first_slot_ = 0;  // of the two sets of slots in scratch memory, the one in use
   std::byte* packed_scratch_;
   uint32_t* mask_scratch_;
+  KeyTerms<kGranule>* term_scratch_;
 };
 
 }  // namespace sparse_attn::cpu

@@ -45,6 +45,7 @@ static void row_gradients(RowGradients& row) {
     store(slope + i, 1.0f - t * t);
     store(p + i, cap_softly(s, row.softcap));
   }
+  for (int64_t i = 0; row.bias != nullptr && i < n; ++i) p[i] += row.bias->term(row.keys[i]);
   std::fill(p + n, p + padded, kMinusInfinity);
   float top = row.sink_logit != nullptr ? *row.sink_logit : kMinusInfinity;
   for (int64_t i = 0; i < n; ++i) top = maximum_or_nan(p[i], top);
@@ -60,7 +61,12 @@ static void row_gradients(RowGradients& row) {
   row.dsink = row.sink_logit == nullptr || is_empty ? 0.0 : -(sink / total) * delta;
   std::fill(row.dq, row.dq + dim, 0.0f);
   for (int64_t i = 0; i < n; ++i) {
-    const float ds = static_cast<float>(p[i] * (dp[i] - delta)) * slope[i] * row.scale;
+    const float dscore = static_cast<float>(p[i] * (dp[i] - delta));
+    if (row.bias != nullptr) {
+      row.dbias[row.keys[i]] += dscore;
+      row.dslope -= double{dscore} * double{row.bias->distance(row.keys[i])};
+    }
+    const float ds = dscore * slope[i] * row.scale;
     add_row(ds, row.k + row.keys[i] * dim, dim, row.dq);
     add_row(ds, row.q, dim, row.dk + row.keys[i] * dim);
     add_row(p[i], row.dout, dim_v, row.dv + row.keys[i] * dim_v);

@@ -3,22 +3,28 @@
 
 #include <cstdint>
 
+#include "cpu/layout/biases.h"
+#include "params.h"
+
 namespace sparse_attn::cpu {
 
 // One row; vectors of dims are padded with zeros to `dim` and `dim_v`, multiples of 16.
-struct RowGradients {
+struct RowGradients : ScoreParams {
   int64_t dim = 0, dim_v = 0;
   const float *q = nullptr, *dout = nullptr;
   const float *k = nullptr, *v = nullptr;  // rows of all keys
   const int32_t* keys = nullptr;           // those that the row sees
   int64_t num_keys = 0;
-  float dlse = 0.0f, scale = 1.0f, softcap = 0.0f;
+  float dlse = 0.0f;
   const float* sink_logit = nullptr;
-  float* scratch = nullptr;  // [row_gradient_floats(num_keys)]
+  const HeadBias* bias = nullptr;  // of the row, if anything is added to scores
+  float* scratch = nullptr;        // [row_gradient_floats(num_keys)]
 
   float* dq = nullptr;                 // is set
   float *dk = nullptr, *dv = nullptr;  // rows of all keys, are added to
   double dsink = 0;                    // is set
+  double* dbias = nullptr;             // of all keys, is added to
+  double dslope = 0;                   // is added to
 };
 
 inline int64_t padded_row(int64_t dim) { return (dim + 15) / 16 * 16; }

@@ -34,6 +34,19 @@ inline void cap_row(float* scores, int64_t n, float factor, float softcap) {
   }
 }
 
+// scores = scores * factor + the terms of the granules' keys, for row r.
+inline void add_terms(float* scores, const Granule* granules, int num_granules, int64_t r,
+                      float factor) {
+  const float row = static_cast<float>(r);
+  for (int g = 0; g < num_granules; ++g) {
+    const KeyTerms<kGranule>& terms = *granules[g].terms;
+    for (int j = 0; j < kGranule; j += kLanes, scores += kFloatTile) {
+      const Vec distance = absolute(row - load(terms.offset + j));
+      store(scores, load(scores) * factor + (load(terms.bias + j) - terms.slope * distance));
+    }
+  }
+}
+
 inline float row_max(const float* scores, int64_t n) {
   __m512 top0 = _mm512_load_ps(scores), top1 = _mm512_load_ps(scores + kFloatTile);
   for (int64_t j = 32; j < n; j += 32) {
@@ -178,7 +191,8 @@ uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   const bool is_strip = tile.rows <= 16 && kTerms<T> == 1;
   const int64_t rows = is_strip ? 16 : (tile.rows + 31) / 32 * 32;
   const ScoreScale scaling = split_scale(tile.scale);
-  const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
+  const bool is_biased = keys.is_biased();
+  const double logit_scale = tile.softcap > 0 || is_biased ? 1.0 : scaling.scale;
   const float scale = static_cast<float>(logit_scale * kLog2e);
   if (q_is_in_place<T>(tile, rows, scaling.q_factor)) {
     scratch.q = static_cast<const uint16_t*>(tile.q);
@@ -211,6 +225,7 @@ uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
       if (tile.softcap > 0) {
         cap_row(scores, n * kGranule, scaling.scale / tile.softcap, tile.softcap);
       }
+      if (is_biased) add_terms(scores, granules, n, r, tile.softcap > 0 ? 1.0f : scaling.scale);
       if (any_masked) mask_row(scores, granules, n, r);
       softmax_row<kTerms<T>>(scratch, r, n * kGranule, scale, acc_stride);
     }

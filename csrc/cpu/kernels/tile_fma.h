@@ -215,6 +215,21 @@ static void cap_scores(float* scores, int64_t num_keys, float factor, float soft
   }
 }
 
+// scores = scores * factor + the terms of a granule's keys from `first` on, for rows from the
+// tile's `first_row` on.
+static void add_terms(float* scores, const KeyTerms<kGranule>& terms, int first, int num_keys,
+                      int64_t first_row, int64_t rows, float factor) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    Vec row;
+    for (int i = 0; i < kLanes; ++i) row[i] = static_cast<float>(first_row + r + i);
+    for (int j = 0; j < num_keys; ++j) {
+      float* s = scores + j * kPanel + r;
+      const Vec distance = absolute(row - terms.offset[first + j]);
+      store(s, load(s) * factor + (terms.bias[first + j] - terms.slope * distance));
+    }
+  }
+}
+
 // Bit j of a row's word says whether the row sees key j: scores of the keys from `first` on that it
 // does not see become -inf.
 static void mask_scores(float* scores, const uint32_t* visible, int first, int num_keys,
@@ -462,7 +477,8 @@ static GranuleWords<Words> seen_words(const Panel& panel, const Granule& granule
 template <class T, class Words>
 static uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memory) {
   const ScoreScale scaling = split_scale(tile.scale);
-  const double logit_scale = tile.softcap > 0 ? 1.0 : scaling.scale;
+  const bool is_biased = keys.is_biased();
+  const double logit_scale = tile.softcap > 0 || is_biased ? 1.0 : scaling.scale;
   const float base2 = static_cast<float>(logit_scale * kLog2e);
   constexpr int64_t kPanels = kMostPanels;
   Panel panels[kPanels];
@@ -494,6 +510,12 @@ static uint64_t run_tile(const QueryTile& tile, KeyCursor& keys, std::byte* memo
         cap_scores(panel.scores, num_keys[i], scaling.scale / tile.softcap, tile.softcap);
       }
       int64_t first_key = 0;
+      for (int g = 0; is_biased && g < n; first_key += words[i][g].keys, ++g) {
+        add_terms(panel.scores + first_key * kPanel, *granules[g].terms, words[i][g].begin,
+                  words[i][g].keys, panel.first_row, panel.rows,
+                  tile.softcap > 0 ? 1.0f : scaling.scale);
+      }
+      first_key = 0;
       for (int g = 0; g < n; first_key += words[i][g].keys, ++g) {
         if (granules[g].visible == nullptr) continue;
         mask_scores(panel.scores + first_key * kPanel, granules[g].visible + panel.first_row,

@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/layout/biases.h"
 #include "cpu/layout/granule.h"
+#include "params.h"
 
 namespace sparse_attn::cpu {
 
@@ -20,11 +22,12 @@ struct Granule {
   int count = kGranule;                // of keys that exist; packed ones are followed by zeros
   // One word for each row of the tile: bit j says whether the row sees key j. Null: all do.
   const uint32_t* visible = nullptr;
-  RowRange rows = {};  // no row outside sees any of the keys
+  RowRange rows = {};                         // no row outside sees any of the keys
+  const KeyTerms<kGranule>* terms = nullptr;  // of the keys, if the cursor is biased
 };
 
 // Consecutive rows of one head that share one list of candidate keys.
-struct QueryTile {
+struct QueryTile : ScoreParams {
   const void* q = nullptr;
   const void* next_q = nullptr;  // first row of the tile that likely follows, to be fetched
   void* out = nullptr;
@@ -33,8 +36,6 @@ struct QueryTile {
   bool streams_out = false;  // rows of out, whole cache lines, may be written past the caches
   int64_t rows = 0;
   int64_t head_dim = 0, head_dim_v = 0;
-  float scale = 1.0f;
-  float softcap = 0.0f;
   const float* sink_logit = nullptr;
 };
 

@@ -35,6 +35,7 @@ SPARSE_ATTN_INLINE void stream(float* p, Vec x) {
 
 SPARSE_ATTN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SPARSE_ATTN_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+SPARSE_ATTN_INLINE Vec absolute(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 
 SPARSE_ATTN_INLINE float reduce_max(Vec x) {
   float result = x[0];
