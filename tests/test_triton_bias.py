@@ -61,7 +61,7 @@ def key_bias(draw, batch, heads, keys):
     return x.mT.contiguous().mT if kind == "transposed" else x
 
 
-@settings(drawn, max_examples=10)
+@settings(drawn, max_examples=6)
 @given(data=st.data())
 def test_any_call(data):
     draw = data.draw
@@ -137,14 +137,18 @@ def compare_with_reference(*call):
         assert_same(found[part], exact[part], noisy[part])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("key_bias", -math.inf), ("key_bias", math.inf), ("key_bias", math.nan),
-     ("key_bias", 1e30), ("key_bias", -1e30), ("alibi_slopes", math.inf),
-     ("alibi_slopes", 1e30), ("alibi_slopes", math.nan)],
-)  # fmt: skip
-def test_biases_that_are_not_finite_count_for_those_who_see_them(monkeypatch, splits, name, value):
+    ("name", "value", "splits"),
+    [
+        ("key_bias", -math.inf, 3),
+        ("key_bias", math.inf, 1),
+        ("key_bias", math.nan, 1),
+        ("key_bias", 1e30, 3),
+        ("alibi_slopes", math.inf, 3),
+        ("alibi_slopes", 1e30, 1),
+    ],
+)
+def test_biases_that_are_not_finite_count_for_those_who_see_them(monkeypatch, name, value, splits):
     """Beside values that are not finite; a few keys, then all keys of some tiles and rows."""
     monkeypatch.setattr(configs, "num_splits", lambda *args: splits)
     torch.manual_seed(0)
