@@ -61,7 +61,7 @@ def key_bias(draw, batch, heads, keys):
     return x.mT.contiguous().mT if kind == "transposed" else x
 
 
-@settings(drawn, max_examples=6)
+@settings(drawn, max_examples=5)
 @given(data=st.data())
 def test_any_call(data):
     draw = data.draw
@@ -69,7 +69,7 @@ def test_any_call(data):
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 3), (1, 4)]))
     heads, batch = kv_heads * group, draw(st.integers(1, 2))
-    seqlens = draw(st.sampled_from([(1, 90), (3, 40), (20, 70), (40, 30), (70, 70)]))
+    seqlens = draw(st.sampled_from([(1, 90), (3, 40), (20, 40), (40, 30)]))
     dims = draw(st.sampled_from([(8, 8), (24, 40), (16, 5)]))
     q, k, v = make_qkv(
         dtype, batch=batch, heads=heads, kv_heads=kv_heads, seqlens=seqlens, dims=dims
