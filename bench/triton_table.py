@@ -3,9 +3,10 @@
 `python -m bench.triton_table` compiles every kernel in every configuration that the launchers may
 choose, for each target, and writes `bench/results/triton.csv` and the table in
 `docs/performance.md`. `--stale` compiles those that are not in the file as they are now, `--only
-bfloat16` those with a word in their name; both leave the other rows. `--check` compiles nothing and
-fails if the file is not whole and current. All fail if a kernel breaks one of the rules of
-`problems`.
+bfloat16` those with a word in their name; both leave the other rows. Of changed sources `--stale`
+compiles again what differs in Triton's own code (`ttir`): the compiler makes the same of the same.
+`--check` compiles nothing and fails if the file is not whole and current. All fail if a kernel
+breaks one of the rules of `problems`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +35,7 @@ from time import perf_counter
 from .lib import report
 from .lib.assembly import AMDGCN, SASS, count, hot_loop, hot_spills
 from .lib.gpus import GPUS, Gpu, gpu
+from .lib.ttir import digest, source_and_target
 
 ROOT = Path(__file__).parents[1]
 CSV = ROOT / "bench" / "results" / "triton.csv"
@@ -79,6 +81,7 @@ class Compiled:
     wide_loads: int
     needs_products: bool
     fingerprint: str = ""
+    ttir: str = ""
     triton: str = ""
 
     @property
@@ -154,6 +157,7 @@ def read(case, compiled, arch: str) -> Compiled:
         wide_loads=count(loop, language.wide_loads),
         needs_products=wants_products(compiled.asm["ttir"]),
         fingerprint=fingerprint(case),
+        ttir=digest(case, arch, COLD),
         triton=version("triton"),
     )
 
@@ -179,20 +183,8 @@ def _sass(cubin: bytes) -> tuple[str, str]:
 def compile_case(case, arch: str) -> Compiled:
     """One kernel for one target: `case` as `bench.lib.compile_cases` describes it."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = list(case.signature)
-    source = ASTSource(
-        case.kernel,
-        signature=case.signature,
-        constexprs=case.constexprs,
-        attrs={(names.index(x),): [["tt.divisibility", 16]] for x in case.aligned},
-    )
-    nvidia = arch.startswith("sm")
-    target = GPUTarget(
-        "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, gpu(arch).warp_size
-    )
+    source, target = source_and_target(case, arch)
     return read(case, triton.compile(source, target=target, options=case.options), arch)
 
 
@@ -249,15 +241,20 @@ def wanted(arch: str, words: list[str], quick: bool, stale: bool) -> list[int]:
     return found
 
 
-def compile_number(arch: str, number: int) -> Compiled:
-    """The case of that number."""
-    return compile_case(_cases_of_process(arch)[number], arch)
+def compile_number(arch: str, number: int, keeps: bool) -> Compiled:
+    """The case of that number; if `keeps`, as recorded where Triton's code is the same."""
+    case = _cases_of_process(arch)[number]
+    if keeps:
+        known = {x.ttir: x for x in _recorded_of_process()}.get(digest(case, arch, COLD))
+        if known is not None:
+            return replace(known, name=case.name, fingerprint=fingerprint(case))
+    return compile_case(case, arch)
 
 
 _cases_of_process = functools.cache(kernel_cases)
 
 
-def compile_all(numbers: dict[str, list[int]], jobs: int) -> Iterator[list[Compiled]]:
+def compile_all(numbers: dict[str, list[int]], jobs: int, keeps: bool) -> Iterator[list[Compiled]]:
     """Cases by target, one target after the other, in fresh processes that see neither an
     interpreter nor kernels of earlier runs.
     """
@@ -267,7 +264,7 @@ def compile_all(numbers: dict[str, list[int]], jobs: int) -> Iterator[list[Compi
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
             for arch, some in numbers.items():
                 begin = perf_counter()
-                found = pool.starmap(compile_number, [(arch, n) for n in some], chunksize=1)
+                found = pool.starmap(compile_number, [(arch, n, keeps) for n in some], chunksize=1)
                 took = f"{len(found)} kernels in {perf_counter() - begin:.0f} s"
                 print(f"{arch}: {took}", file=sys.stderr, flush=True)
                 yield found
@@ -288,6 +285,9 @@ def recorded() -> list[Compiled]:
             Compiled(**{x.name: convert[x.type](row[x.name]) for x in fields(Compiled)})
             for row in csv.DictReader(file)
         ]
+
+
+_recorded_of_process = functools.cache(recorded)
 
 
 def cell(found: Compiled) -> str:
@@ -387,7 +387,7 @@ def main() -> None:
     if not (any(numbers.values()) or args.stale):
         parser.error(f"no kernel is named {' '.join(args.only)}")
     found = []
-    for some in compile_all(numbers, args.jobs):
+    for some in compile_all(numbers, args.jobs, args.stale):
         found += some
         if not args.json:
             write(some)

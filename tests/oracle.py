@@ -39,9 +39,6 @@ def backends(condition=lambda backend: True):
     return [pytest.param(b, marks=_marks(b)) for b in BACKENDS if condition(b)]
 
 
-# Those that serve key_bias and alibi_slopes.
-BIASED = ["reference", "cpu"]
-
 # Ops that take the CPU tensors of a test as they are.
 CPU_SUFFIXES = ("", "_reference") if GPU else ("", "_reference", "_triton")
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sparse_attn import BlockLayout, merge_states
 
 from .oracle import (
-    BIASED,
     DTYPES,
     assert_accurate,
     backends,
@@ -358,8 +357,6 @@ def check_any(backend, draw, most=150):
     if draw(st.booleans()):
         layout = replace(layout, window=torch.full_like(layout.window, -1))
     biases = random_biases(draw, batch, heads, seqlens[1])
-    if backend not in BIASED:
-        biases = {name: x for name, x in biases.items() if name == "sink_logits"}
     softcap, is_causal = draw(st.sampled_from([0.0, 2.0])), draw(st.booleans())
     check(backend, q, k, v, layout, is_causal=is_causal, softcap=softcap, **biases)
 

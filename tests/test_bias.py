@@ -4,20 +4,46 @@ does not serve them says so by name.
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
-from sparse_attn import BlockLayout, explain, sparse_attention, sparse_attention_varlen
-from sparse_attn.ops.backends import BACKENDS as KNOWN
+import sparse_attn
+from sparse_attn import BlockLayout, explain
+from sparse_attn.ops import backends
 from sparse_attn.reference.varlen import sequence_layout
+from sparse_attn.triton import support
 
-from .oracle import BIASED, DTYPES, random_layout
+from .oracle import (
+    BACKENDS,
+    DTYPES,
+    is_interpreted,
+    on_device,
+    random_layout,
+    sparse_attention,
+)
 
-OTHERS = sorted(set(KNOWN) - set(BIASED))
-CASES = [("reference", torch.float32), ("reference", torch.float64)]
-CASES += [(name, dtype) for name in BIASED if name != "reference" for dtype in DTYPES]
-# What a backend computes in where equal calls must give equal results.
-EXACT = {name: torch.float64 if name == "reference" else torch.float32 for name in BIASED}
+COMBINATIONS = list(
+    product([True, False], [0.0, 1.5], [(2, 4), (1, 2), (1, 1)], [(9, 23), (1, 23)])
+)
+CASES = [
+    (backend, dtype, *some)
+    for backend in BACKENDS
+    for dtype in {"reference": [torch.float32, torch.float64], "cpu": DTYPES}.get(
+        backend, [torch.float32]
+    )
+    for some in COMBINATIONS[:: 5 if is_interpreted(backend) else 1]  # some of everything
+]
+
+
+def sparse_attention_varlen(*args, backend, **kwargs):
+    return on_device(sparse_attn.sparse_attention_varlen, backend, *args, **kwargs)
+
+
+def widest(backend):
+    """The widest dtype that a backend takes."""
+    return torch.float64 if backend == "reference" else torch.float32
 
 
 def eager(q, k, v, mask, *, scale, softcap=0.0, sink_logits=None, key_bias=None, alibi_slopes=None):
@@ -59,11 +85,9 @@ def with_gradients(attend, tensors, dtype):
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks", "dkey_bias", "dalibi_slopes")
 
 
-@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("softcap", [0.0, 1.5])
-@pytest.mark.parametrize("bias_shape", [(2, 4), (1, 2), (1, 1)])
-@pytest.mark.parametrize("seqlens", [(9, 23), (1, 23)])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "is_causal", "softcap", "bias_shape", "seqlens"), CASES, ids=str
+)
 def test_against_dense_attention(backend, dtype, is_causal, softcap, bias_shape, seqlens):
     layout = random_layout(seqlens, heads=2, block_size=(4, 4), sink=2, window=3, columns=3)
     mask = layout.to_dense(is_causal=is_causal, num_heads=4)
@@ -80,18 +104,23 @@ def test_against_dense_attention(backend, dtype, is_causal, softcap, bias_shape,
         more = {"sink_logits": sink_logits, "key_bias": bias, "alibi_slopes": slopes}
         return eager(q, k, v, mask, scale=0.4, softcap=softcap, **more)
 
+    check(ours, dense, tensors, dtype)
+
+
+def check(ours, dense, tensors, dtype, names=NAMES):
+    """Results and gradients are at most twice as far from those of float64 as eager ones."""
     found = with_gradients(ours, tensors, dtype)
     exact = with_gradients(dense, tensors, torch.float64)
     own = with_gradients(dense, tensors, dtype)
-    for name, x, y, z in zip(NAMES, found, exact, own, strict=True):
+    for name, x, y, z in zip(names, found, exact, own, strict=True):
         rounding = 16 * torch.finfo(dtype).eps * y.abs().max()
         error, limit = (x - y).abs().max(), 2 * (z - y).abs().max() + rounding
         assert error <= limit, f"{name}: {error} > {limit}"
 
 
-@pytest.mark.parametrize("backend", BIASED)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_keys_merged_with_the_log_of_their_number_equal_the_keys_apart(backend):
-    q, k, v, *_ = inputs(EXACT[backend])
+    q, k, v, *_ = inputs(widest(backend))
     times = torch.tensor([1, 3, 2, 5] * 6)[:23]
     apart = [x.repeat_interleave(times, 2) for x in (k, v)]
     dense = [BlockLayout.dense((9, n)) for n in (23, int(times.sum()))]
@@ -119,10 +148,10 @@ def test_gradcheck_twice(given):
     assert torch.autograd.gradgradcheck(attend, leaves)
 
 
-@pytest.mark.parametrize("backend", BIASED)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bias_batch", [1, 2])
 def test_packed_sequences_equal_each_alone(backend, bias_batch):
-    q, k, v, sink_logits, bias, slopes = inputs(EXACT[backend], (16, 23), (bias_batch, 2))
+    q, k, v, sink_logits, bias, slopes = inputs(widest(backend), (16, 23), (bias_batch, 2))
     lengths = [(7, 12), (9, 11)]
     ends_q, ends_kv = (torch.tensor([0, a, a + b]).int() for a, b in zip(*lengths, strict=True))
     layout = random_layout((9, 12), heads=2, block_size=(4, 4), window=3)
@@ -145,9 +174,9 @@ def test_packed_sequences_equal_each_alone(backend, bias_batch):
             torch.testing.assert_close(out[at_q].transpose(0, 1)[None], alone)
 
 
-@pytest.mark.parametrize("backend", BIASED)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_paged_cache_equals_packed_keys(backend):
-    q, k, v, sink_logits, bias, slopes = inputs(EXACT[backend], (5, 24), (1, 2))
+    q, k, v, sink_logits, bias, slopes = inputs(widest(backend), (5, 24), (1, 2))
     layout = random_layout((5, 24), heads=2, block_size=(4, 4), window=3)
     rows, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
     order = torch.tensor([2, 0, 1])
@@ -177,24 +206,25 @@ def test_explain_names_features_that_it_does_not_know(features):
         explain(q, k, v, features=features)
 
 
-@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("name", ["key_bias", "alibi_slopes"])
-def test_other_backends_refuse_by_name(backend, name):
-    q, k, v, _, bias, slopes = inputs(torch.float32)
+def test_a_backend_that_lacks_one_refuses_it_by_name(monkeypatch, backend, name):
+    lists = {"cpu": (backends, "_CPU_FEATURES"), "triton": (support, "FEATURES")}
+    module, served = lists[backend]
+    monkeypatch.setattr(module, served, getattr(module, served) - {name})
+    q, k, v, _, bias, slopes = inputs(torch.float32, (11, 29))  # which no other test has
     given = {"key_bias": bias, "alibi_slopes": slopes}[name]
     with pytest.raises(ValueError, match=f"it does not serve {name}"):
-        sparse_attention(q, k, v, BlockLayout.dense((9, 23)), backend=backend, **{name: given})
-    found = explain(q, k, v, features=[name])
-    assert found.backend == "cpu"
-    assert f"it does not serve {name}" in found.reasons[backend]
+        sparse_attention(q, k, v, BlockLayout.dense((11, 29)), backend=backend, **{name: given})
+    assert f"it does not serve {name}" in explain(q, k, v, features=[name]).reasons[backend]
 
 
-@pytest.mark.parametrize("backend", BIASED)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_only_distances_matter_however_far_the_rows_are(backend, is_causal, rows):
     """The last keys of a long call, of which rows see no others, are a call of their own."""
-    keys, few, dtype = 2**17, 2**10, EXACT[backend]
+    keys, few, dtype = 2**17, 2**10, widest(backend)
     q, k, v = (torch.randn(1, 1, n, 4, dtype=dtype) for n in (rows, keys, keys))
     bias, slopes = torch.randn(1, 1, keys, dtype=dtype), torch.ones(1, dtype=dtype)
     results = [
@@ -212,7 +242,7 @@ def test_only_distances_matter_however_far_the_rows_are(backend, is_causal, rows
 def test_auto_takes_a_backend_that_serves_them():
     q, k, v, _, bias, slopes = inputs(torch.float32)
     layout, biases = BlockLayout.dense((9, 23)), {"key_bias": bias, "alibi_slopes": slopes}
-    found = sparse_attention(q, k, v, layout, **biases)
+    found = sparse_attn.sparse_attention(q, k, v, layout, **biases)
     assert torch.equal(found, sparse_attention(q, k, v, layout, **biases, backend="cpu"))
 
 
@@ -232,4 +262,4 @@ def test_auto_takes_a_backend_that_serves_them():
 def test_what_does_not_fit_is_named(arguments, message):
     q, k, v, *_ = inputs(torch.float32)
     with pytest.raises((TypeError, ValueError), match=message):
-        sparse_attention(q, k, v, BlockLayout.dense((9, 23)), **arguments)
+        sparse_attn.sparse_attention(q, k, v, BlockLayout.dense((9, 23)), **arguments)

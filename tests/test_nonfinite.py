@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_attn import BlockLayout
 
-from .oracle import BIASED, DTYPES, backends, random_layout, sparse_attention
+from .oracle import DTYPES, backends, random_layout, sparse_attention
 from .test_varlen import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +85,8 @@ def assert_same(ours: Tensor, exact: Tensor, eager: Tensor, name: str, dtype=Non
     finite = sure & exact.isfinite()
     ours, exact, eager = (torch.where(finite, x.double(), 0) for x in (ours, exact, eager))
     rounding = 1e-4 if (dtype or ours.dtype) == torch.float32 else 4e-2
+    if "alibi_slopes" in name:
+        rounding *= 4  # scores' gradients, which sum up to zero, are multiplied by distances
     limit = 2 * (eager - exact).abs().max() + rounding * (1 + exact.abs().max())
     error = (ours - exact).abs().max()
     assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g}"
@@ -211,10 +213,10 @@ def test_whatever_is_not_finite_comes_out_where_eager_has_it(backend, data):
     if sink_logits is not None:
         sink_logits[0] = draw(st.sampled_from([0.0, 40.0, -math.inf, math.inf, math.nan]))
     key_bias = alibi_slopes = None
-    if backend in BIASED and draw(st.booleans()):
+    if draw(st.booleans()):
         key_bias = torch.randn(1, draw(st.sampled_from([1, heads])), keys)
         poison(key_bias, draw(NOT_FINITE), draw, 1e16)
-    if backend in BIASED and draw(st.booleans()):
+    if draw(st.booleans()):
         alibi_slopes = torch.rand(heads)
         alibi_slopes[0] = draw(st.sampled_from([0.0, -0.5, -math.inf, math.inf, math.nan]))
     check(
@@ -319,7 +321,7 @@ def test_scale_and_softcap_at_the_ends_of_float32(backend, dtype, rows, scale, s
     )
 
 
-@pytest.mark.parametrize("backend", backends(lambda backend: backend in BIASED))
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("value", [-3.4e38, -1e30, -1e5, 1e5, 1e30, 3.4e38])

@@ -281,6 +281,8 @@ def test_kernels_read_within_their_tensors_whatever_lists_say():
     cases.append(BlockLayout((32, 32), none, none, (16, 16), counts, indices, counts, indices))
     for layout in cases:
         call = _call(layout, heads=2, batch=1)
+        bias = torch.randn(1, 2, layout.seqlen_kv)
+        call = replace(call, key_bias=bias, alibi_slopes=torch.rand(2))
         steps, (out, lse) = forward.steps(call, q, k, v, None, False, configs.INTERPRETER)
         more, gradients = backward.steps(
             call, out, torch.zeros_like(lse), q, k, v, out, lse, configs.INTERPRETER

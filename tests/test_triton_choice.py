@@ -207,7 +207,8 @@ def test_launches_may_be_repeated(columns):
     """As timing does: nothing may be added to what an earlier launch left."""
     q, k, v = make_qkv(torch.float32, seqlens=(40, 60))
     layout = random_layout((40, 60), heads=2, block_size=(16, 16), sink=3, columns=columns)
-    call = Call(layout, 4, 2, 1, None, 0.1, 0.0, True)
+    biases = (torch.randn(1, 4, 60), torch.rand(4))
+    call = Call(layout, 4, 2, 1, None, 0.1, 0.0, True, *biases)
     found, (out, lse) = forward.steps(call, q, k, v, None, False, configs.INTERPRETER)
     more, gradients = backward.steps(
         call, torch.randn_like(q), torch.randn(1, 4, 40), q, k, v, out, lse, configs.INTERPRETER

@@ -13,6 +13,7 @@ import pytest
 from bench import triton_table
 from bench.lib.assembly import AMDGCN, SASS, hot_loop, hot_spills
 from bench.lib.gpus import GPUS
+from bench.lib.ttir import marked_lines
 from bench.triton_table import (
     Compiled,
     cell,
@@ -181,6 +182,50 @@ def test_a_fingerprint_is_that_of_the_code_and_of_what_the_compiler_is_given():
     assert fingerprint(given(inner)) != before
 
 
+CODE = """\
+module {
+  tt.func @kernel(%arg0: i32) {
+    %0 = arith.addi %arg0, %arg0 : i32
+    tt.return
+  }
+}"""
+LOCATED = """\
+#loc = loc("/a/forward.py":1:0)
+#loc2 = loc("/a/exact.py":7:0)
+module {
+  tt.func @kernel(%x: i32 loc("x"(#loc))) {
+    %y = arith.addi %x, %x : i32 loc(#loc3)
+    tt.return loc(#loc1)
+  } loc(#loc)
+} loc(#loc)
+#loc1 = loc(unknown)
+#loc3 = loc("y"(#loc4))
+#loc4 = loc(callsite(#loc2 at #loc))"""
+
+
+def test_lines_are_marked_that_come_from_a_file():
+    marked = marked_lines(CODE, LOCATED, "exact.py")
+    assert [line for line, _ in marked] == CODE.splitlines()
+    assert [line.split()[0] for line, is_cold in marked if is_cold] == ["%0"]
+    elsewhere = LOCATED.replace(":7:0", ":9:2").replace("/a/forward.py", "/b/backward.py")
+    assert marked_lines(CODE, elsewhere, "exact.py") == marked
+    assert marked_lines(CODE, LOCATED.replace("exact", "inexact"), "exact.py") != marked
+
+
+def test_what_is_compiled_to_the_same_is_not_compiled_again(monkeypatch):
+    known, case = replace(GOOD, ttir="same"), given(test_occupancy_by_hand)
+    case.name = "a new name"
+    monkeypatch.setattr(triton_table, "_cases_of_process", lambda arch: [case])
+    monkeypatch.setattr(triton_table, "_recorded_of_process", lambda: [known])
+    monkeypatch.setattr(triton_table, "compile_case", lambda *args: "compiled")
+    monkeypatch.setattr(triton_table, "digest", lambda *args: "same")
+    kept = triton_table.compile_number("sm_90", 0, keeps=True)
+    assert kept == replace(known, name="a new name", fingerprint=fingerprint(case))
+    assert triton_table.compile_number("sm_90", 0, keeps=False) == "compiled"
+    monkeypatch.setattr(triton_table, "digest", lambda *args: "other")
+    assert triton_table.compile_number("sm_90", 0, keeps=True) == "compiled"
+
+
 def test_the_sources_of_a_kernel_are_those_of_all_that_it_calls():
     from sparse_attn.triton import backward, forward
 
@@ -238,6 +283,8 @@ def test_a_kernel_is_read_as_what_it_is(tmp_path):
     assert "spilled registers" in why
     (why,) = problems(by_name["unaligned", "sm_80"])
     assert "16 bytes" in why
+    codes = {x.ttir for x in found}
+    assert len(codes) == len(found) and "" not in codes  # of the target and the options too
     exact = by_name["exact float32", "sm_80"]
     assert not exact.needs_products and exact.family == "-" and not problems(exact)
 

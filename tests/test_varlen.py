@@ -14,7 +14,6 @@ from sparse_attn.contract.arguments import Arguments
 
 from .oracle import (
     BACKENDS,
-    BIASED,
     CPU_SUFFIXES,
     GPU,
     assert_accurate,
@@ -170,7 +169,7 @@ def test_against_each_sequence_alone(backend, dtype, page_size, name):
         options = {"softcap": 2.0} if kind == "blocks" else {}
         if kind != "static":
             options["sink_logits"] = torch.randn(4)
-        if kind in ("dense", "tokens") and backend in BIASED and lengths:
+        if kind in ("dense", "tokens") and lengths:
             options |= random_biases(batch, layout)
         for is_causal in (True, False) if not is_interpreted(backend) else (page_size is None,):
             options["is_causal"] = is_causal

@@ -42,12 +42,14 @@ class CompiledCall:
     is_causal: bool = True
     softcap: float = 0.0
     has_sinks: bool = False
+    has_biases: bool = False
     batch: int = 2  # of many, nothing is split
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), str(self.head_dim), self.kind]
         parts += ["not causal"] * (not self.is_causal) + ["softcap"] * (self.softcap > 0)
-        parts += ["sinks"] * self.has_sinks + ["unsplit"] * (self.batch > 2)
+        parts += ["sinks"] * self.has_sinks + ["biases"] * self.has_biases
+        parts += ["unsplit"] * (self.batch > 2)
         return " ".join(parts)
 
 
@@ -63,6 +65,7 @@ def compiled_calls() -> list[CompiledCall]:
     found += [CompiledCall(torch.float16, 128, kind) for kind in ("blocks", "decoding")]
     found += [CompiledCall(half, 128, "packed")]
     found += [CompiledCall(x, 128, "blocks", softcap=20.0) for x in (full, half)]
+    found += [CompiledCall(x, 128, "blocks", has_biases=True) for x in (full, half)]
     found += [CompiledCall(half, 128, "blocks", is_causal=False, has_sinks=True)]
     found += [CompiledCall(half, 128, kind, batch=many) for kind in ("blocks", "decoding")]
     found += [CompiledCall(half, 128, "wide blocks")]
@@ -144,7 +147,11 @@ def steps_of(what: CompiledCall, target: Target) -> list[Choice | Launch]:
     k = torch.empty(batch, 8, 4096, dim, dtype=dtype, device="meta")
     sinks = torch.empty(64, device="meta") if what.has_sinks else None
     layout = _layout(what.kind, rows, 4096)
-    call = Call(layout, 64, 8, batch, sinks, 0.125, what.softcap, what.is_causal)
+    biases = (torch.empty(1, 8, 4096, device="meta"), torch.empty(64, device="meta"))
+    call = Call(
+        layout, 64, 8, batch, sinks, 0.125, what.softcap, what.is_causal,
+        *(biases if what.has_biases else ()),
+    )  # fmt: skip
     packing = None
     if what.kind in ("pages", "packed"):
         ends = torch.empty(batch + 1, dtype=torch.int32, device="meta")

@@ -1,5 +1,5 @@
-"""The gradients: one kernel for what rows have in common, one for dq by rows, one for dk and dv by
-keys. Each result has one writer; there are no atomics.
+"""The gradients: one kernel for what rows have in common, one by rows for dq and slopes, one by
+keys for dk, dv and biases. Each result has one writer; there are no atomics.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ def _kind(kernel: str, call: Call, q: Tensor, v: Tensor, target: configs.Target)
     return (kernel, q.dtype, dims, *call.kind, target)
 
 
-def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choice:
-    """The launch for dq."""
+def _rows(
+    call: Call, tensors: dict, dq: Tensor, dslopes: Tensor | None, target: configs.Target
+) -> Choice:
+    """The launch for dq and for what each row adds to the gradients of slopes."""
     q, v = tensors["q_ptr"], tensors["v_ptr"]
-    outputs = {"dq_ptr": dq, "sinks_ptr": call.sink_logits}
+    outputs = {"dq_ptr": dq, "dslopes_ptr": dslopes, "sinks_ptr": call.sink_logits}
     shared = tensors | outputs | call.lists() | _sizes(call, q, v)
 
     def build(config: configs.Config) -> list[Launch]:
@@ -84,14 +86,18 @@ def _rows(call: Call, tensors: dict, dq: Tensor, target: configs.Target) -> Choi
         return [Launch(_backward_rows_kernel, (programs,), arguments, *options)]
 
     candidates = configs.backward_rows(
-        q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]), call.is_irregular, call.softcap > 0,
+        q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]), call.is_irregular, not call.is_plain,
         target=target, slots=call.slots, keys=call.layout.seqlen_kv,
     )  # fmt: skip
     return Choice(_kind("backward_rows", call, q, v, target), candidates, build)
 
 
-def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Target) -> Choice:
-    """The launches for dk and dv: sink, window and blocks first, then columns on top."""
+def _keys(
+    call: Call, tensors: dict, dk: Tensor, dv: Tensor, dbias: Tensor | None, target: configs.Target
+) -> Choice:
+    """The launches for dk, dv and the gradients of biases: sink, window and blocks first, then
+    columns on top.
+    """
     layout = call.layout
     q, v = tensors["q_ptr"], tensors["v_ptr"]
     listed = call.lists()
@@ -102,6 +108,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
         **tensors,
         "dk_ptr": dk,
         "dv_ptr": dv,
+        "dbias_ptr": dbias,
         **{name: x for name, x in listed.items() if name.startswith(used)},
         "num_kv_heads": call.num_kv_heads,
         "num_owners": owners,
@@ -147,7 +154,7 @@ def _keys(call: Call, tensors: dict, dk: Tensor, dv: Tensor, target: configs.Tar
 
     candidates = configs.backward_keys(
         q.dtype, max(shared["BLOCK_D"], shared["BLOCK_DV"]),
-        call.is_irregular or call.softcap > 0, target=target,
+        call.is_irregular or not call.is_plain, target=target,
         slots=call.slots, keys=layout.seqlen_kv,
     )  # fmt: skip
     return Choice(_kind("backward_keys", call, q, v, target), candidates, build)
@@ -162,19 +169,19 @@ def _keys_launches(
     """
     rows_per_block, parts = call.row_tiles(config.block_m)
     batch, heads, list_tiles = transposed.shape if transposed else (1, 1, 0)
-    owners, dk, dv = arguments["num_owners"], arguments["dk_ptr"], arguments["dv_ptr"]
+    owners = arguments["num_owners"]
     split_tiles = min(heavy, tiles) * owners
     row_tiles = -(-call.layout.seqlen_q * call.group_size // config.block_m)
     num_splits = configs.num_splits(split_tiles, row_tiles, target)
-    partial_dk = partial_dv = None
-    if num_splits > 1:
-        size = (split_tiles, num_splits, config.block_n)
-        partial_dk, partial_dv = (
-            x.new_empty(*size, x.shape[-1], dtype=torch.float32) for x in (dk, dv)
-        )
-    arguments = arguments | {
-        "partial_dk_ptr": partial_dk,
-        "partial_dv_ptr": partial_dv,
+    size = (split_tiles, num_splits, config.block_n)
+    partials = {}
+    for name in ("dk_ptr", "dv_ptr", "dbias_ptr"):
+        x, part = arguments[name], None
+        if x is not None and num_splits > 1:
+            part = x.new_empty(*size, x.shape[-1], dtype=torch.float32)
+        partials[f"partial_{name}"] = part
+    arguments = arguments | partials
+    arguments |= {
         "num_split_tiles": split_tiles,
         "num_splits": num_splits,
         "offsets_ptr": transposed and transposed.offsets,
@@ -185,6 +192,7 @@ def _keys_launches(
         "list_tiles": list_tiles,
         "rows_per_block": rows_per_block,
         "parts": parts,
+        "BLOCK_PACKS": configs.next_power_of_2(call.group_size // call.pack),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -202,7 +210,9 @@ def steps(
     call: Call, dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, target: configs.Target,
 ) -> tuple[list[Choice | Launch], tuple[Tensor, ...]]:  # fmt: skip
-    """What to run, in order, and the tensors that then hold ``dq, dk, dv, delta``.
+    """What to run, in order, and the tensors that then hold ``dq, dk, dv, delta``; what each row
+    adds to the gradient of its head's slope ``[B, H, Sq]``; and the gradients of biases for each
+    pack of heads of a KV head ``[B, Hkv, Skv, packs]``. The last two are None without these.
 
     dk and dv are float32 where columns are added to them.
     """
@@ -211,6 +221,11 @@ def steps(
     dtype = q.dtype if call.layout.num_columns is None else torch.float32
     dq = q.new_empty(q.shape)
     dk, dv = k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
+    dbias = dslopes = None
+    if call.key_bias is not None:
+        dbias = lse.new_empty(*k.shape[:3], call.group_size // call.pack)
+    if call.alibi_slopes is not None:
+        dslopes = torch.empty_like(lse)
     tensors = {
         "q_ptr": q,
         "k_ptr": k,
@@ -224,7 +239,7 @@ def steps(
     }
     found = [
         _preprocess(call, dout, dlse, out, lse, states),
-        _rows(call, tensors, dq, target),
-        _keys(call, tensors, dk, dv, target),
+        _rows(call, tensors, dq, dslopes, target),
+        _keys(call, tensors, dk, dv, dbias, target),
     ]
-    return found, (dq, dk, dv, states["delta_ptr"])
+    return found, (dq, dk, dv, states["delta_ptr"], dslopes, dbias)

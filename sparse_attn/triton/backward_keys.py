@@ -1,4 +1,4 @@
-"""dk and dv, by keys."""
+"""dk, dv and the gradients of biases, by keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .primitives import (
     SIZES,
     all_visible,
     even_part,
+    first_bias,
     in_band,
     in_list,
     list_of_row,
@@ -29,12 +30,13 @@ from .primitives import (
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, j, live, i, member, exists, full, head, rows, sink, window, shift, seqlen_q, rule,
+    dk, dv, dbias, k, v, j, live, i, member, exists, full, head, rows, sink, window, shift,
+    seqlen_q, rule,
     IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr,
     PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, without the scale, and dv after one more tile of rows."""
+    """dk, without the scale, dv and the gradients of biases after one more tile of rows."""
     q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qh, stride_qm, stride_gh, stride_gm = rows
     heads = (head + member).to(tl.int64)
     row = i.to(tl.int64)
@@ -45,10 +47,11 @@ def _keys_step(
     q = load_rows(q_ptr, heads * stride_qh + row * stride_qm, useful, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr, heads * stride_gh + row * stride_gm, useful, HEAD_DIM_V, BLOCK_DV)
     x = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
-    x, capped = scores(x, rule, PRESCALED, SOFTCAP)
+    x, capped = scores(x, (heads, i, shift, j, live), rule, 0, PRESCALED, SOFTCAP)
     p = probabilities(x, lse[None, :], rule[1])
     dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
-    ds = score_gradients(p * (dp - delta[None, :]), capped, SOFTCAP)
+    of_scores = p * (dp - delta[None, :])
+    ds = score_gradients(of_scores, capped, SOFTCAP)
     if not full:
         seen = visible(
             (i + shift)[None, :], j[:, None], live[:, None] & useful[None, :], sink, window,
@@ -56,9 +59,20 @@ def _keys_step(
         )  # fmt: skip
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
+        if rule[4] is not None:
+            of_scores = tl.where(seen, of_scores, 0.0)
+    if rule[4] is not None:
+        dbias += tl.sum(of_scores, 1, keep_dims=True)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
-    return dk, dv
+    return dk, dv, dbias
+
+
+@triton.jit
+def _put_pack(sums, x, pack):
+    """`sums` of keys and packs of heads with `x` as those of one pack."""
+    here = tl.arange(0, sums.shape[1])[None, :] == pack
+    return tl.where(here, x, sums)
 
 
 @triton.jit
@@ -167,8 +181,8 @@ def _rows_of_entry(
 
 @triton.jit
 def _exact_step(
-    dk, dv, column, keys, values, j, live, is_band, i, member, exists, head, rows, norms, sink,
-    window, shift, seqlen_q, rule,
+    dk, dv, dbias, column, keys, values, j, live, is_band, i, member, exists, head, rows, norms,
+    sink, window, shift, seqlen_q, rule,
     CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
     SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -192,34 +206,45 @@ def _exact_step(
     dout_offsets = heads * stride_gh + row * stride_gm
     queries, grads = (q_ptr, q_offsets, useful), (dout_ptr, dout_offsets, useful)
     x = tl.trans(products(queries, keys, HEAD_DIM, BLOCK_D, INPUT_PRECISION))  # as rows have it
-    x, capped = scores(x, rule, PRESCALED, SOFTCAP)
+    x, capped = scores(x, (heads, i, shift, j, live), rule, 0, PRESCALED, SOFTCAP)
     p = exact_probabilities(x, peak[None, :], norm[None, :], rule[1])
     dp = tl.trans(products(grads, values, HEAD_DIM_V, BLOCK_DV, INPUT_PRECISION))
-    ds = score_gradients(p * (dp - delta[None, :]), capped, SOFTCAP)
+    ds = p * (dp - delta[None, :])
+    if rule[4] is not None:
+        dbias += tl.sum(tl.where(seen, ds, 0.0), 1, keep_dims=True)
+    ds = score_gradients(ds, capped, SOFTCAP)
     dout = load_part(dout_ptr, dout_offsets, useful, column, HEAD_DIM_V, CHUNK)
     dv = add_product(dv, p, seen, dout, INPUT_PRECISION)
     q = load_part(q_ptr, q_offsets, useful, column, HEAD_DIM, CHUNK)
-    return add_product(dk, ds, seen, q, INPUT_PRECISION), dv
+    return add_product(dk, ds, seen, q, INPUT_PRECISION), dv, dbias
 
 
 @triton.jit
 def _exact_sums(
     column, loads, j, live, keys, batch, kv_head, split, splits, rows, norms, limits, lists,
-    entries, shift, seqlen_q, rule,
+    entries, shift, seqlen_q, numbers, biases,
     IS_BAND: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr, SEARCH_STEPS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    BLOCK_PACKS: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The walk of `_backward_keys_kernel` for `CHUNK` columns of dk, without the scale, and dv."""
+    """The walk of `_backward_keys_kernel` for `CHUNK` columns of dk, without the scale, and dv; and
+    the gradients of biases.
+    """
     sink_ptr, sink_run, window_ptr, window_run = limits
     offsets_ptr, list_batch, list_run, list_tiles, list_tile, per_entry = lists
     dk = tl.zeros([BLOCK_N, CHUNK], tl.float32)
     dv = tl.zeros([BLOCK_N, CHUNK], tl.float32)
+    dbias = tl.zeros([BLOCK_N, BLOCK_PACKS], tl.float32)
+    scale, unit, softcap, inverse_softcap = numbers
+    bias_ptr, slopes_ptr, bias_run, bias_batch, seqlen_kv = biases
     for pack in range(GROUP_SIZE // PACK):
         head = kv_head * GROUP_SIZE + pack * PACK
+        bias_row = first_bias(bias_ptr, batch, head, bias_run, bias_batch, seqlen_kv)
+        rule = (scale, unit, softcap, inverse_softcap, bias_ptr, slopes_ptr, bias_row)
+        of_pack = tl.zeros([BLOCK_N, 1], tl.float32)
         sink = load_sink(sink_ptr, head // sink_run)
         window = load_window(window_ptr, head // window_run)
         i_begin = 0
@@ -255,12 +280,14 @@ def _exact_sums(
                         shift, seqlen_q, sink, window, BLOCK_M, BLOCK_N, PACK, BLOCK_KV,
                         BLOCKS_PER_TILE, SEARCH_STEPS, not IS_BAND, IS_CAUSAL,
                     )  # fmt: skip
-            dk, dv = _exact_step(
-                dk, dv, column, loads[0], loads[1], j, listed, is_band, i, member, exists, head,
-                rows, norms, sink, window, shift, seqlen_q, rule, CHUNK, HEAD_DIM, HEAD_DIM_V,
+            dk, dv, of_pack = _exact_step(
+                dk, dv, of_pack, column, loads[0], loads[1], j, listed, is_band, i, member, exists,
+                head, rows, norms, sink, window, shift, seqlen_q, rule, CHUNK, HEAD_DIM, HEAD_DIM_V,
                 BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
-    return dk, dv
+        if bias_ptr is not None:
+            dbias = _put_pack(dbias, of_pack, pack)
+    return dk, dv, dbias
 
 
 @triton.jit
@@ -283,23 +310,25 @@ def _store_sums(
 @triton.jit(do_not_specialize=SIZES)
 def _backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, peak_ptr, norm_ptr, dk_ptr, dv_ptr,
-    partial_dk_ptr, partial_dv_ptr,
+    dbias_ptr, partial_dk_ptr, partial_dv_ptr, partial_dbias_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
     sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr,
-    active_ptr, offsets_ptr, sources_ptr, bits_ptr, order_ptr,
+    active_ptr, offsets_ptr, sources_ptr, bits_ptr, bias_ptr, slopes_ptr, order_ptr,
     sink_run, window_run, block_run, block_batch, block_rows, block_width,
     active_run, active_batch, active_width, list_run, list_batch, list_tiles, blocks_per_entry,
+    bias_run, bias_batch,
     num_heads, num_kv_heads, num_owners, seqlen_q, seqlen_kv, rows_per_block, parts,
     num_split_tiles, num_splits, gradient_scale, scale, unit, softcap, inverse_softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
-    TILES_PER_BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr, CHUNK: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_PACKS: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    CHUNK: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys, over all query heads of their KV head.
+    """dk and dv of one tile of keys, over all query heads of their KV head, and the gradients of
+    their biases, of each pack of heads apart.
 
     The first `num_split_tiles` tiles of the order are those of most rows: as many programs as there
     are splits each take an even part of the walk, and leave their sums to `_sum_kernel`.
@@ -337,7 +366,8 @@ def _backward_keys_kernel(
         q_ptr + b * stride_qb, dout_ptr + b * stride_gb, lse_ptr + states, delta_ptr + states,
         stride_qh, stride_qm, stride_gh, stride_gm,
     )  # fmt: skip
-    rule = (scale, unit, softcap, inverse_softcap)
+    numbers = (scale, unit, softcap, inverse_softcap)
+    biases = (bias_ptr, slopes_ptr, bias_run, bias_batch, seqlen_kv)
     shift = seqlen_kv - seqlen_q
     keys = (j_low, j_end)
     blocks = (block_counts_ptr, block_indices_ptr, block_run, block_batch, block_rows, block_width)
@@ -345,10 +375,14 @@ def _backward_keys_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dbias = tl.zeros([BLOCK_N, BLOCK_PACKS], tl.float32)
     for pack in range(GROUP_SIZE // PACK):
         head = kv_head * GROUP_SIZE + pack * PACK
         sink = load_sink(sink_ptr, head // sink_run)
         window = load_window(window_ptr, head // window_run)
+        bias_row = first_bias(bias_ptr, batch, head, bias_run, bias_batch, seqlen_kv)
+        rule = (scale, unit, softcap, inverse_softcap, bias_ptr, slopes_ptr, bias_row)
+        of_pack = tl.zeros([BLOCK_N, 1], tl.float32)
         if active_ptr is None:
             i_begin, i_end = _band_of_keys(
                 j_low, j_end - 1, shift, seqlen_q, sink, window, IS_CAUSAL
@@ -360,10 +394,10 @@ def _backward_keys_kernel(
                     tile_of_rows, i_begin, i_end, keys, shift, sink, window, BLOCK_M, BLOCK_N, PACK,
                     IS_CAUSAL,
                 )  # fmt: skip
-                dk, dv = _keys_step(
-                    dk, dv, k, v, j, live, i, member, exists, full, head, rows, sink, window, shift,
-                    seqlen_q, rule, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL,
-                    PRESCALED, SOFTCAP, INPUT_PRECISION,
+                dk, dv, of_pack = _keys_step(
+                    dk, dv, of_pack, k, v, j, live, i, member, exists, full, head, rows, sink,
+                    window, shift, seqlen_q, rule, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
                 )  # fmt: skip
         if offsets_ptr is not None:
             at = (batch * list_batch + head // list_run).to(tl.int64) * list_tiles + list_tile
@@ -376,11 +410,13 @@ def _backward_keys_kernel(
                     BLOCK_M, BLOCK_N, PACK, BLOCK_KV, BLOCKS_PER_TILE, SEARCH_STEPS,
                     active_ptr is not None, IS_CAUSAL,
                 )  # fmt: skip
-                dk, dv = _keys_step(
-                    dk, dv, k, v, j, listed, i, member, exists, full, head, rows, sink, window,
-                    shift, seqlen_q, rule, False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                dk, dv, of_pack = _keys_step(
+                    dk, dv, of_pack, k, v, j, listed, i, member, exists, full, head, rows, sink,
+                    window, shift, seqlen_q, rule, False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
                     IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
                 )  # fmt: skip
+        if bias_ptr is not None:
+            dbias = _put_pack(dbias, of_pack, pack)
 
     loads = ((k_ptr, k_offsets, live), (v_ptr, v_offsets, live))
     norms = (peak_ptr + states, norm_ptr + states)
@@ -393,11 +429,12 @@ def _backward_keys_kernel(
     where = ((b * num_kv_heads + h) * seqlen_kv + row, part)
     if any_of((is_finite(dk) == 0) & live[:, None]) | any_of((is_finite(dv) == 0) & live[:, None]):
         for column in range(0, HEAD_DIM if HEAD_DIM > HEAD_DIM_V else HEAD_DIM_V, CHUNK):
-            some_dk, some_dv = _exact_sums(
+            some_dk, some_dv, dbias = _exact_sums(
                 column, loads, j, live, keys, batch, kv_head, split, splits, rows, norms, limits,
-                lists, entries, shift, seqlen_q, rule, active_ptr is None, CHUNK, HEAD_DIM,
-                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PACK, GROUP_SIZE, BLOCK_KV,
-                BLOCKS_PER_TILE, SEARCH_STEPS, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+                lists, entries, shift, seqlen_q, numbers, biases, active_ptr is None, CHUNK,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PACK, GROUP_SIZE,
+                BLOCK_PACKS, BLOCK_KV, BLOCKS_PER_TILE, SEARCH_STEPS, IS_CAUSAL, PRESCALED, SOFTCAP,
+                INPUT_PRECISION,
             )  # fmt: skip
             some_dk *= gradient_scale
             _store_sums(
@@ -414,19 +451,27 @@ def _backward_keys_kernel(
         _store_sums(
             dv_ptr, partial_dv_ptr, dv, where, 0, live, is_split, adds, HEAD_DIM_V, BLOCK_DV
         )
+    if bias_ptr is not None:
+        _store_sums(
+            dbias_ptr, partial_dbias_ptr, dbias, where, 0, live, is_split, adds, GROUP_SIZE // PACK,
+            BLOCK_PACKS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _sum_kernel(
-    partial_dk_ptr, partial_dv_ptr, dk_ptr, dv_ptr, active_ptr, order_ptr,
-    active_run, active_batch, active_width, num_kv_heads, num_owners, seqlen_kv, num_splits,
+    partial_dk_ptr, partial_dv_ptr, partial_dbias_ptr, dk_ptr, dv_ptr, dbias_ptr, active_ptr,
+    order_ptr, active_run, active_batch, active_width, num_kv_heads, num_owners, seqlen_kv,
+    num_splits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KV: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PACK: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    BLOCK_PACKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of `BLOCK_M` keys of a split tile: the sum of its parts, added to what is there if
-    the keys are columns.
+    """dk, dv and the gradients of biases of `BLOCK_M` keys of a split tile: the sum of its parts,
+    added to what is there if the keys are columns.
     """
+    packs: tl.constexpr = GROUP_SIZE // PACK
     index = tl.program_id(0)
     slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j, live, _, _, batch, kv_head, _ = _keys_of_tile(
@@ -438,12 +483,19 @@ def _sum_kernel(
     offsets = (batch.to(tl.int64) * num_kv_heads + kv_head) * seqlen_kv + j
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_PACKS], tl.float32)
     if active_ptr is not None:
         dk += load_rows(dk_ptr, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
         dv += load_rows(dv_ptr, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+        if dbias_ptr is not None:
+            dbias += load_rows(dbias_ptr, offsets * packs, live, packs, BLOCK_PACKS)
     for split in range(num_splits):
         part = (index.to(tl.int64) * num_splits + split) * BLOCK_N + slots
         dk += load_rows(partial_dk_ptr, part * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
         dv += load_rows(partial_dv_ptr, part * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+        if dbias_ptr is not None:
+            dbias += load_rows(partial_dbias_ptr, part * packs, live, packs, BLOCK_PACKS)
     store_rows(dk_ptr, dk, offsets * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, dv, offsets * HEAD_DIM_V, live, HEAD_DIM_V, BLOCK_DV)
+    if dbias_ptr is not None:
+        store_rows(dbias_ptr, dbias, offsets * packs, live, packs, BLOCK_PACKS)

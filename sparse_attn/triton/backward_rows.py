@@ -11,6 +11,8 @@ from .primitives import (
     LOG2E,
     SIZES,
     band_of_rows,
+    distances,
+    first_bias,
     list_of_row,
     load_keys,
     load_rows,
@@ -78,34 +80,42 @@ def _preprocess_kernel(
 
 @triton.jit
 def _rows_step(
-    dq, q, dout, lse, delta, p, keys, cache, sink, window, rule,
+    dq, dslopes, q, dout, lse, delta, heads, p, keys, cache, sink, window, rule,
     IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr,
     PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, without the scale, after one more tile of keys."""
+    """dq, without the scale, after one more tile of keys; and what the rows add to the gradients of
+    slopes.
+    """
     j, live, loaded, full = keys
     k, v = load_keys(j, loaded, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, 1)
     x = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    x, capped = scores(x, rule, PRESCALED, SOFTCAP)
+    pairs = (heads, p, 0, j, loaded)
+    x, capped = scores(x, pairs, rule, 1, PRESCALED, SOFTCAP)
     dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
-    ds = probabilities(x, lse[:, None], rule[1]) * (dp - delta[:, None])
-    ds = score_gradients(ds, capped, SOFTCAP)
+    of_scores = probabilities(x, lse[:, None], rule[1]) * (dp - delta[:, None])
+    ds = score_gradients(of_scores, capped, SOFTCAP)
     if not full:
         seen = visible(p[:, None], j[None, :], live[None, :], sink, window, IS_BAND, IS_CAUSAL)
         ds = tl.where(seen, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+        if rule[5] is not None:
+            of_scores = tl.where(seen, of_scores, 0.0)
+    if rule[5] is not None:
+        dslopes -= tl.sum(of_scores * distances(pairs, 1), 1)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION), dslopes
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_rows_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, peak_ptr, norm_ptr, sinks_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, peak_ptr, norm_ptr, sinks_ptr,
+    dq_ptr, dslopes_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
     sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr, column_counts_ptr,
-    column_indices_ptr, order_ptr,
+    column_indices_ptr, bias_ptr, slopes_ptr, order_ptr,
     sink_run, window_run, block_run, block_batch, block_rows, block_width, num_kv_blocks,
-    column_run, column_batch, column_rows, column_width, blocks_per_group,
+    column_run, column_batch, column_rows, column_width, blocks_per_group, bias_run, bias_batch,
     num_heads, seqlen_q, seqlen_kv, num_row_blocks, rows_per_block, parts,
     gradient_scale, scale, unit, softcap, inverse_softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -114,8 +124,9 @@ def _backward_rows_kernel(
     CHUNK: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of rows: the walk of the forward kernel. Before it, what the probabilities of
-    the rows are divided by, where lse does not tell.
+    """dq of one tile of rows, and what each adds to the gradient of its head's slope: the walk of
+    the forward kernel. Before it, what the probabilities of the rows are divided by, where lse does
+    not tell.
     """
     num_packs = num_heads // PACK
     programs = tl.num_programs(0) // parts // num_row_blocks
@@ -150,7 +161,8 @@ def _backward_rows_kernel(
     k_ptr += b * stride_kb + kv_head * stride_kh
     v_ptr += b * stride_vb + kv_head * stride_vh
     cache = (k_ptr, v_ptr, stride_kn, stride_vn, None, 0, 0, 0)
-    rule = (scale, unit, softcap, inverse_softcap)
+    bias_row = first_bias(bias_ptr, batch, head, bias_run, bias_batch, seqlen_kv)
+    rule = (scale, unit, softcap, inverse_softcap, bias_ptr, slopes_ptr, bias_row)
 
     sink = load_sink(sink_ptr, head // sink_run)
     window = load_window(window_ptr, head // window_run)
@@ -177,14 +189,15 @@ def _backward_rows_kernel(
         )
         tiles = listed_end + tl.cdiv(num_columns, BLOCK_N)
     lists = (listed_end, blocks_ptr, num_blocks, num_kv_blocks, columns_ptr, num_columns, seqlen_kv)
-    walk = (p, p_low, p_high, sink, window, band, lists)
+    walk = (heads, p, p_low, p_high, sink, window, band, lists)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dslopes = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(band_tiles):
         keys = tile_of_band(tile, band, p_low, p_high, sink, window, BLOCK_N, IS_CAUSAL)
-        dq = _rows_step(
-            dq, q, dout, lse, delta, p, keys, cache, sink, window, rule, True, HEAD_DIM,
-            HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+        dq, dslopes = _rows_step(
+            dq, dslopes, q, dout, lse, delta, heads, p, keys, cache, sink, window, rule, True,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
         )  # fmt: skip
     if block_counts_ptr is not None:
         for tile in range(listed_end - band_tiles):
@@ -192,9 +205,10 @@ def _backward_rows_kernel(
                 tile, p_low, p_high, sink, window, key_end, blocks_ptr, num_blocks, num_kv_blocks,
                 BLOCK_N, BLOCK_KV, IS_CAUSAL,
             )  # fmt: skip
-            dq = _rows_step(
-                dq, q, dout, lse, delta, p, keys, cache, sink, window, rule, False, HEAD_DIM,
-                HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+            dq, dslopes = _rows_step(
+                dq, dslopes, q, dout, lse, delta, heads, p, keys, cache, sink, window, rule, False,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP,
+                INPUT_PRECISION,
             )  # fmt: skip
     if column_counts_ptr is not None:
         for tile in tl.range(tiles - listed_end, num_stages=1):
@@ -202,12 +216,15 @@ def _backward_rows_kernel(
                 tile, p_low, p_high, sink, window, key_end, columns_ptr, num_columns, seqlen_kv,
                 blocks_ptr, num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL,
             )  # fmt: skip
-            dq = _rows_step(
-                dq, q, dout, lse, delta, p, keys, cache, sink, window, rule, False, HEAD_DIM,
-                HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP, INPUT_PRECISION,
+            dq, dslopes = _rows_step(
+                dq, dslopes, q, dout, lse, delta, heads, p, keys, cache, sink, window, rule, False,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL, PRESCALED, SOFTCAP,
+                INPUT_PRECISION,
             )  # fmt: skip
     dq_offsets = state * HEAD_DIM
     store_rows(dq_ptr, dq * gradient_scale, dq_offsets, exists, HEAD_DIM, BLOCK_D)
+    if slopes_ptr is not None:
+        tl.store(dslopes_ptr + state, dslopes, mask=exists)
     if any_of(exists[:, None] & (is_finite(dq) == 0)):
         peak = tl.load(peak_ptr + state, mask=exists, other=0.0)
         norm = tl.load(norm_ptr + state, mask=exists, other=float("inf"))
@@ -235,10 +252,12 @@ def _backward_rows_kernel(
             tl.store(norm_ptr + state, norm, mask=exists)
         repeated = exists & (norm == norm)  # other rows are NaN
         for column in range(0, HEAD_DIM, CHUNK):
-            part = gradients_of_rows(
+            part, found_dslopes = gradients_of_rows(
                 column, tiles, walk, queries, grads, peak, norm, delta, cache, rule, CHUNK, BLOCK_N,
                 BLOCK_KV, SEARCH_STEPS, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, IS_CAUSAL,
                 PRESCALED, SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
             part *= gradient_scale
             store_part(dq_ptr, part, dq_offsets, repeated, column, HEAD_DIM, CHUNK)
+            if slopes_ptr is not None:
+                tl.store(dslopes_ptr + state, found_dslopes, mask=repeated)

@@ -12,7 +12,7 @@ def attention(*args, **options) -> tuple[Tensor, Tensor]:
     return ops.attention(*args, **options)
 
 
-def attention_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward(*args) -> tuple[Tensor, ...]:
     """`sparse_attn::attention_backward`."""
     from . import ops
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     LOWEST,
+    distances,
     in_band,
     key_offsets,
     load_part,
@@ -109,7 +110,7 @@ def keys_of_walk(
     """The keys of any tile of the walk over sink and window, blocks and columns, and which rows see
     which of them.
     """
-    p, p_low, p_high, sink, window, band, lists = walk
+    _, p, p_low, p_high, sink, window, band, lists = walk
     listed_end, blocks_ptr, num_blocks, num_kv_blocks, columns_ptr, num_columns, seqlen_kv = lists
     band_tiles = band[4]
     key_end = band[5]
@@ -150,7 +151,7 @@ def scores_of_walk(
     j, live, seen = keys_of_walk(tile, walk, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL)
     offsets, live_k = key_offsets(j, live, stride_kn, pages_ptr, stride_kp, num_pages, PAGE_SIZE)
     x = products(queries, (k_ptr, offsets, live_k), HEAD_DIM, BLOCK_D, INPUT_PRECISION)
-    x, capped = scores(x, rule, PRESCALED, SOFTCAP)
+    x, capped = scores(x, (walk[0], walk[1], 0, j, live), rule, 1, PRESCALED, SOFTCAP)
     return x, capped, j, live, seen
 
 
@@ -221,9 +222,12 @@ def gradients_of_rows(
     BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr,
     SOFTCAP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of rows, without the scale: columns from number `first` on."""
+    """dq of rows, without the scale: columns from number `first` on; and what the rows add to the
+    gradients of slopes.
+    """
     k_ptr, v_ptr, stride_kn, stride_vn = cache[0], cache[1], cache[2], cache[3]
     dq = tl.zeros([queries[2].shape[0], CHUNK], tl.float32)
+    dslopes = tl.zeros([queries[2].shape[0]], tl.float32)
     for tile in tl.range(tiles, num_stages=1):
         x, capped, j, live, seen = scores_of_walk(
             tile, walk, queries, cache, rule, BLOCK_N, BLOCK_KV, SEARCH_STEPS, HEAD_DIM, BLOCK_D, 1,
@@ -232,7 +236,10 @@ def gradients_of_rows(
         values = (v_ptr, j.to(tl.int64) * stride_vn, live)
         dp = products(grads, values, HEAD_DIM_V, BLOCK_DV, INPUT_PRECISION)
         ds = exact_probabilities(x, peak[:, None], norm[:, None], rule[1]) * (dp - delta[:, None])
+        if rule[5] is not None:
+            far = distances((walk[0], walk[1], 0, j, live), 1)
+            dslopes -= tl.sum(tl.where(seen, ds * far, 0.0), 1)
         ds = score_gradients(ds, capped, SOFTCAP)
         k = load_part(k_ptr, j.to(tl.int64) * stride_kn, live, first, HEAD_DIM, CHUNK)
         dq = add_product(dq, ds, seen, k, INPUT_PRECISION)
-    return dq
+    return dq, dslopes

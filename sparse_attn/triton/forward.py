@@ -22,6 +22,7 @@ from .primitives import (
     band_of_rows,
     even_part,
     finish,
+    first_bias,
     list_of_row,
     load_keys,
     load_rows,
@@ -43,7 +44,7 @@ from .primitives import (
 
 @triton.jit
 def _step(
-    acc, m_i, l_i, q, p, keys, cache, sink, window, rule,
+    acc, m_i, l_i, q, heads, p, keys, cache, sink, window, rule,
     IS_BAND: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -53,7 +54,7 @@ def _step(
     j, live, loaded, full = keys
     k, v = load_keys(j, loaded, cache, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE)
     x = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    x, _capped = scores(x, rule, PRESCALED, SOFTCAP)
+    x, _capped = scores(x, (heads, p, 0, j, loaded), rule, 1, PRESCALED, SOFTCAP)
     floor = tl.full([q.shape[0]], LOWEST, tl.float32)
     if not full:
         seen = visible(p[:, None], j[None, :], live[None, :], sink, window, IS_BAND, IS_CAUSAL)
@@ -71,9 +72,9 @@ def _forward_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
     sink_ptr, window_ptr, block_counts_ptr, block_indices_ptr, column_counts_ptr,
-    column_indices_ptr, sinks_ptr, order_ptr,
+    column_indices_ptr, sinks_ptr, bias_ptr, slopes_ptr, order_ptr,
     sink_run, window_run, block_run, block_batch, block_rows, block_width, num_kv_blocks,
-    column_run, column_batch, column_rows, column_width, blocks_per_group,
+    column_run, column_batch, column_rows, column_width, blocks_per_group, bias_run, bias_batch,
     cu_seqlens_q_ptr, cu_seqlens_kv_ptr, seqlens_kv_ptr, pages_ptr, num_pages, pages_per_sequence,
     num_heads, seqlen_q, seqlen_kv, total_q, total_kv, num_row_blocks, rows_per_block, parts,
     num_splits, num_states, scale, unit, softcap, inverse_softcap,
@@ -95,6 +96,7 @@ def _forward_kernel(
     kv_head = (head // GROUP_SIZE).to(tl.int64)
     batch_offset = batch.to(tl.int64)
 
+    bias_row = first_bias(bias_ptr, batch, head, bias_run, bias_batch, seqlen_kv)
     q_begin = tl.full([], 0, tl.int64)
     kv_begin = tl.full([], 0, tl.int64)
     if cu_seqlens_q_ptr is not None:
@@ -130,7 +132,7 @@ def _forward_kernel(
 
     cache = (k_ptr, v_ptr, stride_kn, stride_vn, pages_ptr, stride_kb, stride_vb, num_pages)
 
-    rule = (scale, unit, softcap, inverse_softcap)
+    rule = (scale, unit, softcap, inverse_softcap, bias_ptr, slopes_ptr, bias_row)
     sink = load_sink(sink_ptr, head // sink_run)
     window = load_window(window_ptr, head // window_run)
     band = band_of_rows(p_low, p_high, seqlen_kv, sink, window, BLOCK_N, IS_CAUSAL)
@@ -156,7 +158,7 @@ def _forward_kernel(
         )
         tiles = listed_end + tl.cdiv(num_columns, BLOCK_N)
     lists = (listed_end, blocks_ptr, num_blocks, num_kv_blocks, columns_ptr, num_columns, seqlen_kv)
-    walk = (p, p_low, p_high, sink, window, band, lists)
+    walk = (heads, p, p_low, p_high, sink, window, band, lists)
     split = tl.program_id(1)
     tile_begin, tile_end = even_part(tiles, split, num_splits)
 
@@ -166,7 +168,7 @@ def _forward_kernel(
     for tile in range(tile_begin, tl.minimum(tile_end, band_tiles)):
         keys = tile_of_band(tile, band, p_low, p_high, sink, window, BLOCK_N, IS_CAUSAL)
         acc, m_i, l_i = _step(
-            acc, m_i, l_i, q, p, keys, cache, sink, window, rule, True,
+            acc, m_i, l_i, q, heads, p, keys, cache, sink, window, rule, True,
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, PRESCALED, SOFTCAP,
             INPUT_PRECISION,
         )  # fmt: skip
@@ -177,7 +179,7 @@ def _forward_kernel(
                 num_kv_blocks, BLOCK_N, BLOCK_KV, IS_CAUSAL,
             )  # fmt: skip
             acc, m_i, l_i = _step(
-                acc, m_i, l_i, q, p, keys, cache, sink, window, rule, False,
+                acc, m_i, l_i, q, heads, p, keys, cache, sink, window, rule, False,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, PRESCALED,
                 SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip
@@ -188,7 +190,7 @@ def _forward_kernel(
                 seqlen_kv, blocks_ptr, num_blocks, BLOCK_N, BLOCK_KV, SEARCH_STEPS, IS_CAUSAL,
             )  # fmt: skip
             acc, m_i, l_i = _step(
-                acc, m_i, l_i, q, p, keys, cache, sink, window, rule, False,
+                acc, m_i, l_i, q, heads, p, keys, cache, sink, window, rule, False,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PAGE_SIZE, IS_CAUSAL, PRESCALED,
                 SOFTCAP, INPUT_PRECISION,
             )  # fmt: skip

@@ -63,6 +63,8 @@ class Call:
     scale: float
     softcap: float
     is_causal: bool
+    key_bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -71,8 +73,10 @@ class Call:
 
     @cached_property
     def pack(self) -> int:
-        """Consecutive query heads that share a KV head and everything in the layout."""
-        sizes = (x.shape[0 if x.dim() == 1 else 1] for x in self.layout.tensors().values())
+        """Consecutive query heads that share a KV head, key_bias and everything in the layout."""
+        sizes = [x.shape[0 if x.dim() == 1 else 1] for x in self.layout.tensors().values()]
+        if self.key_bias is not None:
+            sizes.append(self.key_bias.shape[1])
         return gcd(self.group_size, *(self.num_heads // size for size in sizes))
 
     @property
@@ -143,12 +147,19 @@ class Call:
         widths = (x.shape[-1] for x in (layout.kv_indices, layout.column_indices) if x is not None)
         sizes = (self.slots, self.batch * self.num_kv_heads, *layout.seqlens, *widths)
         features = (self.block_kv, self.is_irregular, self.softcap > 0, self.is_causal)
+        features += (self.key_bias is None, self.alibi_slopes is None)
         heads = (self.pack, self.group_size)
         return *features, *heads, *(x.bit_length() for x in sizes)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are products times the scale, without a softcap or biases."""
+        return self.softcap == 0 and self.key_bias is None and self.alibi_slopes is None
+
     def scores(self) -> dict[str, Any]:
-        """The arguments of `scores`, within float32."""
-        usual = self.softcap == 0 and 2.0**-100 < self.scale < 2.0**100
+        """The arguments of `scores`, within float32, and how heads find their rows of key_bias."""
+        usual = self.is_plain and 2.0**-100 < self.scale < 2.0**100
+        batch, heads, _ = (None,) * 3 if self.key_bias is None else self.key_bias.shape
         softcap = min(self.softcap, _LARGEST)
         return {
             "scale": min(max(self.scale, -_LARGEST), _LARGEST),
@@ -158,6 +169,10 @@ class Call:
             "PRESCALED": not usual,
             "SOFTCAP": softcap > 0,
             "IS_CAUSAL": self.is_causal,
+            "bias_ptr": self.key_bias,
+            "bias_run": heads and self.num_heads // heads,
+            "bias_batch": heads and (heads if batch > 1 else 0),
+            "slopes_ptr": self.alibi_slopes,
         }
 
     def lists(self) -> dict[str, Any]:

@@ -58,17 +58,20 @@ def _call(
     packing: Packing | None = None,
 ) -> tuple[list[Launch], Call]:  # fmt: skip
     """What to run first, and the call."""
-    sink_logits = arguments.sink_logits
-    validation.check_per_head("sink_logits", sink_logits, q)
-    if sink_logits is not None:
-        sink_logits = sink_logits.float().contiguous()
+    validation.check_per_head("sink_logits", arguments.sink_logits, q)
+    validation.check_per_head("alibi_slopes", arguments.alibi_slopes, q)
+    validation.check_key_bias(arguments.key_bias, q, batch, q.shape[1], layout.seqlen_kv)
+    sink_logits, *biases = (
+        None if x is None else x.float().contiguous()
+        for x in (arguments.sink_logits, arguments.key_bias, arguments.alibi_slopes)
+    )
     launches = []
     if batch > 0:
         totals = (q.shape[0], k.shape[0])
         launches, layout = prepare.launches(layout, packing, totals, arguments.is_causal)
     heads = (q.shape[1], k.shape[-2 if packing else 1])
     numbers = (arguments.scale, arguments.softcap, arguments.is_causal)
-    return launches, Call(layout, *heads, batch, sink_logits, *numbers)
+    return launches, Call(layout, *heads, batch, sink_logits, *numbers, *biases)
 
 
 def _run(steps: list[Choice | Launch], q: Tensor) -> None:
@@ -140,7 +143,7 @@ def _check_rows(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
 
 def attention_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dq, dk, dv and the gradients of `DIFFERENTIABLE` (empty where there is no such argument)."""
     arguments = Arguments(*rest)
     refuse(Request("attention", q, k, v, arguments.features()))
@@ -155,18 +158,30 @@ def attention_backward(
     first, call = _call(q, k, q.shape[0], layout, arguments)
     dlse, lse = dlse.contiguous(), lse.contiguous()
     dout, out, *tensors = (_rows(x) for x in (dout, out, q, k, v))
-    steps, (dq, dk, dv, delta) = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
+    steps, results = backward.steps(call, dout, dlse, *tensors, out, lse, Target.of(q))
     _run(first + steps, q)
-    dsinks = _sink_gradients(call.sink_logits, lse, delta, arguments.sink_logits)
-    nothing = (lse.new_empty(0) for _ in DIFFERENTIABLE[1:])
-    return *(x.to(q.dtype) for x in (dq, dk, dv)), dsinks, *nothing
+    dq, dk, dv, delta, dslopes, dbias = results
+    dsinks = _sink_gradients(call.sink_logits, lse, delta)
+    others = (dsinks, _bias_gradients(dbias, arguments.key_bias))
+    others += (None if dslopes is None else dslopes.sum((0, 2)),)
+    given = (getattr(arguments, name) for name in DIFFERENTIABLE)
+    return *(x.to(q.dtype) for x in (dq, dk, dv)), *(
+        lse.new_empty(0) if x is None else x.to(y.dtype) for x, y in zip(others, given, strict=True)
+    )
 
 
-def _sink_gradients(
-    sink_logits: Tensor | None, lse: Tensor, delta: Tensor, given: Tensor | None
-) -> Tensor:
+def _bias_gradients(dbias: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
+    """Gradients of key_bias from those for each pack of heads ``[B, Hkv, Skv, packs]``."""
+    if dbias is None:
+        return None
+    by_pack = dbias.transpose(2, 3).flatten(1, 2)
+    by_head = by_pack.unflatten(1, (key_bias.shape[1], -1)).sum(2)
+    return by_head.sum(0, keepdim=True) if len(key_bias) == 1 else by_head
+
+
+def _sink_gradients(sink_logits: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
     if sink_logits is None:
-        return lse.new_empty(0)
+        return None
     logits = sink_logits[:, None]
     weights = torch.where(logits == -torch.inf, 0, torch.exp(logits - lse))
-    return -(weights * delta).sum((0, 2)).to(given.dtype)
+    return -(weights * delta).sum((0, 2))

@@ -321,12 +321,35 @@ def tanh(x):
 
 
 @triton.jit
-def scores(qk, rule, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr):
+def first_bias(bias_ptr, batch, head, bias_run, bias_batch, seqlen_kv):
+    """Where the biases of keys begin for a head, or for a pack of heads, which share them."""
+    offset = tl.full([], 0, tl.int64)
+    if bias_ptr is not None:
+        offset += (batch * bias_batch + head // bias_run).to(tl.int64) * seqlen_kv
+    return offset
+
+
+@triton.jit
+def distances(pairs, KEY_AXIS: tl.constexpr):
+    """How far apart rows and keys are, as float32, which rounds no distance of less than 2**24."""
+    _, i, shift, j, _ = pairs
+    p = tl.expand_dims(i + shift, KEY_AXIS)
+    return tl.abs(p - tl.expand_dims(j, 1 - KEY_AXIS)).to(tl.float32)
+
+
+@triton.jit
+def scores(qk, pairs, rule, KEY_AXIS: tl.constexpr, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr):
     """``scale * qk``, or ``softcap * tanh(scale * qk / softcap)``, and the tanh; or, if not
     `PRESCALED`, `qk` as it is, which `unit` makes a score: ``2**((x - y) * unit * LOG2E)`` is then
     right for `x` and `y` of any size, their difference being taken first.
+
+    With biases, which need `PRESCALED`, the score is the sum of that, the key's bias, and minus the
+    head's slope times the distance of row and key. `pairs` are ``(heads, i, shift, j, live)`` of
+    rows at the positions ``i + shift`` and of keys, which of them exist; `KEY_AXIS` is the
+    dimension of the keys.
     """
-    scale, _, softcap, inverse_softcap = rule
+    scale, _, softcap, inverse_softcap, bias_ptr, slopes_ptr, bias_row = rule
+    heads, _, _, j, live = pairs
     x = qk
     capped = qk
     if PRESCALED:
@@ -334,6 +357,12 @@ def scores(qk, rule, PRESCALED: tl.constexpr, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         capped = tanh(x * inverse_softcap)
         x = softcap * capped
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + bias_row + j, mask=live, other=0.0)
+        x += tl.expand_dims(bias, 1 - KEY_AXIS)
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads)
+        x -= tl.expand_dims(slopes, KEY_AXIS) * distances(pairs, KEY_AXIS)
     return x, capped
 
 

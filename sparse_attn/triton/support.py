@@ -10,7 +10,9 @@ import torch
 from ..contract.request import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEATURES = frozenset({"blocks", "columns", "softcap", "sink_logits", "packed", "paged"})
+FEATURES = frozenset(
+    {"blocks", "columns", "softcap", "sink_logits", "key_bias", "alibi_slopes", "packed", "paged"}
+)
 MAX_HEAD_DIM = 256
 MAX_HIP_SLOTS = 2048  # what one program sorts in its registers
 
