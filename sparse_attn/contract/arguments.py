@@ -100,10 +100,10 @@ class Arguments(NamedTuple):
 
     def needs_grad(self) -> bool:
         """Whether one of the differentiable arguments requires a gradient."""
-        for x in (self.sink_logits, self.key_bias, self.alibi_slopes):
-            if x is not None and x.requires_grad:
-                return True
-        return False
+        logits, bias, slopes = self.sink_logits, self.key_bias, self.alibi_slopes
+        if logits is bias is slopes is None:
+            return False
+        return any(x is not None and x.requires_grad for x in (logits, bias, slopes))
 
     def copied(self) -> Arguments:
         """A copy of the layout, which another thread may write into during a call."""
