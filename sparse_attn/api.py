@@ -312,11 +312,7 @@ def checked(q: Tensor, k: Tensor, v: Tensor, backend: str) -> _Ops:
         )
         # fmt: on
         found = _seen.get(key)
-    except (
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ):  # no tensors, symbols as sizes, nested tensors
+    except (AttributeError, TypeError, RuntimeError):  # no tensors, symbolic sizes, nested ones
         key = found = None
     if found is None:
         validation.check_qkv(q, k, v)
