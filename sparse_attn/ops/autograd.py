@@ -68,7 +68,7 @@ def _needs_grad(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> bool:
     return needs_grad or arguments.needs_grad()
 
 
-_functions: dict = {}  # from an op to what differentiates it
+_functions: dict[Any, Any] = {}  # from an op to what differentiates it
 
 
 def _op(name: str) -> Callable[..., Any]:
