@@ -131,7 +131,7 @@ def sparse_attention(
     features = arguments.features()
     op = ops_of.get(features) or _chosen(ops_of, Request("attention", q, k, v, features), backend)
     split_float32 = q.dtype == torch.float32 and _may_split_float32()
-    out, lse = autograd.run(op, (q, k, v, *arguments), split_float32)
+    out, lse = autograd.run(op, q, k, v, arguments, split_float32)
     return (out, lse) if return_lse else out
 
 
@@ -305,14 +305,14 @@ def checked(q: Tensor, k: Tensor, v: Tensor, backend: str) -> _Ops:
         validation.check_qkv(q, k, v)
         return {}
     try:
-        shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-        key = (backend, *shapes, *dtypes, q.device, k.device, v.device)
+        # fmt: off
+        key = (
+            backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device,
+        )
+        # fmt: on
         found = _seen.get(key)
-    except (
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ):  # no tensors, symbols as sizes, nested tensors
+    except (AttributeError, TypeError, RuntimeError):  # no tensors, symbolic sizes, nested ones
         key = found = None
     if found is None:
         validation.check_qkv(q, k, v)

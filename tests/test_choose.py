@@ -60,10 +60,24 @@ def test_top_blocks_are_the_highest_scores(dtype, top_k, kind):
         assert found[n:] == [scores.shape[-1]] * (width - n)
 
 
-def test_top_blocks_leave_nan_out_and_pass_opcheck():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 8])
+def test_nan_takes_no_place_among_the_top_blocks(dtype, top_k):
+    values = (math.nan, -math.nan, 2.0, -math.inf, 1.0, math.inf, 0.0, math.nan)
+    rows = [list(row) for row in itertools.islice(itertools.permutations(values), 0, None, 997)]
+    rows += [[math.nan] * 8, [math.nan] * 7 + [-math.inf], [math.nan, 3.0] * 4]
+    scores = torch.tensor(rows, dtype=dtype)
+    without = [[-math.inf if math.isnan(x) else x for x in row] for row in rows]
+    reference = torch.ops.sparse_attn.top_blocks_reference(scores, top_k)
+    ties = len(rows) - 1  # of equal scores torch.topk may choose any
+    for found in (top_blocks(scores, top_k), reference):
+        kept = lists_of(*found)
+        assert kept[:ties] == [literal_top_blocks(row, top_k) for row in without[:ties]]
+        assert set(kept[ties]) <= {1, 3, 5, 7} and len(kept[ties]) == min(top_k, 4)
+
+
+def test_top_blocks_of_no_blocks_and_bad_numbers_and_opcheck():
     scores = torch.tensor([[math.nan, 2.0, -math.inf, 1.0, math.inf, 0.0]] * 2)
-    counts, indices = top_blocks(scores, 3)
-    assert counts.tolist() == [2, 2] and indices.tolist() == [[1, 4, 6]] * 2
     assert top_blocks(scores[:, :0], 3)[1].shape == (2, 0)
     torch.library.opcheck(torch.ops.sparse_attn.top_blocks.default, (scores, 3))
     for choose in (top_blocks, torch.ops.sparse_attn.top_blocks):

@@ -37,10 +37,10 @@ REFUSED_AT_ONCE = {"position_bias", "indices", "block_indices"}
 
 
 def test_models_with_attention_of_their_own_are_refused():
-    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2)
-    model = transformers.BloomForCausalLM(config)
+    config = transformers.XLMConfig(n_words=VOCAB, emb_dim=32, n_layers=1, n_heads=2)
+    model = transformers.XLMWithLMHeadModel(config)
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match=r"BloomForCausalLM.*attention interface"):
+    with pytest.raises(ValueError, match=r"XLMWithLMHeadModel.*attention interface"):
         patch(model, SPARSE)
     assert model.config._attn_implementation == before
 

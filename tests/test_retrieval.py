@@ -221,6 +221,8 @@ def test_top_heads_are_ranked_over_all_layers():
         (lambda: NeedlePrompt(torch.zeros(4), range(1)), r"ids must be \[1, tokens\]"),
         (lambda: NeedlePrompt(torch.zeros(1, 4), range(2, 5)), "a range of the 4 positions"),
         (lambda: NeedlePrompt(torch.zeros(1, 4), range(0)), "a range of the 4 positions"),
+        (lambda: NeedlePrompt([1], range(1)), "ids must be a tensor, got list"),
+        (lambda: NeedlePrompt(torch.zeros(1, 4), [1, 2]), "needle must be a range, got list"),
         (lambda: needle_prompt(Words(), "a", "b", "c", tokens=9, depth=0.5), "tokens must leave"),
         (lambda: needle_prompt(Words(), "a", "b", "c", tokens=3, depth=2), "depth must lie in"),
         (lambda: repetition_scores(small_model(), tokens=range(0)), "tokens is empty"),
@@ -231,7 +233,7 @@ def test_top_heads_are_ranked_over_all_layers():
     ],
 )
 def test_bad_arguments_are_named(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 

@@ -100,15 +100,16 @@ class Arguments(NamedTuple):
 
     def needs_grad(self) -> bool:
         """Whether one of the differentiable arguments requires a gradient."""
-        for x in (self.sink_logits, self.key_bias, self.alibi_slopes):
-            if x is not None and x.requires_grad:
-                return True
-        return False
+        logits, bias, slopes = self.sink_logits, self.key_bias, self.alibi_slopes
+        if logits is bias is slopes is None:
+            return False
+        return any(x is not None and x.requires_grad for x in (logits, bias, slopes))
 
     def copied(self) -> Arguments:
         """A copy of the layout, which another thread may write into during a call."""
-        copies = {x: getattr(self, x) for x in _TENSORS if x not in DIFFERENTIABLE}
-        return self._replace(**{x: t if t is None else t.clone() for x, t in copies.items()})
+        given = {name: getattr(self, name) for name in _TENSORS if name not in DIFFERENTIABLE}
+        copies: dict[str, Any] = {x: t if t is None else t.clone() for x, t in given.items()}
+        return self._replace(**copies)
 
 
 _NAMES = ("blocks", "columns", "softcap", "sink_logits", "key_bias", "alibi_slopes")

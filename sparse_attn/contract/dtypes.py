@@ -15,7 +15,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the autocast dtype where autocast is on, as torch does for its own attention."""
-    if not isinstance(q, Tensor):
+    if not (torch._C._is_any_autocast_enabled() and isinstance(q, Tensor)):
         return q, k, v
     device = q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -50,12 +50,18 @@ def _check_lengths(lengths: list[int], name: str, most: int, what: str) -> None:
 def key_rows(k: Tensor, packing: Packing, most: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """For each sequence the function that takes its rows ``[S, Hkv, D]`` out of k or v."""
     if packing.block_table is None:
+        assert packing.cu_seqlens_kv is not None  # `validation.check_packed` asks for it
         ends = _cumulated(packing.cu_seqlens_kv, "cu_seqlens_kv", k.shape[0], False)
         lengths = [b - a for a, b in pairwise(ends)]
         _check_lengths(lengths, "cu_seqlens_kv", most, "keys")
         for begin, end in pairwise(ends):
-            yield lambda x, rows=slice(begin, end): x[rows]
+
+            def take_rows(x: Tensor, rows: slice = slice(begin, end)) -> Tensor:
+                return x[rows]
+
+            yield take_rows
         return
+    assert packing.seqlens_kv is not None  # and for this
     lengths, page_size = packing.seqlens_kv.tolist(), k.shape[1]
     _check_lengths(lengths, "seqlens_kv", most, "keys")
     for b, (n, table) in enumerate(zip(lengths, packing.block_table, strict=True)):
@@ -71,7 +77,11 @@ def key_rows(k: Tensor, packing: Packing, most: int) -> Iterator[Callable[[Tenso
                 raise ValueError(
                     f"block_table[{b}, {i}] = {page} is out of range: k has {k.shape[0]} pages"
                 )
-        yield lambda x, pages=pages, n=n: x[pages].flatten(0, 1)[:n]
+
+        def take_pages(x: Tensor, pages: Tensor = pages, n: int = n) -> Tensor:
+            return x[pages].flatten(0, 1)[:n]
+
+        yield take_pages
 
 
 def check_values(q: Tensor, k: Tensor, packing: Packing, seqlens: tuple[int, int]) -> list[int]:
@@ -103,8 +113,8 @@ def violations(
         yield name, (lengths < 0) | (lengths > most), f"does not ascend by 0 to {most}"
         wrong = ends[-1:] != len(rows) if name == "cu_seqlens_q" else ends[-1:] > len(rows)
         yield name, wrong, f"ends elsewhere than the {len(rows)} rows"
-    if packing.block_table is not None:
-        lengths, table = packing.seqlens_kv, packing.block_table
+    lengths, table = packing.seqlens_kv, packing.block_table
+    if table is not None and lengths is not None:
         most = min(seqlens[1], table.shape[1] * k.shape[1])
         yield "seqlens_kv", (lengths < 0) | (lengths > most), f"is not in [0, {most}]"
         used = torch.arange(table.shape[1], device=q.device) * k.shape[1] < lengths[:, None]

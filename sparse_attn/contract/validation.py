@@ -171,15 +171,15 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
             "layout_or_selector must be a BlockLayout or a selector that returns one, got "
             f"{type(layout).__name__}"
         )
-    fitted = (q.shape, k.shape[2], q.device)
+    fitted = (q.shape, k.size(2), q.device)
     if layout.__dict__.get("_fits") == fitted and not torch.compiler.is_compiling():
         return
-    seqlens = (q.shape[2], k.shape[2])
+    seqlens = (q.size(2), k.size(2))
     if tuple(layout.seqlens) != seqlens:
         raise ValueError(
             f"the layout is for seqlens {tuple(layout.seqlens)}, but q and k have {seqlens}"
         )
-    _check_layout_fits(layout, q, q.shape[1], q.shape[0])
+    _check_layout_fits(layout, q, q.size(1), q.size(0))
     if not torch.compiler.is_compiling():
         layout.__dict__["_fits"] = fitted  # the check is a tenth of a small call
 
@@ -188,13 +188,14 @@ def _check_layout_fits(layout: BlockLayout, q: Tensor, num_heads: int, batch: in
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, but q is on {q.device}")
     for name, x in layout.tensors().items():
-        size, heads = x.shape[:2] if x.dim() > 1 else (1, x.shape[0])
+        per_head = x.dim() == 1
+        heads = x.size(0 if per_head else 1)
         if num_heads % heads:
             raise ValueError(
                 f"{name} has {heads} heads, which does not divide the {num_heads} heads of q"
             )
-        if size not in (1, batch):
-            raise ValueError(f"{name} has batch size {size}, it must be 1 or q's {batch}")
+        if not per_head and x.size(0) not in (1, batch):
+            raise ValueError(f"{name} has batch size {x.size(0)}, it must be 1 or q's {batch}")
 
 
 def check_scalars(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
@@ -204,7 +205,7 @@ def check_scalars(q: Tensor, scale: float | None, softcap: float | None) -> tupl
         ValueError: if one is no finite number, or softcap is negative.
     """
     if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
+        scale = 1 / math.sqrt(q.size(-1))
     elif type(scale) is not float:
         scale = checks.as_number("scale", scale)
     if softcap is None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..typing import SelectorLike
-from .forward import EAGER_NAME, NAME
+from . import adapters
+from .names import EAGER_NAME, NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def check_served(model: PreTrainedModel) -> None:
     """Refuses models all of whose calls would be refused, by what their modules say."""
     for module in model.modules():
         given = attention_keywords(type(module))
-        reason = None
+        reason = adapters.refused(module)
         kind = getattr(module, "position_embeddings_type", "relative") or ""
         if "position_bias" in given and kind.startswith("relative"):
             reason = "passes 'position_bias' to attention, and nothing here adds it to the scores"

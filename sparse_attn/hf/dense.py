@@ -16,16 +16,20 @@ if TYPE_CHECKING:
 def explicit(call: Call, mask: Tensor | None, window: int, is_causal: bool) -> Tensor:
     """Dense attention ``[B, Sq, H, Dv]`` through torch; the mask is written out if need be."""
     seqlen_q, seqlen_kv = call.query.shape[2], call.key.shape[2]
-    plain = not call.softcap and call.sink_logits is None
-    flag_says_it = seqlen_q == 1 or (seqlen_q == seqlen_kv and plain)
+    flag_says_it = seqlen_q == 1 or (seqlen_q == seqlen_kv and not beyond_torch(call))
     if masks.is_key_mask(mask) or (mask is None and is_causal and (window or not flag_says_it)):
         mask = masks.to_dense(mask, seqlen_q, seqlen_kv, window, call.query.device)
         return fill_blind(call, _through_torch(call, mask, is_causal), mask.any(-1)[:, 0])
     return _through_torch(call, mask, is_causal)
 
 
+def beyond_torch(call: Call) -> bool:
+    """Whether the scores need what torch's SDPA lacks."""
+    return bool(call.softcap) or call.sink_logits is not None or call.key_bias is not None
+
+
 def _through_torch(call: Call, mask: Tensor | None, is_causal: bool) -> Tensor:
-    if call.softcap or call.sink_logits is not None:
+    if beyond_torch(call):
         return _eager(call, mask)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -42,7 +46,7 @@ def _through_torch(call: Call, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def _eager(call: Call, mask: Tensor | None) -> Tensor:
-    """The same with softcap and sink_logits, which torch's SDPA lacks; it forms the scores."""
+    """The same with softcap, sink_logits and key_bias; it forms the scores."""
     query, key, value = call.query, call.key, call.value
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -50,6 +54,8 @@ def _eager(call: Call, mask: Tensor | None) -> Tensor:
     scores = (query @ key.transpose(2, 3)).float() * scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.key_bias is not None:
+        scores = scores + call.key_bias.float()[:, :, None]
     lowest = torch.finfo(scores.dtype).min
     hides = mask is not None and mask.dtype == torch.bool
     if hides:

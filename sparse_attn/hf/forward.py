@@ -19,15 +19,11 @@ from ..sdpa import scaled_dot_product_attention
 from ..selectors import Dense, SlidingWindow
 from ..selectors.base import is_dense
 from ..typing import SelectorLike
-from . import dense, masks
+from . import adapters, dense, masks
 from .caches import LayerSelectors
+from .names import EAGER_NAME, NAME, ROUTERS
 from .packing import PACKING, restrict
 from .versions import transformers
-
-# Registered with transformers: for models whose own dense masks are bool, and additive ones.
-NAME = "sparse_attn"
-EAGER_NAME = "sparse_attn_eager"
-ROUTERS = "_sparse_attn_routers"  # on each module of a patched model: its patches, innermost last
 
 # Keyword arguments of attention calls that change nothing about the result.
 HARMLESS = frozenset(
@@ -109,6 +105,7 @@ def register() -> None:
     for name, (attention, mask) in functions.items():
         package.AttentionInterface.register(name, attention)
         package.AttentionMaskInterface.register(name, mask)
+    adapters.register(attention_forward)
 
 
 @dataclass(frozen=True)
@@ -123,6 +120,7 @@ class Call:
     dropout: float
     softcap: float
     sink_logits: Tensor | None
+    key_bias: Tensor | None
     eager: bool  # whether the model ran eager attention before
 
     def part(self, rows: slice, segment: masks.Segment) -> Call:
@@ -132,8 +130,12 @@ class Call:
             sizes = (self.query.shape[0], self.query.shape[2], self.key.shape[2])
             if (rows, queries, keys) == tuple(slice(0, size) for size in sizes):
                 return self
+        bias = self.key_bias
+        if bias is not None:
+            bias = bias[rows if bias.shape[0] > 1 else slice(None)][:, :, keys]
         return replace(
             self,
+            key_bias=bias,
             query=self.query[rows][:, :, queries],
             key=self.key[rows][:, :, keys],
             value=self.value[rows][:, :, keys],
@@ -164,15 +166,17 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     *,
+    key_bias: Tensor | None = None,
     eager: bool = False,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Serve one attention call of a patched model.
 
     Args are those of transformers' attention interface: query ``[B, H, Sq, D]``, key and value
-    ``[B, Hkv, Skv, D or Dv]``, a mask of `masks.mask_function` or given by the user; `eager` is set
-    for models that ran eager attention before, whose rows that see no key are the mean of all
-    values, where torch's attention makes them 0.
+    ``[B, Hkv, Skv, D or Dv]``, a mask of `masks.mask_function` or given by the user; `key_bias`
+    ``[B or 1, H, Skv]``, of `adapters`, is added to the scores; `eager` is set for models that ran
+    eager attention before, whose rows that see no key are the mean of all values, where torch's
+    attention makes them 0.
 
     Returns:
         ``(out [B, Sq, H, Dv], None)``.
@@ -180,7 +184,7 @@ def attention_forward(
     Raises:
         ValueError: for arguments that would have to be ignored, naming them and the layer.
     """
-    call = Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux, eager)
+    call = Call(module, query, key, value, scaling, dropout, softcap or 0.0, s_aux, key_bias, eager)
     routers = getattr(module, ROUTERS, ())
     if not routers:
         remedy = (
@@ -330,6 +334,7 @@ def _attend(call: Call, selector: SelectorLike, backend: str) -> Tensor:
         scale=call.scale,
         softcap=call.softcap,
         sink_logits=call.sink_logits,
+        key_bias=call.key_bias,
         backend=backend,
     ).transpose(1, 2)
 
@@ -366,7 +371,7 @@ def _torch_is_faster(call: Call, selector: SelectorLike, backend: str) -> bool:
     """Whether dense attention has no compiled kernel, with the choice left to us."""
     if backend != "auto" or not is_dense(selector):
         return False
-    if call.softcap or call.sink_logits is not None:
+    if dense.beyond_torch(call):
         return False
     request = Request("attention", call.query, call.key, call.value)
     return choose(backend, request).backend == "reference"

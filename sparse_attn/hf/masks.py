@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .key_mask import KeyMask, flat
+
 _MARK = 1 << 62
 _SHIFT = 31
 _FUTURE = (1 << _SHIFT) - 1
@@ -74,7 +76,9 @@ def mask_function(
     }
     rules = None if torch.compiler.is_compiling() else _rules(mask_function)
     # Models that combine the mask with one of their own ask for a tensor; so do static caches.
-    wants_tensor = not allow_is_causal_skip and "packed" not in (rules or {})
+    # Falcon asks always, to add ALiBi to any mask of four dimensions.
+    flattened = getattr(kwargs.get("config"), "model_type", None) == "falcon"
+    wants_tensor = not (allow_is_causal_skip or flattened or "packed" in (rules or {}))
     if rules is None or wants_tensor:
         return _dense(given, rules or {}, dense_mask)
     seen = int(q_offset) + q_length - kv_offset  # keys up to the last query
@@ -86,7 +90,8 @@ def mask_function(
         ids = torch.where(padding.to(ids.device), ids, ids | _PADDING)
     ids[:, seen:] = _FUTURE
     pattern = _CHUNK if "chunked" in rules else min(rules.get("sliding", 0), _CHUNK - 1)
-    return (ids + (_MARK | pattern << _SHIFT))[:, None, None, :].as_subclass(KeyMask)
+    mask = (ids + (_MARK | pattern << _SHIFT))[:, None, None, :].as_subclass(KeyMask)
+    return flat(mask) if flattened else mask
 
 
 def eager_mask_function(**given) -> Tensor | None:
@@ -201,45 +206,6 @@ class Visible:
     exact: bool = False
     scattered: bool = False
     first: int = 0
-
-
-class KeyMask(Tensor):
-    """A mask of `mask_function`: models may pass it on, but not compute with it."""
-
-    _allowed = frozenset(
-        {
-            "__get__",
-            "__getitem__",
-            "__repr__",
-            "as_subclass",
-            "chunk",
-            "clone",
-            "contiguous",
-            "cpu",
-            "cuda",
-            "detach",
-            "dim",
-            "expand",
-            "is_contiguous",
-            "is_floating_point",
-            "numel",
-            "requires_grad_",
-            "size",
-            "split",
-            "stride",
-            "to",
-            "unbind",
-        }
-    )
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func.__name__ not in cls._allowed:
-            raise ValueError(
-                "sparse_attn cannot serve a model that computes with the attention mask itself "
-                f"({func.__name__}): the mask only tells the attention function what to do"
-            )
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def is_key_mask(mask: Tensor | None) -> bool:

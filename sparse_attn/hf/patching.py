@@ -11,8 +11,9 @@ from torch import nn
 
 from ..ops.backends import check_backend
 from ..typing import SelectorLike
-from . import checks
-from .forward import EAGER_NAME, NAME, ROUTERS, Router, patched_elsewhere, register
+from . import adapters, checks
+from .forward import Router, patched_elsewhere, register
+from .names import EAGER_NAME, NAME, ROUTERS
 from .versions import transformers
 
 if TYPE_CHECKING:
@@ -176,7 +177,11 @@ class Patch:
             for module in self._model.modules():
                 setattr(module, ROUTERS, (*getattr(module, ROUTERS, ()), self._router))
             before = _lookup(self._router, self._model.config)
-            self._model.set_attn_implementation(EAGER_NAME if before == "eager" else NAME)
+            name = EAGER_NAME if before == "eager" else NAME
+            if adapters.adapts(self._model.config):
+                self._model.config._attn_implementation = {"": name}
+            else:
+                self._model.set_attn_implementation(name)
             checks.check_reached(self._model)
             reached = True
         finally:

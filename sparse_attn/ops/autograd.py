@@ -19,21 +19,28 @@ from ..layout import BlockLayout
 from ..reference import derivatives
 
 
-def run(op: Callable[..., Any], inputs: tuple, split_float32: bool) -> tuple[Tensor, Tensor]:
-    """``op(*inputs)`` for the forward op, past the Autograd key's Python kernel when no gradient is
-    asked for: that kernel costs more than a small call.
+def run(
+    op: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    arguments: Arguments,
+    split_float32: bool,
+) -> tuple[Tensor, Tensor]:
+    """``op(q, k, v, *arguments)`` for the forward op, by what its Autograd kernel does: to reach
+    that kernel, in Python, costs more than a small call.
     """
     options = {"split_float32": True} if split_float32 else {}
     if torch.compiler.is_compiling():
-        return op(*inputs, **options)
+        return op(q, k, v, *arguments, **options)
     if _forward_mode():
-        return _in_forward_mode(*inputs)
-    if torch._C._are_functorch_transforms_active():
-        return _functions[op].apply(*inputs)
-    if torch.is_grad_enabled() and _needs_grad(*inputs):
-        return op(*inputs, **options)
+        return _in_forward_mode(q, k, v, *arguments)
+    if torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and _needs_grad(q, k, v, arguments)
+    ):
+        return _functions[op].apply(q, k, v, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs, **options)
+        return op(q, k, v, *arguments, **options)
 
 
 def validated(q: Tensor, k: Tensor, arguments: Arguments) -> tuple[BlockLayout, dict[str, Any]]:
@@ -55,13 +62,13 @@ def _in_forward_mode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tenso
     return derivatives.attention(q, k, v, layout, **scores)
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> bool:
     """Whether an input requires a gradient."""
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
-    return needs_grad or Arguments(*rest).needs_grad()
+    return needs_grad or arguments.needs_grad()
 
 
-_functions: dict = {}  # from an op to what differentiates it
+_functions: dict[Any, Any] = {}  # from an op to what differentiates it
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -90,19 +97,24 @@ def differentiable(name: str, suffix: str) -> Callable[..., Any]:
         def backward(ctx, dout: Tensor, dlse: Tensor):
             q, k, v, out, lse, *tensors = ctx.saved_tensors
             arguments = Arguments(*tensors, *ctx.numbers)
-            gradient = backward_op
+            inputs = (dout, dlse, q, k, v, out, lse, *arguments)
             if torch._C._are_functorch_transforms_active():
-                gradient = _functions[backward_op].apply
-            dq, dk, dv, *others = gradient(dout, dlse, q, k, v, out, lse, *arguments)
+                gradients = _functions[backward_op].apply(*inputs)
+            elif torch.is_grad_enabled() or _forward_mode():
+                gradients = backward_op(*inputs)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    gradients = backward_op(*inputs)
+            dq, dk, dv, *others = gradients
             return dq, dk, dv, *gradients_of(arguments, others)
 
-    def call(*args, **options):
+    def call(q: Tensor, k: Tensor, v: Tensor, *rest, **options):
         if _forward_mode():
-            return _in_forward_mode(*args)
-        if torch.is_grad_enabled() and _needs_grad(*args):
-            return Attention.apply(*args)
+            return _in_forward_mode(q, k, v, *rest)
+        if torch.is_grad_enabled() and _needs_grad(q, k, v, Arguments(*rest)):
+            return Attention.apply(q, k, v, *rest)
         with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(*args, **options)
+            return forward_op(q, k, v, *rest, **options)
 
     _functions[forward_op] = Attention
     return call

@@ -13,7 +13,8 @@ def top_blocks(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The op where it is compiled (float32), else the reference.
 
     Args:
-        scores: float ``[..., Mq, Mkv]``; -inf and NaN are never chosen.
+        scores: float ``[..., Mq, Mkv]``; -inf and NaN are never chosen, and take no place of
+            the `top_k`.
         top_k: blocks to keep, at least 1.
 
     Returns:

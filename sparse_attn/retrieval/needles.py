@@ -23,6 +23,7 @@ class NeedlePrompt:
         needle: the positions of the needle's tokens.
 
     Raises:
+        TypeError: if `ids` is no tensor, or `needle` no range.
         ValueError: if `ids` has another shape, or `needle` is empty or not within it.
 
     Example:
@@ -33,6 +34,10 @@ class NeedlePrompt:
     needle: range
 
     def __post_init__(self) -> None:
+        for name, value, kind in (("ids", self.ids, Tensor), ("needle", self.needle, range)):
+            if not isinstance(value, kind):
+                got = type(value).__name__
+                raise TypeError(f"{name} must be a {kind.__name__.lower()}, got {got}")
         if self.ids.dim() != 2 or self.ids.shape[0] != 1:
             raise ValueError(f"ids must be [1, tokens], got {list(self.ids.shape)}")
         inside = self.needle.start >= 0 and self.needle.stop <= self.ids.shape[1]

@@ -265,7 +265,7 @@ void check_top_blocks() {
   const int64_t top_k = std::min(blocks, random_int(1, 100));
   std::vector<float> scores(rows * blocks);
   for (float& score : scores) {
-    score = choose({-INFINITY, -1.5f, -0.0f, 0.0f, 1e-40f, 2.0f, INFINITY,
+    score = choose({-INFINITY, NAN, -1.5f, -0.0f, 0.0f, 1e-40f, 2.0f, INFINITY,
                     static_cast<float>(random_int(-50, 50))});
   }
   std::vector<int32_t> counts(rows), indices(rows * top_k);

@@ -12,9 +12,9 @@ namespace sparse_attn::cpu {
 
 namespace {
 
-// An integer that compares as the score does.
+// An integer that compares as the score does; NaN, which is never chosen, as -inf.
 int32_t rank_of(float score) {
-  if (std::isnan(score)) return std::numeric_limits<int32_t>::max();
+  if (std::isnan(score)) score = -INFINITY;
   const int32_t bits = std::bit_cast<int32_t>(score + 0.0f);  // -0 becomes 0
   return bits < 0 ? bits ^ std::numeric_limits<int32_t>::max() : bits;
 }
@@ -62,7 +62,7 @@ void choose(const TopBlocksParams& params, int64_t row, std::vector<int32_t>& ra
     const bool is_tie = ranks[i] == bound && ties > 0;
     ties -= is_tie;
     chosen[count] = static_cast<int32_t>(i);
-    count += (is_tie || ranks[i] > bound) && !std::isnan(scores[i]);
+    count += is_tie || ranks[i] > bound;
   }
   int32_t* indices = params.indices + row * params.top_k;
   int32_t* end = std::copy_n(chosen.begin(), count, indices);

@@ -14,8 +14,7 @@ struct TopBlocksParams {
   int32_t* indices = nullptr;  // [rows, top_k], ascending; behind the count they are `blocks`
 };
 
-// Keeps the top_k blocks of each row; of equal scores the earlier one, never one of -inf. NaN
-// counts as the highest score, and is then left out.
+// Keeps the top_k blocks of each row; of equal scores the earlier one, never one of -inf or NaN.
 void top_blocks(const TopBlocksParams& params, const Parallel& threads);
 
 }  // namespace sparse_attn::cpu
