@@ -102,7 +102,7 @@ def _candidates(choose: Callable[..., list[Config]]) -> Callable[..., tuple[Conf
 
 @_candidates
 def forward(
-    dtype: torch.dtype, head_dim: int, irregular: bool, wide: bool, target: Target
+    dtype: torch.dtype, head_dim: int, irregular: bool, wide: bool, has_biases: bool, target: Target
 ) -> list[Config]:
     """The forward kernel's configurations; the first one is taken where none may be timed.
 
@@ -111,6 +111,7 @@ def forward(
         irregular: whether keys are gathered one by one: from columns, or from blocks of other sizes
             than multiples of 64.
         wide: whether all listed blocks are multiples of 128.
+        has_biases: whether biases are added to scores, which takes registers.
     """
     if target == INTERPRETER:
         return [Config(64, 64, 4, 1), Config(16, 64, 4, 1)]
@@ -127,8 +128,11 @@ def forward(
         return [*high, Config(16, block_n, 4, 2)]
     if head_dim <= 128:
         stages = 3 if target.has_large_memory else 2
-        low = Config(64, block_n if target.has_large_memory else 32, 4, stages)
+        short = has_biases and target.capability[0] == 10
+        low = Config(64, block_n if target.has_large_memory and not short else 32, 4, stages)
         high = [Config(128, block_n, 8, stages), low]
+        if has_biases and target.capability[0] == 8:
+            high = [low]
         if target.capability == (9, 0):  # as measured on an H100
             if irregular:
                 high.reverse()

@@ -383,8 +383,8 @@ def steps(
     is_paged = packing is not None and packing.block_table is not None
     kind = ("forward", q.dtype, dims, may_split, packing is not None, is_paged, *call.kind, target)
     candidates = configs.forward(
-        q.dtype, max(dims), call.is_irregular, call.is_wide, target=target, slots=call.slots,
-        keys=call.layout.seqlen_kv,
+        q.dtype, max(dims), call.is_irregular, call.is_wide, call.has_biases, target=target,
+        slots=call.slots, keys=call.layout.seqlen_kv,
     )  # fmt: skip
     return [Choice(kind, candidates, build)], (out, lse)
 

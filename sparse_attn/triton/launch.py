@@ -152,9 +152,14 @@ class Call:
         return *features, *heads, *(x.bit_length() for x in sizes)
 
     @property
+    def has_biases(self) -> bool:
+        """Whether anything is added to scores."""
+        return self.key_bias is not None or self.alibi_slopes is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether scores are products times the scale, without a softcap or biases."""
-        return self.softcap == 0 and self.key_bias is None and self.alibi_slopes is None
+        return self.softcap == 0 and not self.has_biases
 
     def scores(self) -> dict[str, Any]:
         """The arguments of `scores`, within float32, and how heads find their rows of key_bias."""
