@@ -34,7 +34,7 @@ TARGETS = {
 }
 KERNELS = {
     "forward": lambda dtype, dim, irregular, target, **sizes: configs.forward(
-        dtype, dim, irregular, False, target=target, **sizes
+        dtype, dim, irregular, False, False, target=target, **sizes
     ),
     "backward_rows": lambda dtype, dim, irregular, target, **sizes: configs.backward_rows(
         dtype, dim, irregular, False, target=target, **sizes
@@ -99,7 +99,10 @@ def test_float16_takes_the_configurations_of_bfloat16():
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_that_can_be_chosen_is_compiled(arch):
     known = compiled(TARGETS[arch])
-    wide = lambda *args, **sizes: configs.forward(*args[:2], False, True, target=args[3], **sizes)  # noqa: E731
+
+    def wide(dtype, dim, irregular, target, **sizes):
+        return configs.forward(dtype, dim, False, True, False, target=target, **sizes)
+
     for kernel, choose in [*KERNELS.items(), ("forward", wide)]:
         for dtype in (torch.float32, torch.bfloat16):
             for dim in (16, 32, 64, 128, 256):
