@@ -81,6 +81,14 @@ def test_all_rows_are_what_the_model_computed(model, selector):
         assert torch.equal(logits(model, ids, use_cache=False, **more), expected)  # as before
 
 
+def test_calls_small_enough_for_torch_keep_their_bias(monkeypatch, model):
+    monkeypatch.undo()
+    ids = tokens()
+    expected = logits(model, ids, use_cache=False)
+    with patch(model, selectors.Dense()):
+        assert_close(logits(model, ids, use_cache=False), expected)
+
+
 @pytest.mark.parametrize("selector", [selectors.Dense(), EVERYTHING], ids=["dense", "everything"])
 def test_all_rows_of_chunks_are_what_the_model_computed(model, selector):
     ids, ends = tokens(batch=len(PADDED)), (9, 10, 16, 17, 19)

@@ -342,7 +342,7 @@ def _attend(call: Call, selector: SelectorLike, backend: str) -> Tensor:
 def _is_torchs(call: Call) -> bool:
     """Whether torch's function says the call, and is the quicker one on its CPU."""
     query, key = call.query, call.key
-    if call.softcap or call.sink_logits is not None or query.device.type != "cpu":
+    if dense.beyond_torch(call) or query.device.type != "cpu":
         return False
     return query.shape[2] in (1, key.shape[2]) and torch_is_faster(query, key)
 
