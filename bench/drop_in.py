@@ -28,7 +28,7 @@ from .lib.devices import cpu_isa
 from .lib.timing import OtherLoad, paired_ratio, paired_times
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS = 0.4  # for the rounds of one call
+SECONDS = 0.3  # for the rounds of one call
 
 
 class Shape(NamedTuple):

@@ -37,10 +37,10 @@ def scaled_dot_product_attention(
 
     Without a selector the result is torch's in every case: dense calls that the C++ kernels serve
     run there, all others (masks, dropout, other ranks and dtypes, subclasses of tensors, GPUs,
-    `torch.func`, `torch.nn.attention.sdpa_kernel`, and those of less than 2**20 products of
-    numbers of query and key) go to torch itself. Two things are better than torch's on CPUs: causal
-    calls with ``scale <= 0``, for which its kernel gives NaN, are right, and what the C++ kernels
-    serve has second derivatives and forward mode.
+    `torch.func`, `torch.nn.attention.sdpa_kernel`, and calls so small that torch takes less time)
+    go to torch itself. Two things are better than torch's on CPUs: causal calls with ``scale <=
+    0``, for which its kernel gives NaN, are right, and what the C++ kernels serve has second
+    derivatives and forward mode.
     With a selector, row ``i`` sees only the keys that it selects, and what cannot be combined with
     it is refused by name.
 

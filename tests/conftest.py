@@ -33,7 +33,7 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def kernels_for_small_calls(monkeypatch):
     """Dense calls are never so small that they are left to torch: tests are meant for kernels."""
-    monkeypatch.setattr("sparse_attn.ops.dense.FEWEST_PRODUCTS", 0)
+    monkeypatch.setattr("sparse_attn.ops.dense.FEWEST_PRODUCTS", {})
 
 
 @pytest.fixture(scope="session", autouse=True)

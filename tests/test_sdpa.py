@@ -28,7 +28,7 @@ def test_small_calls_are_torchs(monkeypatch, is_causal):
     assert not torch.equal(ours(q, k, v, is_causal=is_causal), expected), "no kernel of ours ran"
     monkeypatch.undo()
     assert torch.equal(ours(q, k, v, is_causal=is_causal), expected)
-    longer = torch.randn(1, 2, 120, 40)
+    longer = torch.randn(1, 2, 400, 40)
     served = ours(longer, longer, longer, is_causal=is_causal)
     assert torch.equal(
         served, ours(longer, longer, longer, is_causal=is_causal, selector=_dense(longer))
@@ -46,7 +46,11 @@ def test_calls_that_torch_was_measured_to_do_faster_are_left_to_it(monkeypatch, 
     assert len(rows) > 100
     for row in rows:
         q, k = (
-            torch.empty(1, int(row[heads]), int(row[seqlen]), int(row["head_dim"]), device="meta")
+            torch.empty(
+                (1, int(row[heads]), int(row[seqlen]), int(row["head_dim"])),
+                dtype=getattr(torch, row["dtype"]),
+                device="meta",
+            )
             for heads, seqlen in (("num_heads", "seqlen_q"), ("kv_heads", "seqlen_kv"))
         )
         left = torch_is_faster(q, k)

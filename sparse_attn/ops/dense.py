@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-# What a call itself costs outweighs what the kernels gain below so many multiplications of q and k.
-# `python -m bench.drop_in` measures it; tests/test_sdpa.py compares it with what was measured.
-FEWEST_PRODUCTS = 2**20
+# Below so many multiplications of numbers of q and k, what a call itself costs outweighs what the
+# kernels gain: of calls with one row of queries (decoding), and of others. Measured with AVX2 by
+# `python -m bench.drop_in`; tests/test_sdpa.py compares it with what was measured.
+FEWEST_PRODUCTS = {
+    torch.float32: (2**22, 2**23),
+    torch.bfloat16: (2**16, 2**23),
+    torch.float16: (2**16, 2**20),
+}
 
 
 def torch_is_faster(q: Tensor, k: Tensor) -> bool:
@@ -14,4 +20,5 @@ def torch_is_faster(q: Tensor, k: Tensor) -> bool:
     takes less time than that of the C++ kernels.
     """
     batch, heads, rows, head_dim = q.shape
-    return batch * heads * rows * k.shape[2] * head_dim < FEWEST_PRODUCTS
+    fewest = FEWEST_PRODUCTS.get(q.dtype, (0, 0))[rows > 1]
+    return batch * heads * rows * k.shape[2] * head_dim < fewest

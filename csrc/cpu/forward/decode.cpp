@@ -136,9 +136,15 @@ void run_split(const Group& group, int64_t split, const DecodeKernel& kernel, fl
 }  // namespace
 
 bool is_decode(const AttentionParams& params, Isa isa) {
+  int64_t most = kMostDecodeQueries;
   // Tiles multiply 16 rows in the time that vectors take for a few.
-  const bool has_tiles = isa == Isa::kAmx && params.dtype == DType::kBFloat16;
-  return params.seqlen_q <= (has_tiles ? kMostDecodeQueries / 2 : kMostDecodeQueries);
+  if (isa == Isa::kAmx && params.dtype == DType::kBFloat16) most = 8;
+  // Two vectors of rows in a tile are faster than more rows one by one, but do not share their keys
+  // among threads; long rows of float32 are read by tiles no faster.
+  const bool many_heads = params.batch * params.num_heads >= 8;
+  const bool short_rows = params.dtype != DType::kFloat32 || params.head_dim < 128;
+  if (isa == Isa::kAvx2 && many_heads && short_rows) most = 12;
+  return params.seqlen_q <= most;
 }
 
 void decode_row(const ForwardParams& params, const TileIndex& row, Isa isa) {
