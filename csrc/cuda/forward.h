@@ -72,42 +72,41 @@ struct Forward {
         arguments.q +
             (place.batch * arguments.q_stride.batch + place.head * arguments.q_stride.head),
         arguments.q_stride.row, arguments.chunks, place.first_row, place.end_row, place.thread);
-    if (tiles > 0) fetch_keys<Layout>(source, walk, 0, 0, place.thread);
+    find_keys<Layout>(walk, 0, place.thread);
+    find_keys<Layout>(walk, 1, place.thread);
+    sync_block();
+    if (tiles > 0) fetch_keys<Layout>(source, 0, place.thread);
     copy_commit();
     copy_wait<0>();
     sync_block();
-    uint32_t queries[kSteps][4];
-    UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      Rows::load_a(queries[step], Layout::queries(), place.warp * 16, step, lane);
-    }
     const int p = place.lane_row() + arguments.seqlen_kv - arguments.seqlen_q;
 
     NO_UNROLL
     for (int tile = 0; tile < tiles; ++tile) {
-      const int stage = tile % Layout::kStages;
-      if (tile + 1 < tiles) fetch_keys<Layout>(source, walk, tile + 1, 1 - stage, place.thread);
+      if (tile + 1 < tiles) fetch_keys<Layout>(source, tile + 1, place.thread);
       copy_commit();
+      find_keys<Layout>(walk, tile + 2, place.thread);
       float s[kKeyTiles][4] = {};
-      multiply_keys(s, queries, Layout::keys(stage), lane);
-      score_tile(s, scores, walk, tile, Layout::positions(stage), p, lane);
+      multiply_keys(s, Layout::keys(tile), place);
+      score_tile(s, scores, walk, tile, Layout::positions(tile), p, lane);
       exponentiate(s, out, state, arguments.scores.factor);
-      multiply_values(out, s, Layout::values(stage), lane);
+      multiply_values(out, s, Layout::values(tile), lane);
       copy_wait<0>();
       sync_block();  // the next tile has landed, and all have read this one
     }
   }
 
-  DEVICE static void multiply_keys(float (&s)[kKeyTiles][4], const uint32_t (&queries)[kSteps][4],
-                                   uint32_t keys, int lane) {
+  DEVICE static void multiply_keys(float (&s)[kKeyTiles][4], uint32_t keys, const Place& place) {
     UNROLL
     for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[4];
+      Rows::load_a(a, Layout::queries(), place.warp * 16, step, place.lane);
       UNROLL
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
-        Rows::load_b(b, keys, n * 8, step, lane);
-        multiply_add<Element>(s[n], queries[step], b[0], b[1]);
-        multiply_add<Element>(s[n + 1], queries[step], b[2], b[3]);
+        Rows::load_b(b, keys, n * 8, step, place.lane);
+        multiply_add<Element>(s[n], a, b[0], b[1]);
+        multiply_add<Element>(s[n + 1], a, b[2], b[3]);
       }
     }
   }
@@ -134,14 +133,14 @@ struct Forward {
     }
   }
 
-  // Results go through the shared memory of the warp's own queries, to leave in whole rows.
+  // Results go through the shared memory of the warp's own queries, to leave in whole rows. All
+  // lanes have read these: a barrier follows each tile of keys.
   DEVICE static void store_results(float (&out)[kDimTiles][4], const SoftmaxState& state,
                                    const Arguments& arguments, const Place& place) {
     const ScoreArguments& scores = arguments.scores;
     const float sink_logit =
         scores.sink_logits.is_null() ? -kInfinity : load(scores.sink_logits + place.head);
     const int64_t head = static_cast<int64_t>(place.batch) * arguments.num_heads + place.head;
-    sync_warp();  // all lanes have read the queries
     UNROLL
     for (int half = 0; half < 2; ++half) {
       const RowResult result = finish_row(state, half, scores.factor, sink_logit);

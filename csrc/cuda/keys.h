@@ -10,18 +10,23 @@ namespace sparse_attn::cuda {
 template <int kHeadDim_>
 struct SharedLayout {
   static constexpr int kHeadDim = kHeadDim_, kRows = 64, kThreads = 128, kStages = 2;
+  static constexpr int kPositionStages = 4;  // positions are known two tiles ahead
   using Rows = SharedRows<kHeadDim>;
   static constexpr uint32_t kTile = Rows::bytes(kTileKeys);
-  static constexpr uint32_t kStage = 2 * kTile + kTileKeys * 4;  // keys, values, positions
+  static constexpr uint32_t kStage = 2 * kTile;  // keys, values
+  static constexpr uint32_t kPositions = Rows::bytes(kRows) + kStages * kStage;
   static constexpr int kRowsAtOnce = kThreads / Rows::kChunks;
-  static constexpr uint32_t kBytes = Rows::bytes(kRows) + kStages * kStage;
+  static constexpr uint32_t kBytes = kPositions + kPositionStages * kTileKeys * 4;
 
   DEVICE static uint32_t queries() { return shared_memory(); }
-  DEVICE static uint32_t keys(int stage) {
-    return shared_memory() + Rows::bytes(kRows) + static_cast<uint32_t>(stage) * kStage;
+  DEVICE static uint32_t keys(int tile) {
+    return shared_memory() + Rows::bytes(kRows) + static_cast<uint32_t>(tile % kStages) * kStage;
   }
-  DEVICE static uint32_t values(int stage) { return keys(stage) + kTile; }
-  DEVICE static uint32_t positions(int stage) { return keys(stage) + 2 * kTile; }
+  DEVICE static uint32_t values(int tile) { return keys(tile) + kTile; }
+  DEVICE static uint32_t positions(int tile) {
+    return shared_memory() + kPositions +
+           static_cast<uint32_t>(tile % kPositionStages) * kTileKeys * 4;
+  }
 };
 
 // Rows `first` to `end` of q; zeros in place of what does not exist.
@@ -46,24 +51,29 @@ struct KeySource {
   int chunks, chunks_v;
 };
 
-// The keys and values of a tile of the walk, and their positions.
+// Finds the keys of a tile of the walk, one for each of the first threads.
+template <class Layout>
+DEVICE void find_keys(const Walk& walk, int tile, int thread) {
+  if (tile >= walk.num_tiles() || thread >= kTileKeys) return;
+  store_shared<int>(Layout::positions(tile) + thread * 4, walk.position(tile, thread));
+}
+
+// Their rows of k and v.
 template <class Layout, class Element>
-DEVICE void fetch_keys(const KeySource<Element>& source, const Walk& walk, int tile, int stage,
-                       int thread) {
+DEVICE void fetch_keys(const KeySource<Element>& source, int tile, int thread) {
   using Rows = typename Layout::Rows;
   const int chunk = thread % Rows::kChunks;
-  UNROLL
-  for (int i = 0; i < kTileKeys / Layout::kRowsAtOnce; ++i) {
+  NO_UNROLL  // eight rows at once would take too many registers
+      for (int i = 0; i < kTileKeys / Layout::kRowsAtOnce; ++i) {
     const int n = i * Layout::kRowsAtOnce + thread / Rows::kChunks;
-    const int j = walk.position(tile, n);
+    const int j = load_shared<int>(Layout::positions(tile) + n * 4);
     const bool has_k = j != kNoKey && chunk < source.chunks;
     const bool has_v = j != kNoKey && chunk < source.chunks_v;
     const uint32_t offset = Rows::offset(n, chunk);
-    copy_async(Layout::keys(stage) + offset,
+    copy_async(Layout::keys(tile) + offset,
                source.k + (has_k ? j * source.k_stride + chunk * 8 : 0), has_k);
-    copy_async(Layout::values(stage) + offset,
+    copy_async(Layout::values(tile) + offset,
                source.v + (has_v ? j * source.v_stride + chunk * 8 : 0), has_v);
-    if (chunk == 0) store_shared<int>(Layout::positions(stage) + n * 4, j);
   }
 }
 

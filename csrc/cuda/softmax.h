@@ -57,7 +57,7 @@ DEVICE RowResult finish_row(const SoftmaxState& state, int half, float factor, f
   if (top == -kInfinity) return {0.0f, -kInfinity};
   const float share = exp2_approx(of_keys - top);
   const float total = sum * share + exp2_approx(of_sink - top);
-  return {share / total, (top + log2_approx(total)) * kLn2};
+  return {share * reciprocal_approx(total), (top + log2_approx(total)) * kLn2};
 }
 
 }  // namespace sparse_attn::cuda

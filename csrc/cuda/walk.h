@@ -152,8 +152,9 @@ struct Walk {
     return j < seqlen_kv && (!is_causal || j <= p) && band.contains(p, j) == in_band;
   }
 
-  // Whether all rows see all keys of a tile, so that none need be hidden.
-  DEVICE bool is_open(int tile) const {
+  // Whether all rows see all keys of a tile, so that none need be hidden. The positions of its keys
+  // lie in shared memory.
+  DEVICE bool is_open(int tile, uint32_t positions) const {
     const int in_blocks = (tile - band.num_tiles()) * kTileKeys;
     const bool in_band = in_blocks < 0;
     if (!in_band) {
@@ -161,7 +162,8 @@ struct Walk {
       // No entry between the first key's and the last key's.
       if (block_kv.divide(in_blocks + kTileKeys - 1) > block_kv.divide(in_blocks) + 1) return false;
     }
-    const int first = position(tile, 0), last = position(tile, kTileKeys - 1);
+    const int first = load_shared<int>(positions);
+    const int last = load_shared<int>(positions + (kTileKeys - 1) * 4);
     if (first == kNoKey || last == kNoKey || (is_causal && last > rows.first)) return false;
     if (in_band) {
       return last < band.sink ||

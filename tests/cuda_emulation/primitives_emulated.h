@@ -48,6 +48,7 @@ inline float shuffle_xor(float x, int mask, Where from = Where::current()) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 template <class To, class From>
 To bits_as(From x) {

@@ -147,10 +147,15 @@ std::vector<Problem> telling_problems() {
     problem.slopes = {0.01f, 0.25f};
     add_biases(problem);
   }
-  Problem& all = problems.emplace_back(DType::kBFloat16, 1, 1, 1, 200, 200, 64, 64, kAlignment);
-  all.params.is_causal = true;
-  all.sink = {0};
-  all.window = {-1};
+  // Tiles that all rows see as a whole, and one that the first of few rows just sees as a whole.
+  for (const auto& [seqlen, window] : {std::pair{200, -1}, std::pair{132, 70}}) {
+    Problem& band =
+        problems.emplace_back(DType::kBFloat16, 1, 1, 1, seqlen, seqlen, 64, 64, kAlignment);
+    band.params.is_causal = true;
+    band.params.scale = 0.1f;
+    band.sink = {0};
+    band.window = {window};
+  }
   Problem& none = problems.emplace_back(DType::kBFloat16, 1, 1, 1, 64, 64, 64, 64, kAlignment);
   none.sink = {0};
   none.window = {0};
