@@ -11,7 +11,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name
 CPP := $(shell find csrc tests/cpp tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: install demo test test-sdist test-install bench lint format wheel sanitize \
-	sanitize-threads cuda-emulation clean
+	sanitize-threads cuda-emulation cuda-check clean
 
 install: $(TOOLS)
 
@@ -79,9 +79,13 @@ sanitize:
 sanitize-threads:
 	$(MAKE) -j 2 -C tests/cpp sanitize-threads
 
-# CUDA kernels without a GPU: in an emulator.
+# The CUDA kernels without a GPU: run in an emulator, and compiled, if nvcc is there, against recorded
+# bounds.
 cuda-emulation:
 	$(MAKE) -j 2 -C tests/cuda_emulation test
+
+cuda-check: $(TOOLS)
+	$(PYTHON) -m tests.cuda_compiled
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparse_attn/_C*.so sparse_attn/_build.json

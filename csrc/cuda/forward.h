@@ -97,8 +97,8 @@ struct Forward {
   }
 
   DEVICE static void multiply_keys(float (&s)[kKeyTiles][4], uint32_t keys, const Place& place) {
-    UNROLL
-    for (int step = 0; step < kSteps; ++step) {
+    UNROLL_BY_4  // all 8 steps of 128 dims would take too many registers
+        for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
       Rows::load_a(a, Layout::queries(), place.warp * 16, step, place.lane);
       UNROLL

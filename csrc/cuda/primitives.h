@@ -16,11 +16,13 @@
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__
 #define UNROLL _Pragma("unroll")
+#define UNROLL_BY_4 _Pragma("unroll 4")
 #define NO_UNROLL _Pragma("unroll 1")
 #else
 #define DEVICE inline __attribute__((always_inline))
 #define HOST_DEVICE inline
 #define UNROLL
+#define UNROLL_BY_4
 #define NO_UNROLL
 #endif
 
