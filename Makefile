@@ -8,10 +8,10 @@ TORCH ?= torch==2.13.0
 DEVICE ?= cpu
 
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
-CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/cpp tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: install demo test test-sdist test-install bench lint format wheel sanitize \
-	sanitize-threads clean
+	sanitize-threads cuda-emulation cuda-check clean
 
 install: $(TOOLS)
 
@@ -32,7 +32,7 @@ $(TOOLS): $(INSTALLED)
 demo: $(INSTALLED)
 	$(PYTHON) -m bench.demo
 
-test: $(TOOLS)
+test: $(TOOLS) cuda-emulation
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
 # The ways of installing: test-sdist takes the sdist, a wheel of it and the refusals, test-install
@@ -78,6 +78,14 @@ sanitize:
 
 sanitize-threads:
 	$(MAKE) -j 2 -C tests/cpp sanitize-threads
+
+# The CUDA kernels without a GPU: run in an emulator, and compiled, if nvcc is there, against recorded
+# bounds.
+cuda-emulation:
+	$(MAKE) -j 2 -C tests/cuda_emulation test
+
+cuda-check: $(TOOLS)
+	$(PYTHON) -m tests.cuda_compiled
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparse_attn/_C*.so sparse_attn/_build.json

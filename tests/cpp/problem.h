@@ -62,11 +62,11 @@ struct Problem {
   Lists blocks, columns;
 
   Problem(DType dtype, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen_q,
-          int64_t seqlen_kv, int64_t dim, int64_t dim_v)
-      : q(dtype, batch, heads, seqlen_q, dim),
-        k(dtype, batch, kv_heads, seqlen_kv, dim),
-        v(dtype, batch, kv_heads, seqlen_kv, dim_v),
-        out(dtype, batch, heads, seqlen_q, dim_v),
+          int64_t seqlen_kv, int64_t dim, int64_t dim_v, int64_t alignment = 1)
+      : q(dtype, batch, heads, seqlen_q, dim, alignment),
+        k(dtype, batch, kv_heads, seqlen_kv, dim, alignment),
+        v(dtype, batch, kv_heads, seqlen_kv, dim_v, alignment),
+        out(dtype, batch, heads, seqlen_q, dim_v, alignment),
         lse(batch * heads * seqlen_q) {
     q.fill_normal();
     k.fill_normal();
@@ -191,8 +191,8 @@ struct Problem {
     return params.softcap > 0 ? params.softcap * std::tanh(s / params.softcap) : s;
   }
 
-  // Compares one row of the result with the definition.
-  void check_row(int64_t b, int64_t h, int64_t i, const std::string& name) const {
+  // How one row of the result differs from the definition; nothing if it does not.
+  std::string difference(int64_t b, int64_t h, int64_t i) const {
     const int64_t kv_head = h / (params.num_heads / params.num_kv_heads);
     double top = sinks.empty() ? -INFINITY : sinks[h];
     std::vector<std::pair<int64_t, double>> scores;
@@ -212,25 +212,40 @@ struct Problem {
     const double expected_lse = top == -INFINITY ? top : top + std::log(sum);
     const double actual_lse = lse[(b * params.num_heads + h) * params.seqlen_q + i];
     if (!(actual_lse == expected_lse || std::abs(actual_lse - expected_lse) < 1e-3)) {
-      std::printf("%s: lse[%d, %d, %d] = %g, expected %g\n", name.c_str(), int(b), int(h), int(i),
-                  actual_lse, expected_lse);
-      std::exit(1);
+      return text("lse[%d, %d, %d] = %g, expected %g", int(b), int(h), int(i), actual_lse,
+                  expected_lse);
     }
     const double allowed = params.dtype == DType::kFloat32 ? 2e-5 : 3e-2;
     for (int64_t d = 0; d < params.head_dim_v; ++d) {
       const double value = sum > 0 ? expected[d] / sum : 0.0;
       if (!(std::abs(out.at(b, h, i, d) - value) <= allowed)) {
-        std::printf("%s: out[%d, %d, %d, %d] = %g, expected %g\n", name.c_str(), int(b), int(h),
-                    int(i), int(d), out.at(b, h, i, d), value);
-        std::exit(1);
+        return text("out[%d, %d, %d, %d] = %g, expected %g", int(b), int(h), int(i), int(d),
+                    out.at(b, h, i, d), value);
       }
     }
+    return {};
+  }
+
+  // The first difference of the whole result.
+  std::string difference() const {
+    std::string found;
+    for (int64_t b = 0; b < params.batch && found.empty(); ++b)
+      for (int64_t h = 0; h < params.num_heads && found.empty(); ++h)
+        for (int64_t i = 0; i < params.seqlen_q && found.empty(); ++i) found = difference(b, h, i);
+    return found;
   }
 
   void check(const std::string& name) const {
-    for (int64_t b = 0; b < params.batch; ++b)
-      for (int64_t h = 0; h < params.num_heads; ++h)
-        for (int64_t i = 0; i < params.seqlen_q; ++i) check_row(b, h, i, name);
+    const std::string found = difference();
+    if (found.empty()) return;
+    std::printf("%s: %s\n", name.c_str(), found.c_str());
+    std::exit(1);
+  }
+
+  static std::string text(const char* format, auto... values) {
+    char result[200];
+    std::snprintf(result, sizeof(result), format, values...);
+    return result;
   }
 };
 

@@ -61,16 +61,17 @@ struct LineAllocator {
   bool operator==(const LineAllocator&) const = default;
 };
 
-// A [batch, heads, rows, dim] tensor in a heap block of exactly the size it needs.
+// A [batch, heads, rows, dim] tensor in a heap block of exactly the size it needs. Strides are
+// multiples of `alignment`, as dim must be.
 struct Tensor {
   DType dtype;
   int64_t sizes[4];
   Strides strides;
   std::vector<char, LineAllocator<char>> bytes;
 
-  Tensor(DType type, int64_t batch, int64_t heads, int64_t rows, int64_t dim)
+  Tensor(DType type, int64_t batch, int64_t heads, int64_t rows, int64_t dim, int64_t alignment = 1)
       : dtype(type), sizes{batch, heads, rows, dim} {
-    const int64_t slack = choose<int64_t>({0, 0, 3});
+    const int64_t slack = choose<int64_t>({0, 0, 3}) * alignment;
     if (random_int(0, 1) == 0) {
       strides.row = dim + slack;
       strides.head = strides.row * rows;
