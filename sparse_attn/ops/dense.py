@@ -20,5 +20,6 @@ def torch_is_faster(q: Tensor, k: Tensor) -> bool:
     takes less time than that of the C++ kernels.
     """
     batch, heads, rows, head_dim = q.shape
-    fewest = FEWEST_PRODUCTS.get(q.dtype, (0, 0))[rows > 1]
+    of_one_row, of_more = FEWEST_PRODUCTS.get(q.dtype, (0, 0))
+    fewest = of_one_row if rows == 1 else of_more
     return batch * heads * rows * k.shape[2] * head_dim < fewest
