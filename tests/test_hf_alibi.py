@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from sparse_attn import patch, selectors, unpatch
+from sparse_attn.hf.key_mask import KeyMask
 
 from .hf_models import (
     SPARSE,
@@ -79,6 +80,13 @@ def test_all_rows_are_what_the_model_computed(model, selector):
         assert sum(patched.stats.values()) == 2
         assert_close(actual, expected)
         assert torch.equal(logits(model, ids, use_cache=False, **more), expected)  # as before
+
+
+def test_a_mask_cast_to_bool_is_itself_on_the_device_that_is_asked_for():
+    mask = torch.zeros(1, 1, 1, 4, dtype=torch.int64).as_subclass(KeyMask)
+    assert mask.to(torch.bool) is mask and mask.to(dtype=torch.bool) is mask
+    for moved in (mask.to("meta", torch.bool), mask.to(device="meta", dtype=torch.bool)):
+        assert moved.device.type == "meta" and moved.dtype == torch.int64
 
 
 def test_calls_small_enough_for_torch_keep_their_bias(monkeypatch, model):

@@ -45,9 +45,11 @@ class KeyMask(Tensor):
                 f"({func.__name__}): the mask only tells the attention function what to do"
             )
         kwargs = kwargs or {}
-        if func.__name__ == "to" and any(x is torch.bool for x in (*args, *kwargs.values())):
-            mask, *_ = args
-            return mask  # what it tells does not depend on how masks are written
+        if func.__name__ == "to":  # what it tells does not depend on how masks are written
+            args = tuple(x for x in args if x is not torch.bool)
+            kwargs = {name: x for name, x in kwargs.items() if x is not torch.bool}
+            if len(args) == 1 and not kwargs:
+                return args[0]
         return super().__torch_function__(func, types, args, kwargs)
 
 
