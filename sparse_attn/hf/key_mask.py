@@ -46,10 +46,11 @@ class KeyMask(Tensor):
             )
         kwargs = kwargs or {}
         if func.__name__ == "to":  # what it tells does not depend on how masks are written
-            args = tuple(x for x in args if x is not torch.bool)
+            mask, *others = (x for x in args if x is not torch.bool)
             kwargs = {name: x for name, x in kwargs.items() if x is not torch.bool}
-            if len(args) == 1 and not kwargs:
-                return args[0]
+            if not (others or kwargs):
+                return mask
+            args = (mask, *others)
         return super().__torch_function__(func, types, args, kwargs)
 
 
